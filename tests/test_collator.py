@@ -1,0 +1,133 @@
+"""Training batches: right padding, labels, and stochastic span truncation by the published rule."""
+
+import pytest
+import torch
+
+from processing import TttDataCollator, TttTokenIds, interleave
+
+IDS = TttTokenIds(
+    audio_token_id_start=100,
+    audio_code_id_start=101,
+    num_audio_codes=40,
+    mask_token_id=141,
+    begin_of_audio_token_id=90,
+    end_of_prompt_audio_token_id=91,
+    begin_of_last_audio_token_id=92,
+    end_of_audio_token_id=142,
+    end_of_last_audio_token_id=143,
+    end_of_turn_token_id=93,
+)
+PROMPT = [1, 2, 90, 105, 106, 91, 3]
+
+
+def example(num_text=3, num_codes=20):
+    response = interleave([5] * num_text, [number % 40 for number in range(num_codes)], IDS, end_of_turn=True)
+    return {"input_ids": PROMPT + response, "labels": [-100] * len(PROMPT) + response}
+
+
+def collator(**options):
+    options = {"pad_token_id": 0, "generator": torch.Generator().manual_seed(0), **options}
+    return TttDataCollator(IDS, **options)
+
+
+def test_rows_are_padded_on_the_right_to_a_multiple():
+    rows = [example(3, 4), example(3, 9)]
+    batch = collator(span_truncation_probability=0.0, pad_to_multiple_of=16)(rows)
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == batch["labels"].shape == (2, 32)
+    for row, source in enumerate(rows):
+        length = len(source["input_ids"])
+        assert batch["input_ids"][row, :length].tolist() == source["input_ids"]
+        assert batch["labels"][row, :length].tolist() == source["labels"]
+        assert batch["attention_mask"][row].tolist() == [1] * length + [0] * (32 - length)
+        assert (batch["labels"][row, length:] == -100).all() and (batch["input_ids"][row, length:] == 0).all()
+
+
+def test_tensors_and_prompt_length_give_the_same_batch_as_lists_and_labels():
+    make = collator(training=False)
+    source = example()
+    other = {"input_ids": torch.tensor(source["input_ids"]), "prompt_length": len(PROMPT), "length": 99}
+    for name, tensor in make([source]).items():
+        assert torch.equal(make([other])[name], tensor)
+
+
+def test_truncation_cuts_the_last_span_with_its_end_and_everything_after():
+    num_codes = 60
+    whole = example(3, num_codes)
+    start = whole["input_ids"].index(92) + 1
+    kept = set()
+    make = collator(span_truncation_probability=1.0, pad_to_multiple_of=1)
+    for _ in range(400):
+        batch = make([whole])
+        length = batch["input_ids"].shape[1]
+        assert batch["input_ids"][0].tolist() == whole["input_ids"][:length]
+        assert batch["labels"][0].tolist() == whole["labels"][:length]
+        assert 143 not in batch["input_ids"] and 93 not in batch["input_ids"]
+        kept.add(length - start)
+    assert kept == set(range(18, 55))
+
+
+def test_truncation_leaves_spans_between_text_alone():
+    whole = example(40, 100)
+    first_spans = whole["input_ids"][: whole["input_ids"].index(92)]
+    batch = collator(span_truncation_probability=1.0, pad_to_multiple_of=1)([whole])
+    assert batch["input_ids"][0, : len(first_spans)].tolist() == first_spans
+    assert batch["input_ids"].shape[1] < len(whole["input_ids"])
+
+
+def test_truncation_happens_with_the_given_probability():
+    make = collator(span_truncation_probability=0.5, pad_to_multiple_of=1)
+    whole = example(3, 60)
+    cut = sum(make([whole])["input_ids"].shape[1] < len(whole["input_ids"]) for _ in range(1000))
+    assert 440 < cut < 560
+
+
+@pytest.mark.parametrize("source", [example(3, 10), example(3, 0)])
+def test_short_spans_and_answers_without_speech_stay_whole(source):
+    batch = collator(span_truncation_probability=1.0, pad_to_multiple_of=1)([source])
+    assert batch["input_ids"][0].tolist() == source["input_ids"]
+
+
+def test_a_span_that_belongs_to_the_prompt_is_never_cut():
+    history = example(3, 60)["input_ids"]
+    source = {"input_ids": history + [7, 8, 93], "prompt_length": len(history)}
+    batch = collator(span_truncation_probability=1.0, pad_to_multiple_of=1)([source])
+    assert batch["input_ids"][0].tolist() == source["input_ids"]
+
+
+def test_truncation_is_off_in_evaluation_and_for_exempt_examples():
+    make = collator(span_truncation_probability=1.0, pad_to_multiple_of=1)
+    whole = example(3, 60)
+    assert make.eval()([whole])["input_ids"].shape[1] == len(whole["input_ids"])
+    assert make([{**whole, "span_truncation": False}])["input_ids"].shape[1] == len(whole["input_ids"])
+    assert make([whole])["input_ids"].shape[1] < len(whole["input_ids"])
+
+
+def test_one_seed_gives_one_sequence_of_batches():
+    rows = [example(3, 60)] * 8
+    first, second = (collator(generator=torch.Generator().manual_seed(5)) for _ in range(2))
+    other = collator(generator=torch.Generator().manual_seed(6))
+    batches = [first(rows)["attention_mask"].sum(1) for _ in range(3)]
+    assert all(torch.equal(batch, second(rows)["attention_mask"].sum(1)) for batch in batches)
+    assert not all(torch.equal(batch, other(rows)["attention_mask"].sum(1)) for batch in batches)
+    torch.manual_seed(1)
+    default = collator(generator=None)(rows)["attention_mask"]
+    torch.manual_seed(1)
+    assert torch.equal(default, collator(generator=None)(rows)["attention_mask"])
+
+
+def test_long_examples_lose_their_end():
+    source = example(3, 60)
+    batch = collator(training=False, max_length=30, pad_to_multiple_of=1)([source])
+    assert batch["input_ids"][0].tolist() == source["input_ids"][:30]
+
+
+def test_bad_examples_and_options_are_named():
+    make = collator()
+    with pytest.raises(ValueError, match="Example 1 has neither `labels` nor `prompt_length`"):
+        make([example(), {"input_ids": [1]}])
+    with pytest.raises(ValueError, match="Example 0 has 2 `input_ids` but 1 `labels`"):
+        make([{"input_ids": [1, 2], "labels": [1]}])
+    with pytest.raises(ValueError, match="empty list"):
+        make([])
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got 2"):
+        collator(span_truncation_probability=2)
