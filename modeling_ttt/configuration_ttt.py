@@ -1,0 +1,170 @@
+"""Configuration of a TtT model: a decoder-only Transformer and the layout of its audio vocabulary."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+# The ids that must lie on one side of `audio_token_id_start`, by the string each has in the tokenizer.
+TEXT_SIDE_TOKENS = {
+    "begin_of_audio_token_id": "<|begin_of_audio|>",
+    "end_of_prompt_audio_token_id": "<|end_of_audio|>",
+    "begin_of_last_audio_token_id": "<|begin_of_quad|>",
+}
+AUDIO_SIDE_TOKENS = {
+    "mask_token_id": "<|mask_token|>",
+    "end_of_audio_token_id": "<|end_of_audio_new|>",
+    "end_of_last_audio_token_id": "<|end_of_audio_span_last|>",
+}
+PROBABILITIES = (
+    "clean_batch_probability",
+    "prefix_preservation_probability",
+    "span_truncation_probability",
+)
+
+
+class TttConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`TttModel`] and [`TttForConditionalGeneration`] (Text-to-Talk, arXiv 2509.20072).
+
+    The vocabulary has two sides: ids below `audio_token_id_start` are text, all others are audio. Real ids are looked up
+    from the tokenizer by the strings given here; the defaults only have the shape of a published checkpoint.
+
+    Args:
+        text_config (`PreTrainedConfig` or `dict`, *optional*):
+            The decoder-only backbone (Qwen2 unless its `model_type` says otherwise). Its `vocab_size` spans both sides.
+        audio_token_id_start (`int`): first id of the audio side, `<|audio|>`.
+        audio_code_id_start (`int`): id of audio code 0, `<|audio_0|>`; code `c` has the id `audio_code_id_start + c`.
+        num_audio_codes (`int`): size of the codebook.
+        mask_token_id (`int`): `<|mask_token|>`, the absorbing state of the diffusion (audio side).
+        begin_of_audio_token_id (`int`): `<|begin_of_audio|>`, opens a span (text side).
+        end_of_prompt_audio_token_id (`int`): `<|end_of_audio|>`, closes a user's audio (text side).
+        begin_of_last_audio_token_id (`int`): `<|begin_of_quad|>`, opens the last span of a response (text side).
+        end_of_audio_token_id (`int`): `<|end_of_audio_new|>`, ends a span of a response (audio side).
+        end_of_last_audio_token_id (`int`): `<|end_of_audio_span_last|>`, ends the last span (audio side).
+        audio_objective (`str`): `"diffusion"`, or `"autoregressive"` for the twin whose audio is causal, trained on the
+            next code and written by ordinary generation.
+        causal_prompt_audio (`bool`): keep audio closed by `end_of_prompt_audio_token_id` causal, as the paper says;
+            by default it is bidirectional, as the released weights were trained.
+        clean_batch_probability (`float`): p_mix, how often a training batch is left unmasked (BANOM).
+        prefix_preservation_probability (`float`): p_prefix, how often a sample keeps the spans before a random one clean
+            and unscored (PPM).
+        span_truncation_probability (`float`): p_trunc, how often the data collator cuts the last span of a response
+            (SST). Recorded here, applied there.
+        noise_epsilon (`float`): lower end of the noise level, λ = (1 - ε) t + ε.
+        stratified_noise (`bool`): draw the λ of a batch from equal strata instead of independently (lower variance).
+        eval_noise_levels (`Sequence[float]`): the λ grid of the deterministic loss in eval mode. Each costs one forward.
+        tie_word_embeddings (`bool`, *optional*): share input embeddings and output head; the backbone's value if not
+            given.
+        pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): the backbone's values if not given.
+
+    Raises:
+        ValueError: if an id lies on the wrong side, outside the vocabulary or on top of another, or a probability,
+            noise level or objective is out of range. The message names the argument.
+    """
+
+    model_type = "ttt"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    sub_configs_defaults = {
+        "text_config": SubConfigSpec(
+            config_class=AutoConfig,
+            model_type="qwen2",
+            init_kwargs={
+                "vocab_size": 168072,
+                "hidden_size": 1536,
+                "intermediate_size": 8960,
+                "num_hidden_layers": 28,
+                "num_attention_heads": 12,
+                "num_key_value_heads": 2,
+                "tie_word_embeddings": True,
+            },
+        )
+    }
+
+    text_config: dict | PreTrainedConfig | None = None
+    audio_token_id_start: int = 151684
+    audio_code_id_start: int = 151685
+    num_audio_codes: int = 16384
+    mask_token_id: int = 168069
+    begin_of_audio_token_id: int = 151681
+    end_of_prompt_audio_token_id: int = 151682
+    begin_of_last_audio_token_id: int = 151683
+    end_of_audio_token_id: int = 168070
+    end_of_last_audio_token_id: int = 168071
+    audio_objective: Literal["diffusion", "autoregressive"] = "diffusion"
+    causal_prompt_audio: bool = False
+    clean_batch_probability: float = 0.3
+    prefix_preservation_probability: float = 0.3
+    span_truncation_probability: float = 0.5
+    noise_epsilon: float = 1e-3
+    stratified_noise: bool = False
+    eval_noise_levels: Sequence[float] = (0.125, 0.375, 0.625, 0.875)
+    tie_word_embeddings: bool | None = None
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        # Backbone and head read these from different configs: keep both the same.
+        for name in ("tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"):
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(self.text_config, name, None))
+            setattr(self.text_config, name, getattr(self, name))
+        self.eval_noise_levels = list(self.eval_noise_levels)
+        self._validate()
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens on both sides, the backbone's."""
+        return self.text_config.vocab_size
+
+    def _validate(self) -> None:
+        """Raise a `ValueError` that names the first argument out of range."""
+        vocab_size, start = self.vocab_size, self.audio_token_id_start
+        last_code = self.audio_code_id_start + self.num_audio_codes - 1
+        if self.num_audio_codes < 1:
+            raise ValueError(f"`num_audio_codes` is {self.num_audio_codes}; a codebook has at least one code.")
+        if not 0 < start <= self.audio_code_id_start:
+            raise ValueError(
+                f"`audio_token_id_start` is {start} but must be above 0 and at most `audio_code_id_start` "
+                f"({self.audio_code_id_start}): codes are audio-side."
+            )
+        if last_code >= vocab_size:
+            raise ValueError(
+                f"`audio_code_id_start` + `num_audio_codes` reaches id {last_code} but `text_config.vocab_size` is "
+                f"{vocab_size}: enlarge the vocabulary (`resize_token_embeddings`) or correct the ids."
+            )
+
+        seen: dict[int, str] = {}
+        for name, token in (TEXT_SIDE_TOKENS | AUDIO_SIDE_TOKENS).items():
+            value = getattr(self, name)
+            if not 0 <= value < vocab_size:
+                raise ValueError(f"`{name}` is {value} but must be at least 0 and below the vocabulary's {vocab_size}.")
+            if (value >= start) != (name in AUDIO_SIDE_TOKENS):
+                side = "audio-side (at least" if name in AUDIO_SIDE_TOKENS else "text-side (below"
+                raise ValueError(f"`{name}` is {value}; {token} must be {side} `audio_token_id_start`, {start}).")
+            if self.audio_code_id_start <= value <= last_code:
+                raise ValueError(
+                    f"`{name}` is {value}, which is audio code {value - self.audio_code_id_start}: choose an id outside "
+                    f"{self.audio_code_id_start} to {last_code}."
+                )
+            if value in seen:
+                raise ValueError(f"`{name}` and `{seen[value]}` are both {value}: every token needs an id of its own.")
+            seen[value] = name
+
+        for name in PROBABILITIES:
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; a probability lies between 0 and 1.")
+        if not 0.0 < self.noise_epsilon < 1.0:
+            raise ValueError(f"`noise_epsilon` is {self.noise_epsilon} but must lie between 0 and 1, both excluded.")
+        if not self.eval_noise_levels or not all(0.0 < level <= 1.0 for level in self.eval_noise_levels):
+            raise ValueError(f"`eval_noise_levels` is {self.eval_noise_levels}; give one or more λ in (0, 1].")
+        if self.audio_objective not in ("diffusion", "autoregressive"):
+            raise ValueError(f"`audio_objective` is {self.audio_objective!r}; choose 'diffusion' or 'autoregressive'.")
+
+
+TttConfig.register_for_auto_class()
+
+__all__ = ["TttConfig"]

@@ -1,0 +1,378 @@
+"""The TtT model: a causal backbone with bidirectional audio spans, its head and the training loss."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_ttt import TttConfig
+from .objective_ttt import (
+    IGNORE_INDEX,
+    compute_span_ids,
+    diffusion_targets,
+    draw_noise_levels,
+    fixed_noise,
+    mask_tokens,
+    next_token_targets,
+    preserve_prefixes,
+    sample_weights,
+    weighted_cross_entropy,
+)
+
+
+@dataclass
+class TttCausalLMOutputWithPast(ModelOutput):
+    """
+    Output of [`TttForConditionalGeneration`].
+
+    Args:
+        loss (`torch.FloatTensor`, *optional*): text part plus audio part.
+        text_loss (`torch.FloatTensor`, *optional*): autoregressive part, L_AR of the paper.
+        audio_loss (`torch.FloatTensor`, *optional*): the diffusion bound (or the twin's next-code loss), L_audio.
+        logits (`torch.FloatTensor` of shape `(batch, kept, vocab)`, *optional*): absent where labels were given.
+        past_key_values (`Cache`, *optional*): keys and values of the tokens seen.
+        hidden_states, attentions (`tuple(torch.FloatTensor)`, *optional*): as any model returns them, on request.
+    """
+
+    loss: torch.FloatTensor | None = None
+    text_loss: torch.FloatTensor | None = None
+    audio_loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class TttPreTrainedModel(PreTrainedModel):
+    """What every TtT model shares with the library: configuration, attention backends, parallel and memory features."""
+
+    config_class = TttConfig
+    config: TttConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = False
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: TttConfig, *inputs, **kwargs):
+        for sub_config in (config, config.text_config):
+            _refuse_flash_attention(sub_config._attn_implementation)
+        super().__init__(config, *inputs, **kwargs)
+
+    def set_attn_implementation(self, attn_implementation: str | dict, **kwargs) -> None:
+        """
+        Choose the attention backend: "eager", "sdpa" or "flex_attention".
+
+        Raises:
+            ValueError: for FlashAttention of any kind, before anything is changed.
+        """
+        _refuse_flash_attention(attn_implementation)
+        super().set_attn_implementation(attn_implementation, **kwargs)
+
+
+class TttModel(TttPreTrainedModel):
+    """The backbone of `text_config` under the modality-aware mask, without a head."""
+
+    def __init__(self, config: TttConfig):
+        super().__init__(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_span_ids(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        """
+        Span ids of clean token ids by the configuration's rules, see `compute_span_ids`. `None` for the autoregressive
+        twin, which has no bidirectional spans.
+        """
+        config = self.config
+        if config.audio_objective == "autoregressive":
+            return None
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, -input_ids.shape[1] :]
+        return compute_span_ids(
+            input_ids,
+            config.audio_token_id_start,
+            attention_mask,
+            position_ids,
+            config.end_of_prompt_audio_token_id if config.causal_prompt_audio else None,
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        span_ids: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        r"""
+        Args:
+            attention_mask (`torch.Tensor`, *optional*):
+                `(batch, seen + length)`, 0 for padding; or a mask that is already prepared (4-D, a `BlockMask`, or a
+                dictionary of them by layer type), which is used as it is.
+            position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
+                Without attention mask and cache, positions that start again mark packed sequences.
+            span_ids (`torch.LongTensor`, *optional*):
+                `(batch, length)` for the tokens given or `(batch, seen + length)` for all, -1 outside spans. Tokens with
+                the same number see each other. Computed from `input_ids`, which must then be clean, if not given.
+
+        Raises:
+            ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, or `span_ids` is missing and
+                cannot be computed, or has another length.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+
+        is_prepared = not (attention_mask is None or (torch.is_tensor(attention_mask) and attention_mask.ndim == 2))
+        if not is_prepared:
+            span_ids = self._prepare_span_ids(
+                span_ids, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values
+            )
+            _refuse_flash_attention(self.language_model.config._attn_implementation)
+            # Uses `create_causal_mask(..., block_sequence_ids=...)` for each kind of layer that the backbone has.
+            attention_mask = create_masks_for_generate(
+                config=self.language_model.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                block_sequence_ids=span_ids,
+            )
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def _prepare_span_ids(
+        self, span_ids, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values
+    ) -> torch.Tensor | None:
+        """Span ids of all positions that the mask speaks of, cached ones included; `None` if the mask is just causal."""
+        length = inputs_embeds.shape[1]
+        if length == 1 or self.config.audio_objective == "autoregressive":
+            return None  # one query has no later token to look at
+        if span_ids is None:
+            if input_ids is None:
+                raise ValueError("`inputs_embeds` do not tell text from audio: give `span_ids` with them.")
+            span_ids = self.get_span_ids(input_ids, attention_mask, position_ids)
+        num_seen = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        if span_ids.shape[1] not in (length, num_seen + length):
+            raise ValueError(
+                f"`span_ids` has {span_ids.shape[1]} positions; expected {length} (the tokens given) or "
+                f"{num_seen + length} (with those in the cache)."
+            )
+        if span_ids.shape[1] == length and num_seen > 0:
+            span_ids = nn.functional.pad(span_ids, (num_seen, 0), value=-1)
+        return span_ids
+
+
+class TttForConditionalGeneration(TttPreTrainedModel, GenerationMixin):
+    """TtT with its language modelling head: text left to right, audio spans by absorbing diffusion."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: TttConfig):
+        super().__init__(config)
+        self.model = TttModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """As any model; the saved configuration names this class for every auto class that resolves to it."""
+        reference = f"{type(self).__module__.split('.')[-1]}.{type(self).__name__}"
+        auto_map = dict(getattr(self.config, "auto_map", None) or {})
+        self.config.auto_map = auto_map | {"AutoModel": reference, "AutoModelForCausalLM": reference}
+        super().save_pretrained(save_directory, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        span_ids: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        generator: torch.Generator | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> TttCausalLMOutputWithPast:
+        r"""
+        Without `labels`: logits of the given tokens, mask tokens included. With `labels`: the loss, and no logits.
+
+        In training mode the noise is drawn here, so `input_ids` are clean. In eval mode the loss is a fixed estimate of
+        the same bound (text on the clean sequence, audio averaged over `config.eval_noise_levels` with fixed noise): it
+        costs one forward more than there are levels and never differs between two calls.
+
+        Args:
+            labels (`torch.LongTensor` of shape `(batch, length)`, *optional*):
+                Not shifted, -100 where unscored (prompt and padding). Text-side labels are scored as the next token,
+                audio-side ones (codes and end tokens) by diffusion.
+            span_ids (`torch.LongTensor`, *optional*): see [`TttModel`].
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*):
+                Number of labels in all micro-batches of a step, as the `Trainer` passes it, see `sample_weights`.
+                Without it, samples are averaged as published.
+            generator (`torch.Generator`, *optional*): draws the noise, for reproducible training losses.
+            logits_to_keep (`int` or `torch.Tensor`): how many last positions (0: all), or which, get logits.
+
+        Raises:
+            ValueError: if `labels` come without `input_ids` or differ in shape, or as [`TttModel`] does.
+        """
+        if labels is not None:
+            if input_ids is None or inputs_embeds is not None:
+                raise ValueError("The loss needs `input_ids`: noise is applied to tokens, not to `inputs_embeds`.")
+            if labels.shape != input_ids.shape:
+                raise ValueError(f"`labels` has shape {tuple(labels.shape)}, `input_ids` {tuple(input_ids.shape)}.")
+            if use_cache is None:
+                use_cache = False
+        backbone_inputs = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            **kwargs,
+        }
+        if labels is None:
+            outputs = self.model(input_ids=input_ids, inputs_embeds=inputs_embeds, span_ids=span_ids, **backbone_inputs)
+            logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+            return TttCausalLMOutputWithPast(
+                logits=logits,
+                past_key_values=outputs.past_key_values,
+                hidden_states=outputs.hidden_states,
+                attentions=outputs.attentions,
+            )
+
+        # The mask is that of the clean sequence, whatever the noise.
+        if span_ids is None and self.config.audio_objective == "diffusion":
+            padding_mask = attention_mask if torch.is_tensor(attention_mask) and attention_mask.ndim == 2 else None
+            span_ids = self.model.get_span_ids(input_ids, padding_mask, position_ids)
+        backbone_inputs["span_ids"] = span_ids
+        weight = sample_weights(labels, num_items_in_batch)
+        if self.config.audio_objective == "autoregressive":
+            outputs, text_loss, audio_loss = self._autoregressive_step(input_ids, labels, weight, backbone_inputs)
+        elif self.training:
+            outputs, text_loss, audio_loss = self._training_step(input_ids, labels, weight, generator, backbone_inputs)
+        else:
+            outputs, text_loss, audio_loss = self._evaluation_step(input_ids, labels, weight, backbone_inputs)
+        return TttCausalLMOutputWithPast(
+            loss=text_loss + audio_loss,
+            text_loss=text_loss,
+            audio_loss=audio_loss,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _training_step(self, input_ids, labels, weight, generator, backbone_inputs):
+        """One draw of the objective: text and masked audio scored in the same forward."""
+        config = self.config
+        is_audio = labels >= config.audio_token_id_start  # -100 is below
+        maskable = preserve_prefixes(is_audio, config.prefix_preservation_probability, generator)
+        noise_levels = draw_noise_levels(
+            input_ids.shape[0], config.noise_epsilon, config.stratified_noise, generator, input_ids.device
+        )
+        noisy_ids, masked = mask_tokens(input_ids, maskable, noise_levels, config.mask_token_id, generator)
+        # BANOM: with probability p_mix the batch stays clean and only its text is scored.
+        clean = draw_noise_levels(1, 0.0, False, generator, input_ids.device) < config.clean_batch_probability
+        masked = masked & ~clean
+        noisy_ids = torch.where(masked, noisy_ids, input_ids)
+
+        outputs = self.model(input_ids=noisy_ids, **backbone_inputs)
+        text = next_token_targets(labels, (labels != IGNORE_INDEX) & ~is_audio, weight)
+        audio = diffusion_targets(input_ids, masked, noise_levels, maskable.sum(-1), weight)
+        return outputs, *self._losses(outputs.last_hidden_state, text, audio)
+
+    def _evaluation_step(self, input_ids, labels, weight, backbone_inputs):
+        """The deterministic bound: text given clean audio, audio on a fixed grid of noise levels."""
+        config = self.config
+        is_audio = labels >= config.audio_token_id_start
+        outputs = self.model(input_ids=input_ids, **backbone_inputs)
+        text = next_token_targets(labels, (labels != IGNORE_INDEX) & ~is_audio, weight)
+        (text_loss,) = self._losses(outputs.last_hidden_state, text)
+
+        noise = fixed_noise(is_audio, len(config.eval_noise_levels))  # (levels, batch, length)
+        audio_loss = torch.zeros_like(text_loss)
+        for level, level_noise in zip(config.eval_noise_levels, noise, strict=True):
+            noise_levels = torch.full((input_ids.shape[0],), level, device=input_ids.device)
+            noisy_ids, masked = mask_tokens(input_ids, is_audio, noise_levels, config.mask_token_id, noise=level_noise)
+            hidden_states = self.model(input_ids=noisy_ids, **backbone_inputs).last_hidden_state
+            audio = diffusion_targets(input_ids, masked, noise_levels, is_audio.sum(-1), weight)
+            (level_loss,) = self._losses(hidden_states, audio)
+            audio_loss = audio_loss + level_loss / len(config.eval_noise_levels)
+        return outputs, text_loss, audio_loss
+
+    def _autoregressive_step(self, input_ids, labels, weight, backbone_inputs):
+        """The twin's loss: the next token of both sides, each averaged over its own labels as the objective's parts are."""
+        is_audio = labels >= self.config.audio_token_id_start
+        outputs = self.model(input_ids=input_ids, **backbone_inputs)
+        text = next_token_targets(labels, (labels != IGNORE_INDEX) & ~is_audio, weight)
+        audio = next_token_targets(labels, is_audio, weight)
+        return outputs, *self._losses(outputs.last_hidden_state, text, audio)
+
+    def _losses(self, hidden_states, *parts) -> list[torch.Tensor]:
+        """Project the scored positions of all parts at once, no others, and sum each part's weighted cross-entropy."""
+        scored = [(targets != IGNORE_INDEX).nonzero(as_tuple=True) for targets, _ in parts]
+        logits = self.lm_head(torch.cat([hidden_states[index] for index in scored]))  # (scored, vocab)
+        part_logits = logits.split([len(rows) for rows, _ in scored])
+        return [
+            weighted_cross_entropy(logits, targets[index], weights[index])
+            for logits, (targets, weights), index in zip(part_logits, parts, scored, strict=True)
+        ]
+
+
+def _refuse_flash_attention(attn_implementation: str | dict | None) -> None:
+    """Raise a `ValueError` if an attention implementation (or one in a nested dictionary) is FlashAttention."""
+    if isinstance(attn_implementation, dict):
+        for value in attn_implementation.values():
+            _refuse_flash_attention(value)
+    elif attn_implementation is not None and "flash" in attn_implementation.lower():
+        raise ValueError(
+            f"`attn_implementation={attn_implementation!r}` cannot express audio spans that are bidirectional inside a "
+            "causal sequence: choose 'sdpa', 'flex_attention' or 'eager'."
+        )
+
+
+TttForConditionalGeneration.register_for_auto_class("AutoModel")
+AutoConfig.register("ttt", TttConfig, exist_ok=True)
+AutoModel.register(TttConfig, TttForConditionalGeneration, exist_ok=True)
+AutoModelForCausalLM.register(TttConfig, TttForConditionalGeneration, exist_ok=True)
+
+__all__ = ["TttCausalLMOutputWithPast", "TttForConditionalGeneration", "TttModel", "TttPreTrainedModel"]
