@@ -2,5 +2,17 @@
 
 from .collator_ttt import TttDataCollator
 from .interleaving_ttt import TttTokenIds, deinterleave, interleave
+from .processing_ttt import TttProcessor
+from .streaming_ttt import TttStreamer
+from .tasks_ttt import TASKS, TttTask
 
-__all__ = ["TttDataCollator", "TttTokenIds", "deinterleave", "interleave"]
+__all__ = [
+    "TASKS",
+    "TttDataCollator",
+    "TttProcessor",
+    "TttStreamer",
+    "TttTask",
+    "TttTokenIds",
+    "deinterleave",
+    "interleave",
+]

@@ -1,0 +1,677 @@
+"""TttProcessor: conversations of text and speech to token ids, generated ids back to text and speech, and the saving
+and loading of both tokenizers in one repository. The order of text and audio lives in interleaving_ttt.py, the reading
+of audio in audio_input_ttt.py, prompts in tasks_ttt.py."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.modeling_utils import PreTrainedAudioTokenizerBase
+from transformers.models.auto.modeling_auto import AutoModelForAudioTokenization
+from transformers.processing_utils import AUDIO_TOKENIZER_KWARGS, ProcessorMixin
+from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.hub import hf_api
+
+from .audio_input_ttt import is_single_audio, load_waveform
+from .interleaving_ttt import AUDIO_PLACEHOLDER, END_OF_TURN, TttTokenIds, deinterleave, interleave, to_list
+from .streaming_ttt import TttStreamer
+from .tasks_ttt import CHAT_TEMPLATE, RESPONSE_AUDIO, START_OF_TURN, TASKS
+
+AUDIO_TOKENIZER_FOLDER = "audio_tokenizer"
+_RESPONSE = re.compile(rf"(?<={re.escape(START_OF_TURN)}assistant\n)(.*?)({re.escape(END_OF_TURN)}|\Z)", re.DOTALL)
+
+
+class TttProcessor(ProcessorMixin):
+    """Everything between a user and `TttForConditionalGeneration`.
+
+    Args:
+        feature_extractor: prepares waveforms for the audio tokenizer; its `sampling_rate` (Hz) is the one speech comes
+            out at unless the audio tokenizer's configuration says otherwise.
+        tokenizer: with the TtT special tokens and one token per code.
+        audio_tokenizer: a `PreTrainedAudioTokenizerBase` with one codebook. May be left out where audio only ever comes
+            as codes, as in training.
+        chat_template: Jinja template; audio parts are written as placeholders (see tasks_ttt.py for the default).
+        text_chunk_size, audio_chunk_size: text tokens and codes that alternate in a response.
+        system_prompts: system prompt by task, replacing the defaults of `TASKS`; an empty one leaves the system turn
+            out. May name tasks of its own.
+    """
+
+    def __init__(
+        self,
+        feature_extractor,
+        tokenizer,
+        audio_tokenizer=None,
+        chat_template=None,
+        text_chunk_size=13,
+        audio_chunk_size=26,
+        system_prompts=None,
+    ):
+        super().__init__(feature_extractor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+        if text_chunk_size < 1 or audio_chunk_size < 1:
+            raise ValueError(
+                "`text_chunk_size` and `audio_chunk_size` must be at least 1, "
+                f"got {text_chunk_size} and {audio_chunk_size}."
+            )
+        self.text_chunk_size = text_chunk_size
+        self.audio_chunk_size = audio_chunk_size
+        self.system_prompts = {name: task.system_prompt for name, task in TASKS.items()} | dict(system_prompts or {})
+        self.token_ids = TttTokenIds.from_tokenizer(tokenizer)
+        # Not through ProcessorMixin, whose own check knows a fixed list of audio tokenizers.
+        if audio_tokenizer is not None:
+            self._check_audio_tokenizer(audio_tokenizer)
+        self.audio_tokenizer = audio_tokenizer
+
+    def _check_audio_tokenizer(self, audio_tokenizer: Any) -> None:
+        if not isinstance(audio_tokenizer, PreTrainedAudioTokenizerBase):
+            raise TypeError(
+                f"`audio_tokenizer` must be a PreTrainedAudioTokenizerBase, got {type(audio_tokenizer).__name__}."
+            )
+        codebook_size = getattr(audio_tokenizer.config, "codebook_size", self.token_ids.num_audio_codes)
+        if codebook_size > self.token_ids.num_audio_codes:
+            raise ValueError(
+                f"The audio tokenizer has {codebook_size} codes, but the tokenizer has `<|audio_N|>` tokens for only "
+                f"{self.token_ids.num_audio_codes}. Use the two that belong together."
+            )
+
+    @property
+    def sampling_rate(self) -> int:
+        """Rate of the waveforms that come out, Hz."""
+        config = getattr(self.audio_tokenizer, "config", None)
+        return getattr(config, "sampling_rate", None) or self.feature_extractor.sampling_rate
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names accepted as `task`."""
+        return list(self.system_prompts)
+
+    # ------------------------------------------------------------------ prompts
+
+    def __call__(
+        self,
+        text: str | Sequence[str] | None = None,
+        audio: Any | None = None,
+        *,
+        task: str | None = None,
+        system_prompt: str | None = None,
+        sampling_rate: int | None = None,
+        padding: bool | str = True,
+        padding_side: str = "left",
+        pad_to_multiple_of: int | None = None,
+        return_tensors: str | None = "pt",
+    ) -> BatchFeature:
+        """Prompts ready for `generate`, from speech, text or both; conversations go through `apply_chat_template`.
+
+        With `task`, or without `text`, each item becomes one user turn of that task (`"spoken_chat"` by default). With
+        `text` alone and no task, `text` is taken as a rendered prompt, whose placeholders (see `apply_chat_template`
+        with `tokenize=False`) stand for the audios in order.
+
+        Args:
+            text: one text or a list.
+            audio: one audio or a list, each in any form `load_waveform` takes (array, path, address, mapping, decoder).
+            task: one of `tasks`.
+            system_prompt: replaces the task's.
+            sampling_rate: of arrays that bring none of their own, Hz; the feature extractor's by default.
+            padding_side: "left" for generation.
+
+        Returns:
+            `input_ids` and `attention_mask`, (batch, length).
+
+        Raises:
+            ValueError: an unknown task, input the task needs is missing or one it cannot use is given, or an audio
+                that cannot be used; the message names the item.
+        """
+        if text is None and audio is None:
+            raise ValueError("Pass `text`, `audio` or both.")
+        texts = None if text is None else self._check_texts(text)
+        if task is None and texts is not None:
+            codes = iter([] if audio is None else self.encode_audio(audio, sampling_rate))
+            rows = [self._encode_rendered(rendered, codes, f"text {index}")[0] for index, rendered in enumerate(texts)]
+            self._check_all_used(codes, "text")
+            return self._pad(rows, padding, padding_side, pad_to_multiple_of, return_tensors)
+        audios = None if audio is None else self.encode_audio(audio, sampling_rate)
+        size = max(len(texts or []), len(audios or []))
+        for name, values in (("text", texts), ("audio", audios)):
+            if values is not None and len(values) not in (1, size):
+                raise ValueError(f"`{name}` has {len(values)} items, but the other input has {size}.")
+        conversations = [
+            self.build_messages(
+                task or "spoken_chat",
+                text=None if texts is None else texts[index % len(texts)],
+                audio_codes=None if audios is None else audios[index % len(audios)],
+                system_prompt=system_prompt,
+            )
+            for index in range(size)
+        ]
+        codes = self._encode_parts(conversations, None, None)
+        rows = [
+            self._encode_rendered(self._render(messages, None, True), codes, f"item {index}")[0]
+            for index, messages in enumerate(conversations)
+        ]
+        return self._pad(rows, padding, padding_side, pad_to_multiple_of, return_tensors)
+
+    def build_messages(
+        self,
+        task: str = "spoken_chat",
+        text: str | None = None,
+        audio: Any | None = None,
+        audio_codes: Sequence[int] | None = None,
+        system_prompt: str | None = None,
+    ) -> list[dict[str, Any]]:
+        """The chat messages of one request: the task's system prompt, then a user turn with its text before its audio.
+
+        Args:
+            text: the user's text; captioning has a default.
+            audio: the user's audio, in any form; or `audio_codes`, already encoded.
+            system_prompt: replaces the task's.
+
+        Raises:
+            ValueError: an unknown task, or input the task needs is missing or it cannot use.
+        """
+        if task not in self.system_prompts:
+            raise ValueError(f"There is no task {task!r}; choose one of {', '.join(self.tasks)}.")
+        has_audio = audio is not None or audio_codes is not None
+        spec = TASKS.get(task)
+        if spec is not None:
+            text = text if text is not None else spec.default_text
+            if spec.needs_audio and not has_audio:
+                raise ValueError(f"The task {task!r} needs `audio`.")
+            if spec.needs_text and not text:
+                raise ValueError(f"The task {task!r} needs `text`.")
+            if spec.needs_text and has_audio:
+                raise ValueError(f"The task {task!r} takes `text` alone; leave `audio` out or choose another task.")
+        content: list[dict[str, Any]] = []
+        if text:
+            content.append({"type": "text", "text": text})
+        if audio_codes is not None:
+            content.append({"type": "audio", "audio_codes": audio_codes})
+        elif audio is not None:
+            content.append({"type": "audio", "audio": audio})
+        return [*self._system_turn(task, system_prompt), {"role": "user", "content": content}]
+
+    def _system_turn(self, task: str, system_prompt: str | None) -> list[dict[str, Any]]:
+        prompt = self.system_prompts[task] if system_prompt is None else system_prompt
+        return [{"role": "system", "content": prompt}] if prompt else []
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        chat_template: str | None = None,
+        *,
+        add_generation_prompt: bool = False,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        audio: Any | None = None,
+        sampling_rate: int | None = None,
+        task: str | None = None,
+        system_prompt: str | None = None,
+        padding: bool | str = True,
+        padding_side: str = "left",
+        pad_to_multiple_of: int | None = None,
+        return_tensors: str | None = "pt",
+        **template_kwargs: Any,
+    ) -> Any:
+        """One conversation or a batch of them as a prompt.
+
+        A message's content is a string or a list of parts: `{"type": "text", "text": ...}`, and `{"type": "audio"}`
+        with the audio under `audio`, `path`, `url` or `array` (with `sampling_rate`), or its codes under
+        `audio_codes`; parts that bring nothing take the items of `audio` in order. An assistant's turn holds its text
+        and at most one audio, which are interleaved as the model itself writes them.
+
+        Args:
+            task: where a conversation does not begin with a system turn, give it this task's.
+            system_prompt: replaces the task's.
+            tokenize: False returns the rendered text, with a placeholder for each audio.
+            template_kwargs: passed to the template.
+
+        Returns:
+            Rendered text; or ids (batch, length); or, with `return_dict`, `input_ids` and `attention_mask`. A list of
+            texts for a batch.
+
+        Raises:
+            ValueError: more audio parts than audios or the reverse, or an audio that cannot be used.
+        """
+        batched = len(conversation) > 0 and isinstance(conversation[0], (list, tuple))
+        conversations = [list(messages) for messages in (conversation if batched else [conversation])]
+        for index, messages in enumerate(conversations):
+            self._check_messages(messages, index)
+            if task is not None or system_prompt is not None:
+                self._check_task(task)
+                if messages[0]["role"] != "system":
+                    conversations[index] = [*self._system_turn(task or "spoken_chat", system_prompt), *messages]
+        if not tokenize:
+            rendered = [
+                self._render(messages, chat_template, add_generation_prompt, **template_kwargs)
+                for messages in conversations
+            ]
+            return rendered if batched else rendered[0]
+        codes = self._encode_parts(conversations, audio, sampling_rate)
+        rows = [
+            self._encode_conversation(messages, codes, chat_template, add_generation_prompt, index, **template_kwargs)[
+                0
+            ]
+            for index, messages in enumerate(conversations)
+        ]
+        self._check_all_used(codes, "conversation")
+        features = self._pad(rows, padding, padding_side, pad_to_multiple_of, return_tensors)
+        return features if return_dict else features["input_ids"]
+
+    # ------------------------------------------------------------------ training examples
+
+    def build_response(self, text: str, audio_codes: Sequence[int] | None = None) -> list[int]:
+        """Ids of an answer: its text and codes interleaved, `<|im_end|>` at the end. No codes give a written answer."""
+        codes = [] if audio_codes is None else audio_codes
+        return interleave(
+            self._tokenize(text), codes, self.token_ids, self.text_chunk_size, self.audio_chunk_size, end_of_turn=True
+        )
+
+    def build_example(
+        self,
+        response_text: str,
+        response_codes: Sequence[int] | None = None,
+        *,
+        task: str = "spoken_chat",
+        text: str | None = None,
+        audio: Any | None = None,
+        audio_codes: Sequence[int] | None = None,
+        system_prompt: str | None = None,
+    ) -> dict[str, list[int]]:
+        """A training example of one request and its answer: `input_ids`, and `labels` that are -100 on the prompt.
+
+        `response_codes` are the answer's speech, None for a written answer; the request is given as to
+        `build_messages`. With codes throughout, no audio tokenizer is needed.
+        """
+        answer: list[dict[str, Any]] = [{"type": "text", "text": response_text}]
+        if response_codes is not None and len(response_codes) > 0:
+            answer.append({"type": "audio", "audio_codes": response_codes})
+        request = self.build_messages(task, text, audio, audio_codes, system_prompt)
+        return self.build_conversation_example([*request, {"role": "assistant", "content": answer}])
+
+    def build_conversation_example(self, messages: list[dict[str, Any]]) -> dict[str, list[int]]:
+        """A training example of a whole conversation, in which every assistant turn is scored."""
+        self._check_messages(messages, 0)
+        codes = self._encode_parts([messages], None, None)
+        ids, scored = self._encode_rendered(self._render(messages, None, False), codes, "conversation")
+        while scored and not scored[-1] and messages[-1]["role"] == "assistant":
+            ids.pop()  # the line break the template writes after the last turn
+            scored.pop()
+        return {"input_ids": ids, "labels": [i if s else -100 for i, s in zip(ids, scored, strict=True)]}
+
+    # ------------------------------------------------------------------ audio and codes
+
+    def encode_audio(self, audio: Any, sampling_rate: int | None = None, batch_size: int = 16) -> list[torch.Tensor]:
+        """Audios to codes.
+
+        Args:
+            audio: one audio or any iterable of them, each in any form `load_waveform` takes.
+            sampling_rate: of arrays that bring none of their own, Hz.
+            batch_size: audios encoded at once.
+
+        Returns:
+            One (codes,) long tensor per audio, on the CPU.
+
+        Raises:
+            ValueError: an audio that cannot be used; the message names it by its position.
+        """
+        rate = self.feature_extractor.sampling_rate
+        audios = [audio] if is_single_audio(audio) else list(audio)
+        waveforms = [load_waveform(item, rate, sampling_rate, f"audio {i}") for i, item in enumerate(audios)]
+        audio_tokenizer = self._require_audio_tokenizer()
+        if "padding_mask" not in inspect.signature(audio_tokenizer.encode).parameters:
+            batch_size = 1
+        codes: list[torch.Tensor] = []
+        for start in range(0, len(waveforms), batch_size):
+            features = self.feature_extractor(
+                waveforms[start : start + batch_size], sampling_rate=rate, padding=True, return_tensors="pt"
+            ).to(audio_tokenizer.device)
+            with torch.no_grad():
+                output = audio_tokenizer.encode(**features)
+            if output.audio_codes.ndim == 3 and output.audio_codes.shape[1] != 1:
+                raise ValueError(f"TtT needs an audio tokenizer of one codebook, got {output.audio_codes.shape[1]}.")
+            batch = output.audio_codes.reshape(len(output.audio_codes), -1).cpu()  # (batch, codes)
+            mask = getattr(output, "audio_codes_mask", None)
+            if mask is None and len(batch) > 1:
+                raise ValueError("The audio tokenizer returns no `audio_codes_mask`; pass `batch_size=1`.")
+            codes += [row if mask is None else row[m.bool()] for row, m in zip(batch, _rows(mask, batch), strict=True)]
+        return codes
+
+    def decode_audio(self, audio_codes: Any, batch_size: int = 16) -> list[np.ndarray]:
+        """Codes to waveforms.
+
+        Args:
+            audio_codes: one sequence of codes or a list of them; empty ones give empty waveforms.
+
+        Returns:
+            One (samples,) float32 array per sequence, at `sampling_rate`.
+
+        Raises:
+            ValueError: a code outside the codebook; the message names the sequence and position.
+        """
+        single = len(audio_codes) > 0 and np.ndim(audio_codes[0]) == 0
+        sequences = [to_list(codes) for codes in ([audio_codes] if single else audio_codes)]
+        for index, codes in enumerate(sequences):
+            self.token_ids.codes_to_ids(codes, name=f"audio_codes {index}")
+        waveforms = [np.zeros(0, dtype=np.float32) for _ in sequences]
+        spoken = [index for index, codes in enumerate(sequences) if codes]
+        if not spoken:
+            return waveforms
+        audio_tokenizer = self._require_audio_tokenizer()
+        masked = "audio_codes_mask" in inspect.signature(audio_tokenizer.decode).parameters
+        for start in range(0, len(spoken), batch_size if masked else 1):
+            indices = spoken[start : start + (batch_size if masked else 1)]
+            lengths = [len(sequences[index]) for index in indices]
+            codes = torch.zeros((len(indices), 1, max(lengths)), dtype=torch.long)
+            mask = torch.zeros((len(indices), max(lengths)), dtype=torch.long)
+            for row, index in enumerate(indices):
+                codes[row, 0, : lengths[row]] = torch.tensor(sequences[index])
+                mask[row, : lengths[row]] = 1
+            options = {"audio_codes_mask": mask.to(audio_tokenizer.device)} if masked else {}
+            with torch.no_grad():
+                values = audio_tokenizer.decode(audio_codes=codes.to(audio_tokenizer.device), **options).audio_values
+            values = values.reshape(len(indices), -1).float().cpu().numpy()  # (batch, samples)
+            per_code = values.shape[-1] // max(lengths)
+            for row, index in enumerate(indices):
+                waveforms[index] = values[row, : lengths[row] * per_code].copy()
+        return waveforms
+
+    def _require_audio_tokenizer(self) -> Any:
+        if self.audio_tokenizer is None:
+            raise ValueError(
+                "This processor has no audio tokenizer, so it takes and gives codes only. Load it from a folder with "
+                f"`{AUDIO_TOKENIZER_FOLDER}/`, or pass `audio_tokenizer`."
+            )
+        return self.audio_tokenizer
+
+    # ------------------------------------------------------------------ answers
+
+    def post_process(
+        self, generated_ids: Any, prompt_length: int = 0, decode_audio: bool = True
+    ) -> list[dict[str, Any]]:
+        """What `generate` returned, as text and speech. An answer cut off anywhere gives what it holds.
+
+        Args:
+            generated_ids: (batch, length), (length,) or a list of rows, the prompt first.
+            prompt_length: ids of the prompt, padding included: `inputs["input_ids"].shape[1]`.
+            decode_audio: False leaves the waveforms out, for those who only want text and codes.
+
+        Returns:
+            For each row `{"text": str, "audio_codes": (codes,) long tensor, "audio": (samples,) float32 array or None,
+            "sampling_rate": int}`; the waveform of an answer without speech is empty.
+        """
+        generated_ids = getattr(generated_ids, "sequences", generated_ids)
+        if len(generated_ids) > 0 and np.ndim(generated_ids[0]) == 0:
+            generated_ids = [generated_ids]
+        answers = []
+        for row in generated_ids:
+            text_ids, codes = deinterleave(to_list(row)[prompt_length:], self.token_ids)
+            text = self.tokenizer.decode(text_ids, skip_special_tokens=True) if text_ids else ""
+            answers.append({"text": text, "audio_codes": torch.tensor(codes, dtype=torch.long), "audio": None})
+        if decode_audio:
+            waveforms = self.decode_audio([answer["audio_codes"] for answer in answers])
+            for answer, waveform in zip(answers, waveforms, strict=True):
+                answer["audio"] = waveform
+        return [{**answer, "sampling_rate": self.sampling_rate} for answer in answers]
+
+    def streamer(self, timeout: float | None = None) -> TttStreamer:
+        """A streamer for `generate(streamer=...)`, which yields pieces of text and waveform; see `TttStreamer`."""
+        return TttStreamer(self.tokenizer, self.token_ids, self.audio_tokenizer, self.sampling_rate, timeout=timeout)
+
+    # ------------------------------------------------------------------ saving and loading
+
+    def to_dict(self) -> dict[str, Any]:
+        """The processor's own settings; the audio tokenizer is saved beside them, not in them."""
+        settings = copy.copy(self)
+        settings.__dict__.pop("audio_tokenizer", None)
+        settings.__dict__.pop("token_ids", None)
+        return super(TttProcessor, settings).to_dict()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+        """Saves the tokenizer and the settings, and the audio tokenizer in the subfolder `audio_tokenizer`.
+
+        Args:
+            push_to_hub: upload everything to `repo_id` (by default the folder's name), `commit_message`, `token`,
+                `private` and the like are taken from `kwargs`.
+
+        Returns:
+            The settings file, as `ProcessorMixin.save_pretrained` does.
+        """
+        save_directory = os.fspath(save_directory)
+        os.makedirs(save_directory, exist_ok=True)
+        if push_to_hub:
+            commit_message = kwargs.pop("commit_message", None)
+            repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
+            repo_id = hf_api().create_repo(repo_id, exist_ok=True, **kwargs).repo_id
+            timestamps = self._get_files_timestamps(save_directory)
+        files = super().save_pretrained(save_directory)
+        if self.audio_tokenizer is not None:
+            folder = os.path.join(save_directory, AUDIO_TOKENIZER_FOLDER)
+            self.audio_tokenizer.save_pretrained(folder)
+            if self.audio_tokenizer._auto_class is not None:
+                # Transformers looks for the code of a subfolder's model at the root of the repository.
+                custom_object_save(self.audio_tokenizer, save_directory)
+                custom_object_save(self.audio_tokenizer.config, save_directory)
+        if push_to_hub:
+            # The folder's own time stamp does not tell which of its files changed: send it whole.
+            timestamps.pop(AUDIO_TOKENIZER_FOLDER, None)
+            self._upload_modified_files(
+                save_directory, repo_id, timestamps, commit_message=commit_message, token=kwargs.get("token")
+            )
+        return files
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        audio_tokenizer: Any | None = None,
+        load_audio_tokenizer: bool = True,
+        trust_remote_code: bool | None = None,
+        subfolder: str = "",
+        **kwargs: Any,
+    ) -> TttProcessor:
+        """Loads a processor and its audio tokenizer from a folder or Hub repository.
+
+        Args:
+            audio_tokenizer: use this one instead of the repository's.
+            load_audio_tokenizer: False leaves it out, where audio only comes as codes.
+            trust_remote_code: allow the code in the repository to run.
+            kwargs: `revision`, `token`, `cache_dir` and the like; `dtype` and `device_map` are the audio tokenizer's
+                (float32 by default, whatever it was saved in).
+        """
+        located = {name: kwargs[name] for name in ("revision", *AUDIO_TOKENIZER_KWARGS) if name in kwargs}
+        for name in ("dtype", "device_map"):
+            kwargs.pop(name, None)
+        if trust_remote_code is not None:
+            kwargs["trust_remote_code"] = trust_remote_code
+        processor = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if audio_tokenizer is None and load_audio_tokenizer:
+            located.setdefault("dtype", torch.float32)
+            audio_tokenizer = AutoModelForAudioTokenization.from_pretrained(
+                pretrained_model_name_or_path,
+                subfolder=f"{subfolder}/{AUDIO_TOKENIZER_FOLDER}".lstrip("/"),
+                trust_remote_code=trust_remote_code,
+                **located,
+            ).eval()
+        if audio_tokenizer is not None:
+            processor._check_audio_tokenizer(audio_tokenizer)
+            processor.audio_tokenizer = audio_tokenizer
+        return processor
+
+    # ------------------------------------------------------------------ from messages to ids
+
+    def _check_task(self, task: str | None) -> None:
+        if task is not None and task not in self.system_prompts:
+            raise ValueError(f"There is no task {task!r}; choose one of {', '.join(self.tasks)}.")
+
+    def _check_texts(self, text: Any) -> list[str]:
+        texts = [text] if isinstance(text, str) else list(text)
+        for index, item in enumerate(texts):
+            if not isinstance(item, str):
+                raise ValueError(f"text {index} is a {type(item).__name__}, not a string. Pass audio as `audio`.")
+        return texts
+
+    def _check_messages(self, messages: Sequence[Any], index: int) -> None:
+        if not messages:
+            raise ValueError(f"conversation {index} has no messages.")
+        for position, message in enumerate(messages):
+            where = f"message {position} of conversation {index}"
+            if not isinstance(message, dict) or "role" not in message or "content" not in message:
+                raise ValueError(f"{where} must be a mapping with `role` and `content`, got {message!r}.")
+            content = message["content"]
+            if isinstance(content, str):
+                continue
+            for part in content:
+                if not isinstance(part, dict) or part.get("type") not in ("text", "audio"):
+                    raise ValueError(f"{where} has the part {part!r}; its `type` must be 'text' or 'audio'.")
+                if part["type"] == "text" and not isinstance(part.get("text"), str):
+                    raise ValueError(f"{where} has a text part without a string under `text`.")
+
+    def _encode_parts(
+        self, conversations: list[list[dict[str, Any]]], audio: Any | None, sampling_rate: int | None
+    ) -> Iterator[Any]:
+        """Codes of every audio part, in order; those that come as audio are encoded together."""
+        given = iter([] if audio is None else [audio] if is_single_audio(audio) else list(audio))
+        codes: list[Any] = []
+        pending: list[tuple[int, np.ndarray]] = []
+        for part in _audio_parts(conversations):
+            if part.get("audio_codes") is not None:
+                codes.append(part["audio_codes"])
+                continue
+            source = next((part[key] for key in ("audio", "path", "url") if part.get(key) is not None), None)
+            if source is None:
+                source = part if part.get("array") is not None else next(given, None)
+            if source is None:
+                parts = sum(1 for _ in _audio_parts(conversations))
+                raise ValueError(
+                    f"audio part {len(codes)} has no audio: there are {parts} audio parts, but not as many audios. "
+                    "Put each under its part's `audio`, or pass one in `audio` for every part without."
+                )
+            rate = self.feature_extractor.sampling_rate
+            own_rate = part.get("sampling_rate") or sampling_rate
+            pending.append((len(codes), load_waveform(source, rate, own_rate, f"audio part {len(codes)}")))
+            codes.append(None)
+        if next(given, None) is not None:
+            raise ValueError("`audio` holds more audios than there are audio parts without one of their own.")
+        if pending:
+            encoded = self.encode_audio([waveform for _, waveform in pending])
+            for (position, _), row in zip(pending, encoded, strict=True):
+                codes[position] = row
+        return iter(codes)
+
+    def _render(
+        self, messages: list[dict[str, Any]], chat_template: str | None, add_generation_prompt: bool, **kwargs: Any
+    ) -> str:
+        """Conversation to text; templates see that a part is audio, not the audio itself."""
+        bare = [
+            message
+            if isinstance(message["content"], str)
+            else {**message, "content": [p if p["type"] == "text" else {"type": "audio"} for p in message["content"]]}
+            for message in messages
+        ]
+        rendered, _ = render_jinja_template(
+            conversations=[bare],
+            chat_template=self._resolve_chat_template(chat_template),
+            add_generation_prompt=add_generation_prompt,
+            **{**self.tokenizer.special_tokens_map, **kwargs},
+        )
+        return rendered[0]
+
+    def _encode_rendered(self, rendered: str, codes: Iterator[Any], name: str) -> tuple[list[int], list[bool]]:
+        """Rendered text to ids, and which of them an assistant wrote. Answers are tokenised apart from what precedes
+        them, as in generation."""
+        ids: list[int] = []
+        scored: list[bool] = []
+
+        def append(new: list[int], is_response: bool) -> None:
+            ids.extend(new)
+            scored.extend([is_response] * len(new))
+
+        position = 0
+        for match in _RESPONSE.finditer(rendered):
+            append(self._encode_prompt_text(rendered[position : match.start()], codes, name), False)
+            append(self._encode_response_text(match.group(1), bool(match.group(2)), codes, name), True)
+            position = match.end()
+        append(self._encode_prompt_text(rendered[position:], codes, name), False)
+        return ids, scored
+
+    def _encode_prompt_text(self, text: str, codes: Iterator[Any], name: str) -> list[int]:
+        pieces = text.split(AUDIO_PLACEHOLDER)
+        ids = self._tokenize(pieces[0])
+        for piece in pieces[1:]:
+            ids += self.token_ids.codes_to_ids(self._next_codes(codes, name), name)
+            ids += self._tokenize(piece)
+        return ids
+
+    def _encode_response_text(self, text: str, ends: bool, codes: Iterator[Any], name: str) -> list[int]:
+        spoken = text.endswith(RESPONSE_AUDIO)
+        text = text.removesuffix(RESPONSE_AUDIO)
+        if AUDIO_PLACEHOLDER in text:
+            raise ValueError(f"{name}: an assistant's turn holds its text and then at most one audio.")
+        if not spoken:
+            return self._tokenize(text) + [self.token_ids.end_of_turn_token_id] * ends
+        return interleave(
+            self._tokenize(text),
+            self._next_codes(codes, name),
+            self.token_ids,
+            self.text_chunk_size,
+            self.audio_chunk_size,
+            end_of_turn=ends,
+        )
+
+    def _next_codes(self, codes: Iterator[Any], name: str) -> list[int]:
+        row = next(codes, None)
+        if row is None:
+            raise ValueError(
+                f"{name} has more `{AUDIO_PLACEHOLDER}` placeholders (audio parts) than there are audios. "
+                "Pass one audio for each."
+            )
+        return to_list(row)
+
+    def _check_all_used(self, codes: Iterator[Any], name: str) -> None:
+        left = sum(1 for _ in codes)
+        if left:
+            raise ValueError(
+                f"There are {left} more audios than audio parts (`{AUDIO_PLACEHOLDER}` placeholders) in `{name}`. "
+                "Add a part for each, or pass `task` to have the prompt built around them."
+            )
+
+    def _tokenize(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+    def _pad(
+        self,
+        rows: list[list[int]],
+        padding: bool | str,
+        padding_side: str,
+        pad_to_multiple_of: int | None,
+        return_tensors: str | None,
+    ) -> BatchFeature:
+        features = self.tokenizer.pad(
+            {"input_ids": rows},
+            padding=padding,
+            padding_side=padding_side,
+            pad_to_multiple_of=pad_to_multiple_of,
+            return_attention_mask=True,
+        )
+        return BatchFeature(dict(features), tensor_type=return_tensors)
+
+
+def _audio_parts(conversations: Iterable[Sequence[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    for messages in conversations:
+        for message in messages:
+            if not isinstance(message["content"], str):
+                yield from (part for part in message["content"] if part["type"] == "audio")
+
+
+def _rows(mask: torch.Tensor | None, batch: torch.Tensor) -> Any:
+    return [None] * len(batch) if mask is None else mask.cpu()
+
+
+__all__ = ["TttProcessor"]

@@ -1,0 +1,63 @@
+"""Tiny random parts for the tests of processor, pipeline and command: a byte-level tokenizer, a processor with a random
+audio tokenizer, and a whole model folder."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import EncodecFeatureExtractor, PreTrainedTokenizerFast
+
+from modeling_ttt.ttt_codec import TttCodecConfig, TttCodecModel
+from processing import TttProcessor
+
+NUM_CODES = 16
+
+
+def build_tokenizer(num_codes: int = NUM_CODES) -> PreTrainedTokenizerFast:
+    """One token per byte, then the TtT tokens in the published order."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False)
+    tokenizer.add_special_tokens({"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"})
+    structure = ["<|im_start|>", "<|begin_of_audio|>", "<|end_of_audio|>", "<|begin_of_quad|>", "<|audio|>"]
+    codes = [f"<|audio_{code}|>" for code in range(num_codes)]
+    ends = ["<|mask_token|>", "<|end_of_audio_new|>", "<|end_of_audio_span_last|>"]
+    tokenizer.add_tokens([*structure, *codes, *ends], special_tokens=True)
+    return tokenizer
+
+
+def build_codec() -> TttCodecModel:
+    """An untrained audio tokenizer with 16 codes."""
+    torch.manual_seed(0)
+    config = TttCodecConfig(
+        fsq_levels=[4, 4],
+        hidden_size=16,
+        num_encoder_blocks=1,
+        num_code_blocks=1,
+        num_mel_blocks=1,
+        vocoder_hidden_size=16,
+        num_vocoder_blocks=1,
+    )
+    return TttCodecModel(config).eval()
+
+
+def build_processor(**options) -> TttProcessor:
+    feature_extractor = EncodecFeatureExtractor(feature_size=1, sampling_rate=16_000)
+    audio_tokenizer = options.pop("audio_tokenizer", build_codec())
+    return TttProcessor(feature_extractor, build_tokenizer(), audio_tokenizer, **options)
+
+
+def tone(seconds: float, sampling_rate: int = 16_000, frequency: float = 330.0) -> np.ndarray:
+    """(samples,) float32."""
+    time = np.arange(int(seconds * sampling_rate)) / sampling_rate
+    return (0.3 * np.sin(2 * np.pi * frequency * time)).astype(np.float32)
+
+
+def write_wav(path: Path, samples: np.ndarray, sampling_rate: int = 16_000) -> Path:
+    import soundfile
+
+    soundfile.write(path, samples, sampling_rate)
+    return path
