@@ -28,8 +28,8 @@ class TttConfig(PreTrainedConfig):
     r"""
     Configuration of [`TttModel`] and [`TttForConditionalGeneration`] (Text-to-Talk, arXiv 2509.20072).
 
-    The vocabulary has two sides: ids below `audio_token_id_start` are text, all others are audio. Real ids are looked up
-    from the tokenizer by the strings given here; the defaults only have the shape of a published checkpoint.
+    The vocabulary has two sides: ids below `audio_token_id_start` are text, all others are audio. Real ids are looked
+    up from the tokenizer by the strings given here; the defaults only have the shape of a published checkpoint.
 
     Args:
         text_config (`PreTrainedConfig` or `dict`, *optional*):
@@ -48,13 +48,13 @@ class TttConfig(PreTrainedConfig):
         causal_prompt_audio (`bool`): keep audio closed by `end_of_prompt_audio_token_id` causal, as the paper says;
             by default it is bidirectional, as the released weights were trained.
         clean_batch_probability (`float`): p_mix, how often a training batch is left unmasked (BANOM).
-        prefix_preservation_probability (`float`): p_prefix, how often a sample keeps the spans before a random one clean
-            and unscored (PPM).
+        prefix_preservation_probability (`float`): p_prefix, how often a sample keeps the spans before a random one
+            clean and unscored (PPM).
         span_truncation_probability (`float`): p_trunc, how often the data collator cuts the last span of a response
             (SST). Recorded here, applied there.
         noise_epsilon (`float`): lower end of the noise level, λ = (1 - ε) t + ε.
         stratified_noise (`bool`): draw the λ of a batch from equal strata instead of independently (lower variance).
-        eval_noise_levels (`Sequence[float]`): the λ grid of the deterministic loss in eval mode. Each costs one forward.
+        eval_noise_levels (`Sequence[float]`): the λ grid of the deterministic loss in eval mode, one forward each.
         tie_word_embeddings (`bool`, *optional*): share input embeddings and output head; the backbone's value if not
             given.
         pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): the backbone's values if not given.
@@ -147,8 +147,8 @@ class TttConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` is {value}; {token} must be {side} `audio_token_id_start`, {start}).")
             if self.audio_code_id_start <= value <= last_code:
                 raise ValueError(
-                    f"`{name}` is {value}, which is audio code {value - self.audio_code_id_start}: choose an id outside "
-                    f"{self.audio_code_id_start} to {last_code}."
+                    f"`{name}` is {value}, which is audio code {value - self.audio_code_id_start}: choose an id "
+                    f"outside {self.audio_code_id_start} to {last_code}."
                 )
             if value in seen:
                 raise ValueError(f"`{name}` and `{seen[value]}` are both {value}: every token needs an id of its own.")

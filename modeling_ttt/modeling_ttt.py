@@ -19,6 +19,7 @@ from .objective_ttt import (
     compute_span_ids,
     diffusion_targets,
     draw_noise_levels,
+    drop_for_clean_batch,
     fixed_noise,
     mask_tokens,
     next_token_targets,
@@ -137,8 +138,8 @@ class TttModel(TttPreTrainedModel):
             position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
                 Without attention mask and cache, positions that start again mark packed sequences.
             span_ids (`torch.LongTensor`, *optional*):
-                `(batch, length)` for the tokens given or `(batch, seen + length)` for all, -1 outside spans. Tokens with
-                the same number see each other. Computed from `input_ids`, which must then be clean, if not given.
+                `(batch, length)` for the tokens given or `(batch, seen + length)` for all, -1 outside spans. Tokens
+                with the same number see each other. Computed from `input_ids`, which must then be clean, if not given.
 
         Raises:
             ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, or `span_ids` is missing and
@@ -176,7 +177,7 @@ class TttModel(TttPreTrainedModel):
     def _prepare_span_ids(
         self, span_ids, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values
     ) -> torch.Tensor | None:
-        """Span ids of all positions that the mask speaks of, cached ones included; `None` if the mask is just causal."""
+        """Span ids of all positions in the mask, cached ones included; `None` where the mask is just causal."""
         length = inputs_embeds.shape[1]
         if length == 1 or self.config.audio_objective == "autoregressive":
             return None  # one query has no later token to look at
@@ -305,19 +306,16 @@ class TttForConditionalGeneration(TttPreTrainedModel, GenerationMixin):
         """One draw of the objective: text and masked audio scored in the same forward."""
         config = self.config
         is_audio = labels >= config.audio_token_id_start  # -100 is below
-        maskable = preserve_prefixes(is_audio, config.prefix_preservation_probability, generator)
+        maskable = drop_for_clean_batch(is_audio, config.clean_batch_probability, generator)
+        maskable = preserve_prefixes(maskable, config.prefix_preservation_probability, generator)
         noise_levels = draw_noise_levels(
             input_ids.shape[0], config.noise_epsilon, config.stratified_noise, generator, input_ids.device
         )
         noisy_ids, masked = mask_tokens(input_ids, maskable, noise_levels, config.mask_token_id, generator)
-        # BANOM: with probability p_mix the batch stays clean and only its text is scored.
-        clean = draw_noise_levels(1, 0.0, False, generator, input_ids.device) < config.clean_batch_probability
-        masked = masked & ~clean
-        noisy_ids = torch.where(masked, noisy_ids, input_ids)
 
         outputs = self.model(input_ids=noisy_ids, **backbone_inputs)
         text = next_token_targets(labels, (labels != IGNORE_INDEX) & ~is_audio, weight)
-        audio = diffusion_targets(input_ids, masked, noise_levels, maskable.sum(-1), weight)
+        audio = diffusion_targets(labels, masked, noise_levels, maskable.sum(-1), weight)
         return outputs, *self._losses(outputs.last_hidden_state, text, audio)
 
     def _evaluation_step(self, input_ids, labels, weight, backbone_inputs):
@@ -334,13 +332,13 @@ class TttForConditionalGeneration(TttPreTrainedModel, GenerationMixin):
             noise_levels = torch.full((input_ids.shape[0],), level, device=input_ids.device)
             noisy_ids, masked = mask_tokens(input_ids, is_audio, noise_levels, config.mask_token_id, noise=level_noise)
             hidden_states = self.model(input_ids=noisy_ids, **backbone_inputs).last_hidden_state
-            audio = diffusion_targets(input_ids, masked, noise_levels, is_audio.sum(-1), weight)
+            audio = diffusion_targets(labels, masked, noise_levels, is_audio.sum(-1), weight)
             (level_loss,) = self._losses(hidden_states, audio)
             audio_loss = audio_loss + level_loss / len(config.eval_noise_levels)
         return outputs, text_loss, audio_loss
 
     def _autoregressive_step(self, input_ids, labels, weight, backbone_inputs):
-        """The twin's loss: the next token of both sides, each averaged over its own labels as the objective's parts are."""
+        """The twin's loss: the next token, each side averaged over its own labels as the objective's parts are."""
         is_audio = labels >= self.config.audio_token_id_start
         outputs = self.model(input_ids=input_ids, **backbone_inputs)
         text = next_token_targets(labels, (labels != IGNORE_INDEX) & ~is_audio, weight)

@@ -1,8 +1,8 @@
 """The TtT objective as pure functions of tensors: spans, noise, what is scored and with which weight.
 
 A loss is always `weighted_cross_entropy` of the logits at the scored positions. The functions here say which positions
-those are (`targets`, -100 elsewhere) and how much each counts (`weights`), so that a model can gather the hidden states it
-needs and never project the others to the vocabulary. Modules only wire these functions together.
+those are (`targets`, -100 elsewhere) and how much each counts (`weights`), so that a model can gather the hidden states
+it needs and never project the others to the vocabulary. Modules only wire these functions together.
 """
 
 import torch
@@ -84,6 +84,22 @@ def draw_noise_levels(
         order = _uniform((batch_size,), generator, device).argsort()
         time = (order + time) / batch_size
     return (1.0 - epsilon) * time + epsilon
+
+
+def drop_for_clean_batch(
+    maskable: torch.Tensor, probability: float, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """
+    With the given probability leave the whole batch without maskable tokens, so that only its text is scored (BANOM,
+    p_mix of the paper).
+
+    Args:
+        maskable (`torch.Tensor` of shape `(batch, length)`, bool).
+
+    Returns:
+        `torch.Tensor` of shape `(batch, length)`, bool.
+    """
+    return maskable & (_uniform((1,), generator, maskable.device) >= probability)
 
 
 def preserve_prefixes(
@@ -179,7 +195,7 @@ def next_token_targets(
 
     Args:
         labels (`torch.Tensor` of shape `(batch, length)`).
-        scored (`torch.Tensor` of shape `(batch, length)`, bool): which labels belong to this loss (text-side ones, say).
+        scored (`torch.Tensor` of shape `(batch, length)`, bool): which labels this loss is about, text-side ones say.
         weight (`torch.Tensor` of shape `(batch,)`): what each sample counts, see `sample_weights`.
 
     Returns:
@@ -191,7 +207,7 @@ def next_token_targets(
 
 
 def diffusion_targets(
-    input_ids: torch.Tensor,
+    labels: torch.Tensor,
     masked: torch.Tensor,
     noise_levels: torch.Tensor,
     num_maskable: torch.Tensor,
@@ -202,13 +218,14 @@ def diffusion_targets(
     averaged over the sample's maskable tokens (those that prefix preservation left maskable).
 
     Args:
-        input_ids (`torch.Tensor` of shape `(batch, length)`): clean ids. masked: the same shape, bool.
-        noise_levels, num_maskable, weight (`torch.Tensor` of shape `(batch,)`): λ, maskable tokens and `sample_weights`.
+        labels (`torch.Tensor` of shape `(batch, length)`): clean ids. masked: the same shape, bool.
+        noise_levels, num_maskable, weight (`torch.Tensor` of shape `(batch,)`):
+            λ, number of maskable tokens and `sample_weights`.
 
     Returns:
         `tuple`: targets (-100 where nothing is scored) and weights, both `(batch, length)`.
     """
-    targets = input_ids.masked_fill(~masked, IGNORE_INDEX)
+    targets = labels.masked_fill(~masked, IGNORE_INDEX)
     return targets, (weight / (noise_levels * num_maskable.clamp(min=1)))[:, None].expand_as(targets)
 
 
@@ -235,6 +252,7 @@ __all__ = [
     "compute_span_ids",
     "diffusion_targets",
     "draw_noise_levels",
+    "drop_for_clean_batch",
     "fixed_noise",
     "mask_tokens",
     "next_token_targets",
