@@ -8,7 +8,7 @@ import copy
 import inspect
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -151,7 +151,7 @@ class TttProcessor(ProcessorMixin):
             )
             for index in range(size)
         ]
-        codes = self._encode_parts(conversations, None, None)
+        codes = self._encode_parts(conversations, [f"item {index}" for index in range(size)])
         rows = [
             self._encode_rendered(self._render(messages, None, True), codes, f"item {index}")[0]
             for index, messages in enumerate(conversations)
@@ -213,6 +213,7 @@ class TttProcessor(ProcessorMixin):
         sampling_rate: int | None = None,
         task: str | None = None,
         system_prompt: str | None = None,
+        names: Sequence[str] | None = None,
         padding: bool | str = True,
         padding_side: str = "left",
         pad_to_multiple_of: int | None = None,
@@ -230,6 +231,7 @@ class TttProcessor(ProcessorMixin):
             task: where a conversation does not begin with a system turn, give it this task's.
             system_prompt: replaces the task's.
             tokenize: False returns the rendered text, with a placeholder for each audio.
+            names: how errors call the conversations; "conversation 0" and so on by default.
             template_kwargs: passed to the template.
 
         Returns:
@@ -241,8 +243,9 @@ class TttProcessor(ProcessorMixin):
         """
         batched = len(conversation) > 0 and isinstance(conversation[0], (list, tuple))
         conversations = [list(messages) for messages in (conversation if batched else [conversation])]
+        names = names or [f"conversation {index}" for index in range(len(conversations))]
         for index, messages in enumerate(conversations):
-            self._check_messages(messages, index)
+            self._check_messages(messages, names[index])
             if task is not None or system_prompt is not None:
                 self._check_task(task)
                 if messages[0]["role"] != "system":
@@ -297,8 +300,8 @@ class TttProcessor(ProcessorMixin):
 
     def build_conversation_example(self, messages: list[dict[str, Any]]) -> dict[str, list[int]]:
         """A training example of a whole conversation, in which every assistant turn is scored."""
-        self._check_messages(messages, 0)
-        codes = self._encode_parts([messages], None, None)
+        self._check_messages(messages, "conversation")
+        codes = self._encode_parts([messages], ["conversation"])
         ids, scored = self._encode_rendered(self._render(messages, None, False), codes, "conversation")
         while scored and not scored[-1] and messages[-1]["role"] == "assistant":
             ids.pop()  # the line break the template writes after the last turn
@@ -483,16 +486,17 @@ class TttProcessor(ProcessorMixin):
             load_audio_tokenizer: False leaves it out, where audio only comes as codes.
             trust_remote_code: allow the code in the repository to run.
             kwargs: `revision`, `token`, `cache_dir` and the like; `dtype` and `device_map` are the audio tokenizer's
-                (float32 by default, whatever it was saved in).
+                (float32 by default and for "auto": codes and waveforms depend on its precision).
         """
         located = {name: kwargs[name] for name in ("revision", *AUDIO_TOKENIZER_KWARGS) if name in kwargs}
+        if located.get("dtype") in (None, "auto"):
+            located["dtype"] = torch.float32
         for name in ("dtype", "device_map"):
             kwargs.pop(name, None)
         if trust_remote_code is not None:
             kwargs["trust_remote_code"] = trust_remote_code
         processor = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if audio_tokenizer is None and load_audio_tokenizer:
-            located.setdefault("dtype", torch.float32)
             audio_tokenizer = AutoModelForAudioTokenization.from_pretrained(
                 pretrained_model_name_or_path,
                 subfolder=f"{subfolder}/{AUDIO_TOKENIZER_FOLDER}".lstrip("/"),
@@ -517,11 +521,11 @@ class TttProcessor(ProcessorMixin):
                 raise ValueError(f"text {index} is a {type(item).__name__}, not a string. Pass audio as `audio`.")
         return texts
 
-    def _check_messages(self, messages: Sequence[Any], index: int) -> None:
+    def _check_messages(self, messages: Sequence[Any], name: str) -> None:
         if not messages:
-            raise ValueError(f"conversation {index} has no messages.")
+            raise ValueError(f"{name} has no messages.")
         for position, message in enumerate(messages):
-            where = f"message {position} of conversation {index}"
+            where = f"message {position} of {name}"
             if not isinstance(message, dict) or "role" not in message or "content" not in message:
                 raise ValueError(f"{where} must be a mapping with `role` and `content`, got {message!r}.")
             content = message["content"]
@@ -534,36 +538,42 @@ class TttProcessor(ProcessorMixin):
                     raise ValueError(f"{where} has a text part without a string under `text`.")
 
     def _encode_parts(
-        self, conversations: list[list[dict[str, Any]]], audio: Any | None, sampling_rate: int | None
+        self,
+        conversations: list[list[dict[str, Any]]],
+        names: Sequence[str],
+        audio: Any | None = None,
+        sampling_rate: int | None = None,
     ) -> Iterator[Any]:
         """Codes of every audio part, in order; those that come as audio are encoded together."""
         given = iter([] if audio is None else [audio] if is_single_audio(audio) else list(audio))
         codes: list[Any] = []
-        pending: list[tuple[int, np.ndarray]] = []
-        for part in _audio_parts(conversations):
-            if part.get("audio_codes") is not None:
-                codes.append(part["audio_codes"])
-                continue
-            source = next((part[key] for key in ("audio", "path", "url") if part.get(key) is not None), None)
-            if source is None:
-                source = part if part.get("array") is not None else next(given, None)
-            if source is None:
-                parts = sum(1 for _ in _audio_parts(conversations))
-                raise ValueError(
-                    f"audio part {len(codes)} has no audio: there are {parts} audio parts, but not as many audios. "
-                    "Put each under its part's `audio`, or pass one in `audio` for every part without."
-                )
-            rate = self.feature_extractor.sampling_rate
-            own_rate = part.get("sampling_rate") or sampling_rate
-            pending.append((len(codes), load_waveform(source, rate, own_rate, f"audio part {len(codes)}")))
-            codes.append(None)
-        if next(given, None) is not None:
-            raise ValueError("`audio` holds more audios than there are audio parts without one of their own.")
+        pending: dict[int, np.ndarray] = {}
+        for messages, name in zip(conversations, names, strict=True):
+            for index, part in enumerate(_audio_parts(messages)):
+                if part.get("audio_codes") is None:
+                    pending[len(codes)] = self._load_part(part, given, sampling_rate, f"audio part {index} of {name}")
+                codes.append(part.get("audio_codes"))
+        left = sum(1 for _ in given)
+        if left:
+            raise ValueError(f"`audio` holds {left} more audios than there are audio parts without one of their own.")
         if pending:
-            encoded = self.encode_audio([waveform for _, waveform in pending])
-            for (position, _), row in zip(pending, encoded, strict=True):
+            for position, row in zip(pending, self.encode_audio(list(pending.values())), strict=True):
                 codes[position] = row
         return iter(codes)
+
+    def _load_part(
+        self, part: dict[str, Any], given: Iterator[Any], sampling_rate: int | None, name: str
+    ) -> np.ndarray:
+        source = next((part[key] for key in ("audio", "path", "url") if part.get(key) is not None), None)
+        if source is None:
+            source = part if part.get("array") is not None else next(given, None)
+        if source is None:
+            raise ValueError(
+                f"{name} has no audio; there are more audio parts than audios. Put each audio under its part's "
+                "`audio`, or pass one in `audio` for every part without."
+            )
+        own_rate = part.get("sampling_rate") or sampling_rate
+        return load_waveform(source, self.feature_extractor.sampling_rate, own_rate, name)
 
     def _render(
         self, messages: list[dict[str, Any]], chat_template: str | None, add_generation_prompt: bool, **kwargs: Any
@@ -663,11 +673,10 @@ class TttProcessor(ProcessorMixin):
         return BatchFeature(dict(features), tensor_type=return_tensors)
 
 
-def _audio_parts(conversations: Iterable[Sequence[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-    for messages in conversations:
-        for message in messages:
-            if not isinstance(message["content"], str):
-                yield from (part for part in message["content"] if part["type"] == "audio")
+def _audio_parts(messages: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for message in messages:
+        if not isinstance(message["content"], str):
+            yield from (part for part in message["content"] if part["type"] == "audio")
 
 
 def _rows(mask: torch.Tensor | None, batch: torch.Tensor) -> Any:

@@ -1,0 +1,35 @@
+"""The pipeline and the command line. Importing this package registers the task "audio-to-audio" with Transformers."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+__all__ = ["TttAudioToAudioPipeline"]
+
+
+def _register() -> None:
+    from transformers import AutoModel
+    from transformers.pipelines import PIPELINE_REGISTRY
+
+    import modeling_ttt  # noqa: F401  (registers the auto classes)
+    import processing  # noqa: F401
+
+    from .pipeline_ttt import TttAudioToAudioPipeline
+
+    if "audio-to-audio" not in PIPELINE_REGISTRY.supported_tasks:
+        PIPELINE_REGISTRY.register_pipeline(
+            "audio-to-audio", pipeline_class=TttAudioToAudioPipeline, pt_model=AutoModel, type="multimodal"
+        )
+
+
+def __getattr__(name: str) -> Any:
+    if name == "TttAudioToAudioPipeline":
+        from .pipeline_ttt import TttAudioToAudioPipeline
+
+        return TttAudioToAudioPipeline
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# The command reads its arguments first, so that `ttt-talk --help` does not wait for PyTorch; it needs no registration.
+if Path(sys.argv[0]).stem != "ttt-talk":
+    _register()
