@@ -1,0 +1,565 @@
+"""The decoding loop of TtT: rows of a batch write text left to right and audio spans by block diffusion, on one cache.
+
+What a user may ask for is checked in generation_ttt.py; how codes are drawn is in sampling_ttt.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.generation import (
+    EosTokenCriteria,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MinPLogitsWarper,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+from transformers.generation.streamers import BaseStreamer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from .cache_ttt import TttCache
+from .sampling_ttt import choose_positions, confidence_of, draw, guide, keep_probable, split_evenly
+
+# Processors that look at each row's scores only: they need neither the ids nor the other rows.
+SCORE_PROCESSORS = (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+UNDECIDED = -1  # in a block: not fixed yet, shown to the model as the mask token
+
+
+@dataclass
+class Row:
+    """One row of the batch. `ids` are final; `block` is being denoised; the first `cached` ids are in the cache."""
+
+    index: int
+    ids: list[int]
+    prompt_length: int
+    cached: int
+    generator: torch.Generator | None
+    span_start: int | None = None  # of the span being written or, in its last forward, committed
+    block: list[int] = field(default_factory=list)
+    step: int = 0  # denoising steps done in this block
+    done: bool = False
+    forwards: int = 0
+
+    @property
+    def queries(self) -> list[int]:
+        """What the next forward must see: everything that is not in the cache."""
+        return self.ids[self.cached :] + self.block
+
+    @property
+    def new_tokens(self) -> int:
+        return len(self.ids) - self.prompt_length
+
+
+class TttDecoder:
+    """One call of `generate`. See [`TttGenerationMixin.generate`] for the algorithm; the steps carry its numbers."""
+
+    def __init__(
+        self,
+        model: Any,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None,
+        generation_config: Any,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        streamer: BaseStreamer | None,
+        cache: TttCache | None,
+        keep_cache: bool,
+    ):
+        config = model.config
+        self.options, self.streamer = generation_config, streamer
+        self.backbone, self.lm_head = model.model.language_model, model.get_output_embeddings()
+        self.model, self.device, self.vocab_size = model, input_ids.device, config.get_text_config().vocab_size
+        self.input_ids, self.keep_cache = input_ids, keep_cache
+
+        # Token ids.
+        self.mask_token = config.mask_token_id
+        self.audio_start = config.audio_token_id_start
+        self.end_of = {
+            config.begin_of_audio_token_id: config.end_of_audio_token_id,
+            config.begin_of_last_audio_token_id: config.end_of_last_audio_token_id,
+        }
+        self.end_tokens = set(self.end_of.values())
+        codes = range(config.audio_code_id_start, config.audio_code_id_start + config.num_audio_codes)
+        self.first_candidate = min(codes.start, *self.end_tokens)
+        self.last_candidate = max(codes.stop - 1, *self.end_tokens)
+        outside_codes = {*range(self.first_candidate, codes.start), *range(codes.stop, self.last_candidate + 1)}
+        self.forbidden_in_span = [token - self.first_candidate for token in sorted(outside_codes - self.end_tokens)]
+
+        # Limits, text options.
+        self.max_new_tokens = generation_config.max_length - input_ids.shape[1]
+        self.max_positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        self.processors = logits_processor
+        self.score_processors_only = all(type(processor) in SCORE_PROCESSORS for processor in logits_processor)
+        self.eos_tokens: set[int] = set()
+        self.criteria = StoppingCriteriaList()
+        for criterion in stopping_criteria:
+            if isinstance(criterion, EosTokenCriteria):
+                self.eos_tokens |= set(criterion.eos_token_id.tolist())
+            elif isinstance(criterion, MaxLengthCriteria):
+                self.max_new_tokens = min(self.max_new_tokens, criterion.max_length - input_ids.shape[1])
+            else:
+                self.criteria.append(criterion)
+        wants = generation_config.return_dict_in_generate
+        self.scores = [] if wants and generation_config.output_scores else None
+        self.logits = [] if wants and generation_config.output_logits else None
+
+        # Rows and cache.
+        if attention_mask is None:
+            prompts = input_ids.tolist()
+        else:
+            prompts = [ids[kept.bool()].tolist() for ids, kept in zip(input_ids, attention_mask, strict=True)]
+        generators = self._generators(len(prompts))
+        self.rows = [Row(i, ids, len(ids), 0, generators[i]) for i, ids in enumerate(prompts)]
+        self.prompt_span_ids = self._prompt_span_ids()
+        self.cache = cache
+        if cache is None:
+            self.cache = TttCache(config.get_text_config().num_hidden_layers, len(self.rows))
+        self.unconditional_starts: dict[tuple[int, int], torch.Tensor] = {}
+        self.num_forwards = self.num_token_positions = 0
+
+    # ---- the loop ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Writes every row to its end. Results: `rows`, `cache`, `num_forwards`, `num_token_positions`."""
+        with torch.no_grad():
+            self._prefill()
+            self._retire(self.rows)
+            while live := [row for row in self.rows if not row.done]:
+                # Rows that write text go first, a token each; so rows meet at the start of their spans and share the
+                # costly forwards. Rows do not see each other, so the order changes no token.
+                text = [row for row in live if row.span_start is None]
+                if text:
+                    self._text_step(text)
+                else:
+                    self._span_step(live)
+                self._retire(live)
+            if self.keep_cache:
+                self.cache.close([row.ids[: row.cached] for row in self.rows])
+        if self.streamer is not None:
+            self.streamer.end()
+
+    def _prefill(self) -> None:
+        """Step 1: the prompts, each without what the cache already holds."""
+        for row in self.rows:
+            row.cached = self._reusable(row)
+            # A prompt that stops inside a span, or at its begin token, goes on there.
+            if row.ids[-1] in self.end_of or (row.ids[-1] >= self.audio_start and row.ids[-1] not in self.end_tokens):
+                start = len(row.ids)
+                while start > 0 and row.ids[start - 1] >= self.audio_start:
+                    start -= 1
+                row.span_start = start
+                row.cached = min(row.cached, start)
+        targets = [len(row.ids) if row.span_start is None else row.span_start for row in self.rows]
+        queries = [row.ids[row.cached : target] for row, target in zip(self.rows, targets, strict=True)]
+        if any(queries):
+            hidden = self._forward(self.rows, queries, prompt=True)
+        for row, target in zip(self.rows, targets, strict=True):
+            row.cached = target
+        text = [row for row in self.rows if row.span_start is None]
+        if text:
+            last = torch.tensor([len(queries[row.index]) - 1 for row in text], device=self.device)
+            index = torch.tensor([row.index for row in text], device=self.device)
+            self._append_text(text, hidden[index, last])
+        for row in self.rows:
+            if row.span_start is not None and not row.done:
+                self._start_block(row)
+
+    def _retire(self, rows: list[Row]) -> None:
+        """Rows that are done leave the cache's batch, so that the others go on without them."""
+        for row in rows:
+            if row.done and self.cache.rows_held > 1:
+                self.cache.drop_row(row.index, row.cached if self.keep_cache else None)
+
+    def _text_step(self, rows: list[Row]) -> None:
+        """Step 2: one token of text for each of the rows."""
+        hidden = self._forward(rows, [row.ids[row.cached :] for row in rows])
+        for row in rows:
+            row.cached = len(row.ids)
+        self._append_text(rows, hidden[:, -1])
+
+    def _span_step(self, rows: list[Row]) -> None:
+        """Steps 3 and 4: a denoising step of each row's block; or, its span finished, commit it and write text."""
+        queries = [row.queries for row in rows]
+        hidden = self._forward(rows, queries)
+        writing = [i for i, row in enumerate(rows) if row.block]
+        finished = [i for i, row in enumerate(rows) if not row.block]
+        for row in rows:
+            row.cached = row.span_start if row.block else len(row.ids)
+        if writing:
+            self._denoise([rows[i] for i in writing], [hidden[i, : len(queries[i])] for i in writing])
+        if finished:
+            last = torch.stack([hidden[i, len(queries[i]) - 1] for i in finished])
+            for i in finished:
+                rows[i].span_start = None
+            self._append_text([rows[i] for i in finished], last)
+
+    # ---- text --------------------------------------------------------------------------------------------------------
+
+    def _append_text(self, rows: list[Row], hidden: torch.Tensor) -> None:
+        """Chooses the next text token of each row. hidden: (rows, hidden_size)."""
+        logits = self._project(hidden, 0, self.audio_start)  # (rows, text vocab)
+        scores = self._process(rows, logits)
+        noise = None
+        if self.options.do_sample:
+            noise = torch.stack([self._exponential(row, scores.shape[1:]) for row in rows])
+            scores = scores.log_softmax(dim=-1)
+        for row, token in zip(rows, draw(scores, noise).tolist(), strict=True):
+            row.ids.append(token)
+            self._stream([token])
+            if token in self.end_of:
+                row.span_start = len(row.ids)
+            row.done = token in self.eos_tokens or row.new_tokens >= self.max_new_tokens
+        self._stop(rows)
+        for row in rows:
+            if row.span_start is not None and not row.done:
+                self._start_block(row)
+
+    def _process(self, rows: list[Row], logits: torch.Tensor) -> torch.Tensor:
+        """
+        The logits after the user's processors and sampling options, text side only, (rows, text vocab).
+
+        Processors see the whole vocabulary (audio at -inf) and the whole batch, as they would in ordinary generation;
+        rows that have written differently much are shown one length after the other. Left padding is shown as the row's
+        first token, so that penalties and lengths come out as they would for the row alone.
+        """
+        if self.logits is not None:
+            self.logits.append(self._widen(logits))
+        if self.score_processors_only:
+            for processor in self.processors:
+                logits = processor(None, logits)
+        else:
+            processed = torch.empty_like(logits)
+            for length in sorted({row.new_tokens for row in rows}):
+                of_length = [i for i, row in enumerate(rows) if row.new_tokens == length]
+                index = torch.tensor([rows[i].index for i in of_length], device=self.device)
+                scores = self._widen(logits).new_zeros(len(self.rows), self.vocab_size)
+                scores[index] = self._widen(logits[of_length])
+                scores = self.processors(self._shown_ids(length), scores)
+                processed[of_length] = scores[index, : self.audio_start].to(processed.dtype)
+            logits = processed
+        if self.scores is not None:
+            self.scores.append(self._widen(logits))
+        return logits
+
+    def _widen(self, logits: torch.Tensor) -> torch.Tensor:
+        return nn.functional.pad(logits, (0, self.vocab_size - logits.shape[1]), value=-torch.inf)
+
+    def _shown_ids(self, new_tokens: int) -> torch.LongTensor:
+        """Every row with exactly `new_tokens` new tokens, (batch, prompt width + new tokens), cut or filled to that."""
+        width = self.input_ids.shape[1] + new_tokens
+        shown = []
+        for row in self.rows:
+            ids = row.ids[: row.prompt_length + new_tokens]
+            ids = ids + [ids[-1]] * (row.prompt_length + new_tokens - len(ids))
+            shown.append([ids[0]] * (width - len(ids)) + ids)
+        return torch.tensor(shown, device=self.device)
+
+    def _stop(self, rows: list[Row]) -> bool:
+        """Asks the stopping criteria (other than eos and length) about rows that have just grown: is one done by it?"""
+        stopped = False
+        if not self.criteria:
+            return stopped
+        for length in sorted({row.new_tokens for row in rows if not row.done}):
+            verdict = self.criteria(self._shown_ids(length), None).tolist()
+            for row in rows:
+                if row.new_tokens == length and not row.done and verdict[row.index]:
+                    row.done = stopped = True
+        return stopped
+
+    # ---- audio -------------------------------------------------------------------------------------------------------
+
+    def _start_block(self, row: Row) -> None:
+        """Step 3a: mask tokens at the end of the span. A block never reaches past the model's last position."""
+        size = self.options.audio_block_size
+        if self.max_positions is not None:
+            size = max(1, min(size, self.max_positions - len(row.ids)))
+        row.block, row.step = [UNDECIDED] * size, 0
+
+    def _denoise(self, rows: list[Row], hidden: Sequence[torch.Tensor]) -> None:
+        """Steps 3b to 3d for rows with a block. hidden: each (queries, hidden_size), the block at the end."""
+        options, width = self.options, max(len(row.block) for row in rows)
+        # 3b. Logits of the blocks, codes and end tokens only.
+        states = hidden[0].new_zeros(len(rows), width, hidden[0].shape[-1])  # (rows, block, hidden_size)
+        for i, row in enumerate(rows):
+            states[i, : len(row.block)] = hidden[i][-len(row.block) :]
+        logits = self._project(states, self.first_candidate, self.last_candidate + 1)  # (rows, block, candidates)
+        if options.audio_guidance_scale:
+            logits = guide(logits, self._unconditional(rows, width), options.audio_guidance_scale)
+        if self.forbidden_in_span:
+            logits[..., self.forbidden_in_span] = -torch.inf
+
+        # 3c. A token for every position.
+        if options.audio_temperature > 0:
+            scaled = keep_probable(logits / options.audio_temperature, options.audio_top_k, options.audio_top_p)
+            noise = torch.stack([self._exponential(row, logits.shape[1:]) for row in rows])
+            tokens = draw(scaled.log_softmax(dim=-1), noise)
+        else:
+            tokens = draw(logits)
+
+        # 3d. Fix the most confident of the undecided positions.
+        undecided = torch.zeros(len(rows), width, dtype=torch.bool)
+        counts = []
+        for i, row in enumerate(rows):
+            undecided[i, : len(row.block)] = torch.tensor([token == UNDECIDED for token in row.block])
+            shares = split_evenly(len(row.block), options.audio_steps_per_block)
+            counts.append(1 if options.audio_confidence_threshold is not None else shares[row.step])
+        if options.audio_remasking == "random":
+            confidence = torch.stack([torch.rand(width, generator=row.generator, device=self.device) for row in rows])
+        else:
+            confidence = confidence_of(logits, tokens, options.audio_remasking)
+        fixed = choose_positions(
+            confidence,
+            undecided.to(self.device),
+            torch.tensor(counts, device=self.device),
+            options.audio_confidence_threshold,
+        )
+        chosen = torch.where(fixed, tokens + self.first_candidate, UNDECIDED).tolist()
+        for row, tokens_of_row in zip(rows, chosen, strict=True):
+            row.step += 1
+            row.block = [new if old == UNDECIDED else old for old, new in zip(row.block, tokens_of_row, strict=False)]
+            self._finish_block(row)
+
+    def _finish_block(self, row: Row) -> None:
+        """
+        Step 3e: ends the block once it is decided. What stands after the first end token is dropped, so the block is
+        decided as soon as everything up to that token is.
+        """
+        end = next((i for i, token in enumerate(row.block) if token in self.end_tokens or token == UNDECIDED), None)
+        if end is not None and row.block[end] == UNDECIDED:
+            return
+        codes, row.block = row.block, []
+        closing = None
+        if end is not None:
+            codes, closing = codes[:end], codes[end]
+        # A limit leaves the codes before it as they are and always leaves room for the end token.
+        room = min(
+            self.options.max_audio_codes_per_span - (len(row.ids) - row.span_start),
+            self.max_new_tokens - row.new_tokens - 1,
+        )
+        if len(codes) > room or (closing is None and len(codes) == room):
+            codes, closing = codes[: max(room, 0)], self._proper_end(row)
+        row.ids += codes
+        if closing is None and self._stop([row]):
+            closing = self._proper_end(row)
+        if closing is None:
+            self._stream(codes)
+            self._start_block(row)
+            return
+        row.ids.append(closing)
+        self._stream([*codes, closing])
+        row.done = row.done or row.new_tokens >= self.max_new_tokens
+        self._stop([row])
+
+    def _proper_end(self, row: Row) -> int:
+        """The end token that belongs to the begin token of the row's span."""
+        begin = row.ids[row.span_start - 1] if row.span_start else None
+        return self.end_of.get(begin, next(iter(self.end_of.values())))
+
+    def _unconditional(self, rows: list[Row], width: int) -> torch.Tensor:
+        """
+        Logits of the blocks when everything before them is masked, (rows, block, candidates): one bidirectional span
+        from the start of the sequence, without the cache. An untouched block's depend on the length alone.
+        """
+        results: dict[int, torch.Tensor] = {}
+        needed: list[tuple[list[int], int, list[int]]] = []  # sequence, block size, rows
+        starts: dict[tuple[int, int], int] = {}
+        for i, row in enumerate(rows):
+            key = (len(row.ids), len(row.block))
+            if row.step == 0 and key in self.unconditional_starts:
+                results[i] = self.unconditional_starts[key]
+            elif row.step == 0 and key in starts:
+                needed[starts[key]][2].append(i)
+            else:
+                if row.step == 0:
+                    starts[key] = len(needed)
+                masked = [self.mask_token] * len(row.ids)
+                masked += [self.mask_token if token == UNDECIDED else token for token in row.block]
+                needed.append((masked, len(row.block), [i]))
+        if needed:
+            longest = max(len(sequence) for sequence, _, _ in needed)
+            lengths = torch.tensor([len(sequence) for sequence, _, _ in needed], device=self.device)
+            ids = torch.tensor(
+                [sequence + [self.mask_token] * (longest - len(sequence)) for sequence, _, _ in needed],
+                device=self.device,
+            )
+            positions = torch.arange(longest, device=self.device)
+
+            def is_real(batch_idx, head_idx, q_idx, kv_idx):
+                return kv_idx < lengths[batch_idx]
+
+            hidden = self.backbone(
+                input_ids=ids,
+                attention_mask=self._mask(is_real, len(needed), longest, longest),
+                position_ids=positions.expand_as(ids),
+                use_cache=False,
+            ).last_hidden_state
+            self._count([rows[i] for _, _, owners in needed for i in owners], ids.numel())
+            for n, (sequence, size, owners) in enumerate(needed):
+                block = hidden[n, len(sequence) - size : len(sequence)]
+                block = self._project(block, self.first_candidate, self.last_candidate + 1)
+                results |= dict.fromkeys(owners, block)
+                if rows[owners[0]].step == 0:
+                    self.unconditional_starts[len(sequence) - size, size] = block
+        while len(self.unconditional_starts) > 64:
+            self.unconditional_starts.pop(next(iter(self.unconditional_starts)))
+        padded = [nn.functional.pad(results[i], (0, 0, 0, width - len(results[i]))) for i in range(len(rows))]
+        return torch.stack(padded)
+
+    # ---- model -------------------------------------------------------------------------------------------------------
+
+    def _forward(self, rows: list[Row], queries: list[list[int]], prompt: bool = False) -> torch.Tensor:
+        """
+        One forward over each row's queries, behind what the cache holds of the row; returns the hidden states,
+        (rows, longest queries, hidden_size). Shorter rows are filled at the end; nobody sees the filling.
+        """
+        width = max(map(len, queries))
+        ids = torch.tensor(
+            [
+                [self.mask_token if token == UNDECIDED else token for token in of_row]
+                + [self.mask_token] * (width - len(of_row))
+                for of_row in queries
+            ],
+            device=self.device,
+        )
+        starts = [row.cached for row in rows]
+        start = torch.tensor(starts, device=self.device)
+        positions = start[:, None] + torch.arange(width, device=self.device)
+        visible = max(starts) + width
+        if prompt:
+            spans = nn.functional.pad(self.prompt_span_ids, (0, visible), value=-1)  # (rows, prompt and filling)
+
+            def allowed(batch_idx, head_idx, q_idx, kv_idx):
+                query = start[batch_idx] + q_idx
+                same_span = (spans[batch_idx, query] == spans[batch_idx, kv_idx]) & (spans[batch_idx, query] >= 0)
+                return (kv_idx <= query) | same_span
+        else:
+            ends = [begin + len(of_row) for begin, of_row in zip(starts, queries, strict=True)]
+            end = torch.tensor(ends, device=self.device)
+            span = torch.tensor(
+                [ends[i] if row.span_start is None else row.span_start for i, row in enumerate(rows)],
+                device=self.device,
+            )
+
+            def allowed(batch_idx, head_idx, q_idx, kv_idx):
+                query = start[batch_idx] + q_idx
+                return (kv_idx <= query) | ((query >= span[batch_idx]) & (kv_idx < end[batch_idx]))
+
+        reserve = min(max(row.prompt_length for row in self.rows) + self.max_new_tokens + 1, visible + 512)
+        self.cache.write_at([row.index for row in rows], starts, width, self.device, reserve)
+        output = self.backbone(
+            input_ids=ids,
+            attention_mask=self._mask(allowed, len(rows), width, visible),
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self._count(rows, ids.numel())
+        return output.last_hidden_state
+
+    def _mask(self, allowed: Any, batch_size: int, queries: int, keys: int) -> Any:
+        """The attention mask of a rule allowed(batch, head, query, key), in the form the backbone's attention takes."""
+        config = self.backbone.config
+        implementation = config._attn_implementation
+        dtype = self.backbone.dtype
+        if implementation in ("eager", "sdpa"):
+            batch = torch.arange(batch_size, device=self.device)[:, None, None]
+            query = torch.arange(queries, device=self.device)[:, None]
+            mask = allowed(batch, 0, query, torch.arange(keys, device=self.device))
+            mask = mask.expand(batch_size, queries, keys)[:, None]  # (rows, 1, queries, keys)
+            if implementation == "eager":
+                mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+            return mask
+        return ALL_MASK_ATTENTION_FUNCTIONS[implementation](
+            batch_size=batch_size,
+            q_length=queries,
+            kv_length=keys,
+            mask_function=allowed,
+            attention_mask=None,
+            allow_is_causal_skip=False,
+            dtype=dtype,
+            config=config,
+            device=self.device,
+        )
+
+    def _project(self, hidden: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """The vocabulary rows start to stop of the head's logits, in float32. hidden: (..., hidden_size)."""
+        head = self.lm_head
+        if type(head) is nn.Linear and not hasattr(head, "_hf_hook") and not head._forward_hooks:
+            bias = None if head.bias is None else head.bias[start:stop]
+            logits = nn.functional.linear(hidden.to(head.weight.device), head.weight[start:stop], bias)
+        else:  # quantised, offloaded, adapted: only the module itself knows its weight
+            logits = head(hidden)[..., start:stop]
+        return logits.to(device=self.device, dtype=torch.float32)
+
+    def _count(self, rows: list[Row], positions: int) -> None:
+        self.num_forwards += 1
+        self.num_token_positions += positions
+        for row in rows:
+            row.forwards += 1
+
+    # ---- prompt and cache --------------------------------------------------------------------------------------------
+
+    def _prompt_span_ids(self) -> torch.LongTensor:
+        """Span ids of the prompts without their padding, (rows, longest prompt), -1 outside spans."""
+        longest = max(row.prompt_length for row in self.rows)
+        ids = torch.tensor([row.ids + [0] * (longest - len(row.ids)) for row in self.rows], device=self.device)
+        lengths = torch.tensor([row.prompt_length for row in self.rows], device=self.device)
+        is_real = torch.arange(longest, device=self.device) < lengths[:, None]
+        return self.model.model.get_span_ids(ids, is_real.long()).masked_fill(~is_real, -1)
+
+    def _reusable(self, row: Row) -> int:
+        """
+        How many leading tokens of the prompt the cache holds exactly as needed: equal tokens, cut back so that the last
+        token (it gives the next one's logits) and whole spans (their tokens saw each other) are computed again.
+        """
+        ids, cached = row.ids, self.cache.token_ids[row.index]
+        length = 0
+        for ours, theirs in zip(ids[:-1], cached, strict=False):
+            if ours != theirs:
+                break
+            length += 1
+        cuts_a_span = any(length < len(other) and other[length] >= self.audio_start for other in (ids, cached))
+        if cuts_a_span:
+            while length > 0 and ids[length - 1] >= self.audio_start:
+                length -= 1
+        return length
+
+    # ---- noise, streaming --------------------------------------------------------------------------------------------
+
+    def _generators(self, batch_size: int) -> list[torch.Generator | None]:
+        """One per row, so that no row's noise depends on its neighbours; none where nothing is drawn."""
+        options = self.options
+        if not (options.do_sample or options.audio_temperature > 0 or options.audio_remasking == "random"):
+            return [None] * batch_size
+        seed = options.seed
+        if seed is None:
+            seed = int(torch.randint(2**62, (1,)))
+        seeds = [seed + row for row in range(batch_size)] if isinstance(seed, int) else seed
+        return [torch.Generator(self.device).manual_seed(row_seed) for row_seed in seeds]
+
+    def _exponential(self, row: Row, shape: Sequence[int]) -> torch.Tensor:
+        noise = torch.empty(*shape, device=self.device).exponential_(generator=row.generator)
+        return noise.clamp_(min=torch.finfo(noise.dtype).tiny)
+
+    def _stream(self, tokens: list[int]) -> None:
+        if self.streamer is not None and tokens:
+            self.streamer.put(torch.tensor(tokens))
+
+
+__all__ = ["TttDecoder"]

@@ -1,0 +1,120 @@
+"""The generation settings of TtT: what GenerationConfig has, plus how audio spans are denoised."""
+
+import math
+from typing import Any
+
+from transformers import GenerationConfig
+
+AUDIO_REMASKING_RULES = ("low_confidence", "random", "entropy")
+
+# What `generate` uses where neither the caller nor the checkpoint says otherwise: the published sampler's settings.
+AUDIO_DEFAULTS: dict[str, Any] = {
+    "audio_block_size": 26,
+    "audio_steps_per_block": 2,
+    "audio_remasking": "low_confidence",
+    "audio_temperature": 0.0,
+    "audio_guidance_scale": 0.0,
+    "max_audio_codes_per_span": 2600,
+}
+AUDIO_OPTIONS = (*AUDIO_DEFAULTS, "audio_confidence_threshold", "audio_top_k", "audio_top_p", "seed")
+
+
+class TttGenerationConfig(GenerationConfig):
+    """
+    Generation settings of [`TttForConditionalGeneration`].
+
+    The inherited options (`do_sample`, `temperature`, `top_k`, `top_p`, `repetition_penalty`, `max_new_tokens`, ...)
+    act on text. `max_new_tokens` counts every new token: text, begin tokens, codes and end tokens. The options below
+    act inside audio spans. As with the inherited options, `None` means "not set": the checkpoint's
+    generation_config.json decides, then the default named here (those of the published sampler).
+
+    Args:
+        audio_block_size (`int`, default 26): mask tokens appended to a span at a time, in codes (80 ms each).
+        audio_steps_per_block (`int`, default 2): denoising steps per block. The block's positions are split evenly
+            over the steps, earlier steps taking the remainder. Steps beyond the block size change nothing. Not used
+            when `audio_confidence_threshold` is set.
+        audio_remasking (`str`, default "low_confidence"): which positions a step fixes. "low_confidence": those whose
+            chosen token has the highest probability; "entropy": those whose distribution has the lowest entropy;
+            "random": any.
+        audio_confidence_threshold (`float` in (0, 1], *optional*): instead of an even split, each step fixes every
+            position whose confidence reaches the threshold, and the most confident one where none does, so that a
+            block takes between 1 and `audio_block_size` steps. The confidence is the chosen token's probability
+            ("low_confidence") or exp(-entropy), one over the effective number of choices ("entropy").
+        audio_temperature (`float`, default 0.0): 0 takes the most probable token; above 0 samples.
+        audio_top_k (`int`, *optional*), audio_top_p (`float` in (0, 1], *optional*): restrict the sampling to the most
+            probable tokens. They have no effect at temperature 0. Confidences are taken before temperature and these.
+        audio_guidance_scale (`float`, default 0.0): classifier-free guidance, logits = u + (scale + 1) * (c - u). Above
+            0 each step also runs the whole sequence with everything before the block masked (the u above).
+        max_audio_codes_per_span (`int`, default 2600): a span without an end token is closed after this many codes.
+        seed (`int` or list of `int`, *optional*): row r of the batch draws all its noise (text, audio, remasking) from
+            its own generator, seeded with `seed + r`, or with `seed[r]` if a list is given. So row r of a batch with
+            `seed=s` is reproduced alone with `seed=s + r`. Without it the first row's seed comes from torch's global
+            generator. With `num_return_sequences`, rows count after expansion.
+    """
+
+    def __init__(self, **kwargs: Any):
+        for name in AUDIO_OPTIONS:
+            setattr(self, name, kwargs.pop(name, None))
+        super().__init__(**kwargs)
+
+    @staticmethod
+    def _get_default_generation_params() -> dict[str, Any]:
+        return {**GenerationConfig._get_default_generation_params(), **AUDIO_DEFAULTS}
+
+    @classmethod
+    def from_model_config(cls, model_config: Any) -> "TttGenerationConfig":
+        """Settings for a model without a generation_config.json: token ids come from the model's configuration."""
+        return cls.upgrade(GenerationConfig.from_model_config(model_config))
+
+    @classmethod
+    def upgrade(cls, generation_config: GenerationConfig) -> "TttGenerationConfig":
+        """The same settings as an instance of this class; unset audio options stay unset."""
+        if isinstance(generation_config, cls):
+            return generation_config
+        upgraded = cls.from_dict(generation_config.to_dict())
+        if hasattr(generation_config, "_original_object_hash"):
+            upgraded._original_object_hash = hash(upgraded)
+        return upgraded
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return {k: v for k, v in super().to_diff_dict().items() if k not in AUDIO_OPTIONS or v is not None}
+
+    def validate(self, *args: Any, **kwargs: Any) -> None:
+        """
+        Raises:
+            ValueError: naming the option, its value and what to use instead.
+        """
+        super().validate(*args, **kwargs)
+        for name in ("audio_block_size", "audio_steps_per_block", "max_audio_codes_per_span", "audio_top_k"):
+            value = getattr(self, name)
+            if value is not None and (not _is_int(value) or value < 1):
+                raise ValueError(f"`{name}` is {value!r}; use an integer of at least 1.")
+        if self.audio_remasking is not None and self.audio_remasking not in AUDIO_REMASKING_RULES:
+            raise ValueError(f"`audio_remasking` is {self.audio_remasking!r}; use one of {AUDIO_REMASKING_RULES}.")
+        for name in ("audio_temperature", "audio_guidance_scale"):
+            value = getattr(self, name)
+            if value is not None and (not _is_number(value) or value < 0):
+                raise ValueError(f"`{name}` is {value!r}; use a finite number of at least 0 (0 switches it off).")
+        for name in ("audio_confidence_threshold", "audio_top_p"):
+            value = getattr(self, name)
+            if value is not None and (not _is_number(value) or not 0 < value <= 1):
+                raise ValueError(f"`{name}` is {value!r}; use a number above 0 and at most 1, or None.")
+        if self.audio_confidence_threshold is not None and self.audio_remasking == "random":
+            raise ValueError(
+                f"`audio_confidence_threshold` is {self.audio_confidence_threshold!r}, but `audio_remasking` is "
+                "'random', whose confidence means nothing; use 'low_confidence' or 'entropy', or no threshold."
+            )
+        seeds = self.seed if isinstance(self.seed, list | tuple) else [self.seed]
+        if self.seed is not None and not (seeds and all(_is_int(seed) and 0 <= seed < 2**63 for seed in seeds)):
+            raise ValueError(f"`seed` is {self.seed!r}; use an integer from 0 to 2**63 - 1, or a list of one per row.")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+__all__ = ["AUDIO_DEFAULTS", "AUDIO_OPTIONS", "AUDIO_REMASKING_RULES", "TttGenerationConfig"]

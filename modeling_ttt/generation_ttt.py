@@ -1,0 +1,349 @@
+"""`generate` for TtT: what may be asked for, and the way from GenerationMixin's preparation to the decoding loop."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, GenerationMixin
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import ModelOutput, logging
+
+from .cache_ttt import TttCache
+from .decoding_ttt import TttDecoder
+from .generation_config_ttt import AUDIO_OPTIONS, TttGenerationConfig
+
+logger = logging.get_logger(__name__)
+
+DEFAULT_MAX_NEW_TOKENS = 512
+
+# Options of GenerationMixin that have no meaning here: (name, is it asked for, what it is, what to do).
+REFUSED_OPTIONS = (
+    ("constraints", lambda v: v is not None, "constrained beam search", "leave it out"),
+    ("force_words_ids", lambda v: v is not None, "constrained beam search", "leave it out"),
+    ("num_beam_groups", lambda v: v is not None and v > 1, "group beam search", "leave it out"),
+    ("num_beams", lambda v: v is not None and v > 1, "beam search", "use num_beams=1, or do_sample=True"),
+    ("penalty_alpha", lambda v: v is not None and v > 0, "contrastive search", "leave it out"),
+    ("dola_layers", lambda v: v is not None, "DoLa decoding", "leave it out"),
+    ("prompt_lookup_num_tokens", lambda v: v is not None, "prompt lookup decoding", "leave it out"),
+    ("assistant_early_exit", lambda v: v is not None, "assisted decoding", "leave it out"),
+    ("use_mtp", bool, "multi-token prediction", "leave it out"),
+    ("speculation_type", lambda v: v is not None, "speculative decoding", "leave it out"),
+    ("is_assistant", bool, "serving as an assistant model", "leave it out"),
+    ("guidance_scale", lambda v: v is not None and v != 1, "guidance of text", "use audio_guidance_scale for audio"),
+    ("prefill_chunk_size", lambda v: v is not None, "chunked prefill", "leave it out"),
+    ("token_healing", bool, "token healing", "leave it out"),
+    ("output_attentions", bool, "returning attentions of every step", "call the model itself on the sequences"),
+    ("output_hidden_states", bool, "returning hidden states of every step", "call the model itself on the sequences"),
+    (
+        "cache_implementation",
+        lambda v: v not in (None, "dynamic"),
+        "a cache whose last tokens cannot be taken back",
+        "leave it out",
+    ),
+)
+
+
+@dataclass
+class TttGenerateOutput(ModelOutput):
+    """
+    What `generate` returns with `return_dict_in_generate=True`.
+
+    Args:
+        sequences (`torch.LongTensor` of shape `(batch, prompt + new)`): prompts as given, then the new tokens, then the
+            padding token for rows that ended earlier.
+        past_key_values (`TttCache`): hand it to the next turn of the conversation; `None` with `use_cache=False`.
+        num_forwards (`int`): forwards of the backbone in this call, shared ones counted once: prompt, text, denoising
+            steps, commits of finished spans and unconditional branches.
+        num_token_positions (`int`): token positions these forwards computed, filling included.
+        forwards_per_row (`torch.LongTensor` of shape `(batch,)`): forwards each row took part in.
+        tokens_per_forward (`torch.FloatTensor` of shape `(batch,)`): each row's new tokens by its forwards.
+        scores, logits (`tuple(torch.FloatTensor)`, *optional*): with `output_scores` / `output_logits`, after and before
+            the logits processors, one `(1, vocab)` entry per new text token, audio-side ids at -inf.
+    """
+
+    sequences: torch.LongTensor | None = None
+    past_key_values: TttCache | None = None
+    num_forwards: int | None = None
+    num_token_positions: int | None = None
+    forwards_per_row: torch.LongTensor | None = None
+    tokens_per_forward: torch.FloatTensor | None = None
+    scores: tuple[torch.FloatTensor, ...] | None = None
+    logits: tuple[torch.FloatTensor, ...] | None = None
+
+
+class TttGenerationMixin(GenerationMixin):
+    """Generation of interleaved text and audio. The model's class sets `generation_config_class` to ours."""
+
+    output_modalities = ("text", "audio")
+    generation_config_class = TttGenerationConfig
+
+    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
+        super().adjust_generation_fn(*args, **kwargs)
+        self.generation_config = TttGenerationConfig.upgrade(self.generation_config)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.LongTensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        streamer: BaseStreamer | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> TttGenerateOutput | torch.LongTensor:
+        r"""
+        Writes text and audio after the prompts, each row of the batch as if it were alone.
+
+        1. Prompts: one forward computes their keys and values (left padding is taken off; what `past_key_values` holds
+           already is skipped). It gives the logits of the first new token.
+        2. Text: one token per forward, chosen among text-side ids by the usual options (`do_sample`, `temperature`,
+           `repetition_penalty`, processors, ...). A begin token starts a span; an end-of-sequence token ends the row.
+        3. Span, block by block:
+           a. append `audio_block_size` mask tokens;
+           b. one forward over the span's own tokens, behind the cache, gives the logits of the block: codes and both end
+              tokens only. With `audio_guidance_scale` above 0, a second forward over the whole sequence, all masked
+              before the block, is mixed in;
+           c. take a token for every position: the most probable, or a sample (`audio_temperature` above 0);
+           d. fix the most confident of the undecided positions (`audio_remasking`), an even share of the block per step
+              or all those above `audio_confidence_threshold`; the cache forgets the step; back to b;
+           e. when the block is decided up to its first end token, the span ends there (an end token of either kind, as
+              published) and the rest is dropped; without one, the next block follows.
+        4. Commit: a forward over the finished span stores its keys and values and gives the next text token's logits.
+
+        Steps 3 and 4 recompute the span because its tokens see each other; nothing before it changes, so the tokens are
+        those of the uncached published sampler. Rows that write text are advanced first and wait at their next span, so
+        that rows share the forwards over spans.
+
+        Limits. `max_new_tokens` counts all new tokens and is never exceeded. A span that meets it, or
+        `max_audio_codes_per_span`, keeps the codes that fit beside the end token of its kind and is closed with it (a
+        begin token that is itself the last token stays open). Stopping criteria are asked after each text token, block
+        and span; a span they stop is closed in the same way. Without `max_new_tokens` and `max_length`, 512 tokens or
+        what the context leaves. A prompt that ends with a begin token, or with codes, is continued inside that span.
+
+        Args:
+            inputs (`torch.LongTensor` of shape `(batch, length)`): the prompts, also accepted as `input_ids`; with
+                `attention_mask` of the same shape (0 is padding). Always the whole conversation.
+            generation_config ([`TttGenerationConfig`], *optional*), or its options as keywords, all the `audio_...` and
+                `seed` among them.
+            streamer (`BaseStreamer`, *optional*; one row only): receives `put(prompt)` of shape (1, length), then
+                `put(ids)` with 1-D ids on the CPU: each text token (begin and end-of-sequence tokens too) alone; audio
+                as one tensor per final block, its codes and, where the span ends there, the end token as the last id.
+                Nothing put is ever taken back. `end()` comes last.
+            past_key_values ([`TttCache`] or `DynamicCache`, *optional*): the cache of an earlier call, or of a forward
+                over the first columns of `inputs`. Whatever it holds of the prompts is used, the rest is computed;
+                a `TttCache` is changed in place.
+            kwargs: `attention_mask`, `num_return_sequences` (with sampling), `tokenizer` (for `stop_strings`),
+                `prefix_allowed_tokens_fn`, and options of the generation config.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch, prompt + new)`, or [`TttGenerateOutput`]. The autoregressive twin
+            (`config.audio_objective="autoregressive"`) is handed to the ordinary `generate`, which ignores the audio
+            options with a warning.
+
+        Raises:
+            ValueError: for options that make no sense here (beams, assisted decoding, ...), invalid values, prompts and
+                answers that do not fit the model's context: before any forward, naming the argument.
+        """
+        self.generation_config = TttGenerationConfig.upgrade(self.generation_config)
+        if generation_config is not None:
+            generation_config = TttGenerationConfig.upgrade(generation_config)
+        shared = {
+            "generation_config": generation_config,
+            "logits_processor": logits_processor,
+            "stopping_criteria": stopping_criteria,
+            "streamer": streamer,
+            **kwargs,
+        }
+        if self.config.audio_objective == "autoregressive":
+            ignored = sorted(name for name in AUDIO_OPTIONS if kwargs.get(name) is not None)
+            if ignored:
+                logger.warning_once(f"{ignored} have no effect: this model writes its audio autoregressively.")
+            return super().generate(inputs, past_key_values=past_key_values, **shared)
+        if kwargs.get("custom_generate") is not None:
+            return super().generate(inputs, past_key_values=past_key_values, **shared)
+
+        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        options = self._prepare_generation_config(
+            generation_config, **{k: v for k, v in kwargs.items() if k in self.generation_config.__dict__}
+        )[0]
+        self._refuse_calls(input_ids, options, streamer, kwargs)
+        shared.pop("input_ids", None)
+        input_ids = input_ids.to(self.device)
+        if kwargs.get("attention_mask") is not None:
+            shared["attention_mask"] = kwargs["attention_mask"].to(self.device)
+        lengths = [kwargs.get("max_length"), generation_config and generation_config.max_length]
+        if options.max_new_tokens is None and not any([*lengths, self.generation_config.max_length]):
+            room = self.config.get_text_config().max_position_embeddings - _longest_prompt(input_ids, shared)
+            shared["max_new_tokens"] = max(1, min(DEFAULT_MAX_NEW_TOKENS, room))
+        if options.stop_strings is not None:
+            # `generate` keeps the tokenizer from custom decoding loops, and without it refuses stop strings.
+            criterion = StopStringCriteria(shared.pop("tokenizer"), options.stop_strings)
+            shared["stopping_criteria"] = StoppingCriteriaList([*(stopping_criteria or []), criterion])
+            shared["stop_strings"] = None
+
+        def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+            return model._decode(
+                input_ids,
+                model_kwargs.get("attention_mask"),
+                generation_config,
+                logits_processor,
+                stopping_criteria,
+                streamer,
+                past_key_values,
+            )
+
+        return super().generate(input_ids, custom_generate=decode, **shared)
+
+    def _decode(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None,
+        generation_config: TttGenerationConfig,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        streamer: BaseStreamer | None,
+        past_key_values: Cache | None,
+    ) -> TttGenerateOutput | torch.LongTensor:
+        """Runs the decoding loop on what GenerationMixin prepared, and packs its result."""
+        batch_size, as_dict = input_ids.shape[0], bool(generation_config.return_dict_in_generate)
+        if isinstance(generation_config.seed, list | tuple) and len(generation_config.seed) != batch_size:
+            raise ValueError(
+                f"`seed` names {len(generation_config.seed)} seeds for {batch_size} rows; give one per row, or one "
+                "integer."
+            )
+        cache = _import_cache(past_key_values, input_ids, attention_mask)
+        keep_cache = cache is not None or (as_dict and generation_config.use_cache is not False)
+        decoder = TttDecoder(
+            self,
+            input_ids,
+            attention_mask,
+            generation_config,
+            logits_processor,
+            stopping_criteria,
+            streamer,
+            cache,
+            keep_cache,
+        )
+        needed = max(row.prompt_length for row in decoder.rows) + decoder.max_new_tokens
+        if decoder.max_positions is not None and needed > decoder.max_positions:
+            raise ValueError(
+                f"The longest prompt ({needed - decoder.max_new_tokens} tokens) and `max_new_tokens` "
+                f"({decoder.max_new_tokens}) make {needed} positions, but the model has `max_position_embeddings` = "
+                f"{decoder.max_positions}: shorten the prompt or lower `max_new_tokens`."
+            )
+        decoder.run()
+
+        new_tokens = [row.ids[row.prompt_length :] for row in decoder.rows]
+        longest = max(map(len, new_tokens))
+        pad = generation_config._pad_token_tensor
+        padding = int(pad) if pad is not None else 0
+        answers = torch.tensor(
+            [answer + [padding] * (longest - len(answer)) for answer in new_tokens], device=input_ids.device
+        )
+        sequences = torch.cat([input_ids, answers], dim=1)
+        if not as_dict:
+            return sequences
+        forwards = torch.tensor([row.forwards for row in decoder.rows])
+        return TttGenerateOutput(
+            sequences=sequences,
+            past_key_values=decoder.cache if keep_cache else None,
+            num_forwards=decoder.num_forwards,
+            num_token_positions=decoder.num_token_positions,
+            forwards_per_row=forwards,
+            tokens_per_forward=torch.tensor([len(answer) for answer in new_tokens]) / forwards,
+            scores=tuple(decoder.scores) if decoder.scores is not None else None,
+            logits=tuple(decoder.logits) if decoder.logits is not None else None,
+        )
+
+    def _refuse_calls(
+        self,
+        input_ids: torch.LongTensor | None,
+        options: TttGenerationConfig,
+        streamer: BaseStreamer | None,
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Raises a ValueError that names the argument for every call that cannot be served."""
+        if input_ids is None:
+            given = "`inputs_embeds` do" if kwargs.get("inputs_embeds") is not None else "No `inputs` does"
+            raise ValueError(f"{given} not tell text from audio: pass the prompt's token ids as `inputs`.")
+        if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+            raise ValueError(f"`inputs` has shape {tuple(input_ids.shape)}; use (batch, length) with a token or more.")
+        for name, is_asked, what, remedy in REFUSED_OPTIONS:
+            value = getattr(options, name, None)
+            if is_asked(value):
+                raise ValueError(f"`{name}={value!r}` asks for {what}, which TtT generation does not do; {remedy}.")
+        for name in ("assistant_model", "negative_prompt_ids", "position_ids", "inputs_embeds", "span_ids", "labels"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"`{name}` is not used by TtT generation; leave it out.")
+        if kwargs.get("synced_gpus"):
+            raise ValueError("`synced_gpus=True` is not supported: gather the model on each device to generate.")
+        mask = kwargs.get("attention_mask")
+        if mask is not None and tuple(mask.shape) != tuple(input_ids.shape):
+            raise ValueError(
+                f"`attention_mask` has shape {tuple(mask.shape)}, `inputs` {tuple(input_ids.shape)}: pass the whole "
+                "conversation, not only its new part, and its mask."
+            )
+        if mask is not None and not mask.bool().any(dim=1).all():
+            raise ValueError("`attention_mask` leaves a row without any token; give every row a prompt.")
+        rows = input_ids.shape[0] * (options.num_return_sequences or 1)
+        if streamer is not None and rows > 1:
+            raise ValueError(f"`streamer` follows one row, but this call writes {rows}: call `generate` for each.")
+        for name in ("output_scores", "output_logits"):
+            if getattr(options, name) and options.return_dict_in_generate and rows > 1:
+                raise ValueError(
+                    f"`{name}` is for one row (rows reach their text tokens at different times), but this call "
+                    f"writes {rows}: call `generate` for each."
+                )
+        if options.stop_strings is not None and kwargs.get("tokenizer") is None:
+            raise ValueError("`stop_strings` needs the tokenizer: pass `tokenizer=`.")
+        if self.training and self.is_gradient_checkpointing:
+            raise ValueError("Gradient checkpointing in training mode disables the cache: call `model.eval()` first.")
+        kinds = set(getattr(self.config.get_text_config(), "layer_types", None) or ()) - {"full_attention"}
+        if kinds:
+            raise ValueError(f"Backbone layers of type {sorted(kinds)} are not supported; use full attention.")
+
+
+def _longest_prompt(input_ids: torch.LongTensor, kwargs: dict[str, Any]) -> int:
+    mask = kwargs.get("attention_mask")
+    return input_ids.shape[1] if mask is None else int(mask.sum(dim=1).max())
+
+
+def _import_cache(
+    past_key_values: Cache | None, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None
+) -> TttCache | None:
+    """The caller's cache as one that the decoding loop can use."""
+    batch_size, width = input_ids.shape
+    if past_key_values is None:
+        return None
+    if isinstance(past_key_values, TttCache):
+        if past_key_values.num_rows != batch_size:
+            raise ValueError(
+                f"`past_key_values` holds {past_key_values.num_rows} rows, but this call writes {batch_size}."
+            )
+        return past_key_values
+    is_plain = isinstance(past_key_values, DynamicCache) and all(
+        type(layer) is DynamicLayer for layer in past_key_values.layers
+    )
+    if not is_plain:
+        raise ValueError(
+            f"`past_key_values` is a {type(past_key_values).__name__} whose last tokens cannot be taken back; pass the "
+            "cache that `generate` returned, or a DynamicCache with full attention."
+        )
+    length = past_key_values.get_seq_length()
+    if length == 0:
+        return None
+    if length > width or past_key_values.layers[0].keys.shape[0] != batch_size:
+        raise ValueError(
+            f"`past_key_values` holds {past_key_values.layers[0].keys.shape[0]} rows of {length} tokens, but `inputs` "
+            f"has shape {(batch_size, width)}: pass the whole conversation, cached part included."
+        )
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    columns = [row.nonzero().squeeze(-1) for row in mask[:, :length].bool()]
+    token_ids = [ids[kept].tolist() for ids, kept in zip(input_ids, columns, strict=True)]
+    return TttCache.from_dynamic_cache(past_key_values, token_ids, columns)
+
+
+__all__ = ["TttGenerateOutput", "TttGenerationMixin"]
