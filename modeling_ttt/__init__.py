@@ -1,13 +1,21 @@
 """TtT models: configuration, model, objective and generation. Importing this package registers the auto classes."""
 
 from .configuration_ttt import TttConfig
+from .generation_config_ttt import TttGenerationConfig
+from .generation_ttt import TttGenerateOutput, TttGenerationMixin
 from .modeling_ttt import TttCausalLMOutputWithPast, TttForConditionalGeneration, TttModel, TttPreTrainedModel
 from .objective_ttt import compute_span_ids
+from .ttt_codec import TttCodecConfig, TttCodecModel
 
 __all__ = [
     "TttCausalLMOutputWithPast",
+    "TttCodecConfig",
+    "TttCodecModel",
     "TttConfig",
     "TttForConditionalGeneration",
+    "TttGenerateOutput",
+    "TttGenerationConfig",
+    "TttGenerationMixin",
     "TttModel",
     "TttPreTrainedModel",
     "compute_span_ids",

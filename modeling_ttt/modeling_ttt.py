@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -14,6 +14,8 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_ttt import TttConfig
+from .generation_config_ttt import TttGenerationConfig
+from .generation_ttt import TttGenerationMixin
 from .objective_ttt import (
     IGNORE_INDEX,
     compute_span_ids,
@@ -196,9 +198,10 @@ class TttModel(TttPreTrainedModel):
         return span_ids
 
 
-class TttForConditionalGeneration(TttPreTrainedModel, GenerationMixin):
+class TttForConditionalGeneration(TttPreTrainedModel, TttGenerationMixin):
     """TtT with its language modelling head: text left to right, audio spans by absorbing diffusion."""
 
+    generation_config_class = TttGenerationConfig
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
     def __init__(self, config: TttConfig):

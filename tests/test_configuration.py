@@ -1,0 +1,78 @@
+"""TttConfig: what it accepts, what it refuses, and that it survives a round trip."""
+
+import pytest
+from conftest import AUDIO_VOCABULARY, BACKBONE, make_config
+from transformers import AutoConfig, LlamaConfig, Qwen2Config, Qwen3Config
+
+from modeling_ttt import TttConfig
+
+
+def test_default_backbone_is_qwen2():
+    assert isinstance(TttConfig().text_config, Qwen2Config)
+
+
+def test_default_has_the_shape_of_a_published_checkpoint():
+    config = TttConfig()
+    assert config.audio_code_id_start + config.num_audio_codes == config.mask_token_id
+    assert config.end_of_last_audio_token_id == config.vocab_size - 1
+
+
+@pytest.mark.parametrize("backbone", [Qwen2Config, Qwen3Config, LlamaConfig])
+def test_backbone_may_be_a_config_or_its_dictionary(backbone):
+    from_config = TttConfig(text_config=backbone(**BACKBONE), **AUDIO_VOCABULARY)
+    from_dict = TttConfig(text_config={"model_type": backbone.model_type, **BACKBONE}, **AUDIO_VOCABULARY)
+    assert isinstance(from_config.text_config, backbone)
+    assert isinstance(from_dict.text_config, backbone)
+    assert from_dict.vocab_size == from_config.vocab_size == 178
+
+
+def test_round_trip_keeps_every_setting(tmp_path):
+    config = make_config(
+        {"model_type": "llama", "tie_word_embeddings": True},
+        audio_objective="autoregressive",
+        causal_prompt_audio=True,
+        eval_noise_levels=(0.3, 0.9),
+        noise_epsilon=0.01,
+    )
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is TttConfig
+    assert loaded.to_dict() == config.to_dict()
+
+
+def test_ids_and_tying_come_from_the_backbone_unless_given():
+    config = make_config({"tie_word_embeddings": True})
+    assert (config.pad_token_id, config.eos_token_id, config.tie_word_embeddings) == (105, 104, True)
+    overridden = make_config(pad_token_id=3, tie_word_embeddings=True)
+    assert (overridden.text_config.pad_token_id, overridden.text_config.tie_word_embeddings) == (3, True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mask_token_id": 100}, "`mask_token_id` is 100.*audio-side"),
+        ({"begin_of_audio_token_id": 176}, "`begin_of_audio_token_id` is 176.*text-side"),
+        ({"end_of_audio_token_id": 120}, "`end_of_audio_token_id` is 120, which is audio code 9"),
+        ({"end_of_audio_token_id": 177}, "`end_of_last_audio_token_id` and `end_of_audio_token_id` are both 177"),
+        ({"end_of_last_audio_token_id": 178}, "`end_of_last_audio_token_id` is 178.*vocabulary"),
+        ({"begin_of_last_audio_token_id": -1}, "`begin_of_last_audio_token_id` is -1"),
+        ({"audio_token_id_start": 112}, "`audio_token_id_start` is 112"),
+        ({"num_audio_codes": 68}, "reaches id 178"),
+        ({"num_audio_codes": 0}, "`num_audio_codes` is 0"),
+        ({"clean_batch_probability": 1.5}, "`clean_batch_probability` is 1.5"),
+        ({"prefix_preservation_probability": -0.1}, "`prefix_preservation_probability`"),
+        ({"span_truncation_probability": 2}, "`span_truncation_probability`"),
+        ({"noise_epsilon": 0.0}, "`noise_epsilon`"),
+        ({"eval_noise_levels": []}, "`eval_noise_levels`"),
+        ({"eval_noise_levels": [0.0, 0.5]}, "`eval_noise_levels`"),
+        ({"audio_objective": "flow"}, "`audio_objective` is 'flow'"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(**settings)
+
+
+def test_backbone_that_is_no_config_is_refused():
+    with pytest.raises(TypeError, match="text_config"):
+        TttConfig(text_config="qwen2")
