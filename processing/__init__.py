@@ -1,10 +1,18 @@
 """Text, waveforms and audio codes to model inputs and back, and batches for training."""
 
+import modeling_ttt  # noqa: F401  (registers the models and audio tokenizers with the auto classes)
+
+from transformers import AutoProcessor
+
+from modeling_ttt import TttConfig
+
 from .collator_ttt import TttDataCollator
 from .interleaving_ttt import TttTokenIds, deinterleave, interleave
 from .processing_ttt import TttProcessor
 from .streaming_ttt import TttStreamer
 from .tasks_ttt import TASKS, TttTask
+
+AutoProcessor.register(TttConfig, TttProcessor, exist_ok=True)
 
 __all__ = [
     "TASKS",

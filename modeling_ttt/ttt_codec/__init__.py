@@ -1,0 +1,17 @@
+"""TttCodec: the small trained speech tokenizer of ttt-tiny (16 kHz speech, one codebook, 12.5 codes a second)."""
+
+from .configuration_ttt_codec import TttCodecConfig
+from .modeling_ttt_codec import (
+    TttCodecDecoderOutput,
+    TttCodecEncoderOutput,
+    TttCodecModel,
+    TttCodecStreamingDecoder,
+)
+
+__all__ = [
+    "TttCodecConfig",
+    "TttCodecDecoderOutput",
+    "TttCodecEncoderOutput",
+    "TttCodecModel",
+    "TttCodecStreamingDecoder",
+]

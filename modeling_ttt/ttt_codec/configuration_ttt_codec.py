@@ -1,0 +1,114 @@
+"""The configuration of TttCodec. The model itself lives in modeling_ttt_codec.py."""
+
+import math
+
+from transformers import PreTrainedConfig
+
+
+class TttCodecConfig(PreTrainedConfig):
+    r"""Configuration of a [`TttCodecModel`].
+
+    Args:
+        sampling_rate (`int`, *optional*, defaults to 16000): Of the waveforms in and out, in Hz.
+        hop_length (`int`, *optional*, defaults to 1280): Samples per code: 80 ms, so 12.5 codes a second.
+        mel_hop_length (`int`, *optional*, defaults to 160): Samples per log-mel frame; `hop_length` must be a multiple
+            of twice as much.
+        n_fft (`int`, *optional*, defaults to 640): Window of the log-mel analysis and of the vocoder's inverse
+            short-time Fourier transform, in samples; four times `mel_hop_length`.
+        num_mel_bins (`int`, *optional*, defaults to 80): Log-mel channels.
+        fsq_levels (`list[int]`, *optional*, defaults to `[5, 5, 4, 4]`): Levels of each dimension of the finite scalar
+            quantiser (Mentzer et al., 2023); their product is the codebook size.
+        hidden_size (`int`, *optional*, defaults to 256): Channels of encoder and decoder.
+        num_encoder_blocks, num_code_blocks, num_mel_blocks, num_vocoder_blocks (`int`, *optional*): ConvNeXt blocks of
+            the encoder (two frames per mel hop), of the decoder at code rate and at mel rate, and of the vocoder.
+        encoder_kernel_size, code_kernel_size, mel_kernel_size, vocoder_kernel_size (`int`, *optional*): Their odd
+            kernel sizes. They bound what a code sees of the speech and what a sample sees of the codes.
+        vocoder_hidden_size (`int`, *optional*, defaults to 256): Channels of the vocoder.
+        vocoder (`str`, *optional*, defaults to `"neural"`): Default of `decode`: `"neural"` or `"griffin_lim"`.
+        griffin_lim_iterations (`int`, *optional*, defaults to 32): Iterations of `"griffin_lim"`.
+    """
+
+    model_type = "ttt_codec"
+
+    def __init__(
+        self,
+        sampling_rate: int = 16_000,
+        hop_length: int = 1280,
+        mel_hop_length: int = 160,
+        n_fft: int = 640,
+        num_mel_bins: int = 80,
+        fsq_levels: list[int] | None = None,
+        hidden_size: int = 256,
+        num_encoder_blocks: int = 3,
+        encoder_kernel_size: int = 5,
+        num_code_blocks: int = 3,
+        code_kernel_size: int = 3,
+        num_mel_blocks: int = 4,
+        mel_kernel_size: int = 5,
+        vocoder_hidden_size: int = 256,
+        num_vocoder_blocks: int = 5,
+        vocoder_kernel_size: int = 7,
+        vocoder: str = "neural",
+        griffin_lim_iterations: int = 32,
+        **kwargs,
+    ):
+        self.sampling_rate = sampling_rate
+        self.hop_length = hop_length
+        self.mel_hop_length = mel_hop_length
+        self.n_fft = n_fft
+        self.num_mel_bins = num_mel_bins
+        self.fsq_levels = list(fsq_levels or [5, 5, 4, 4])
+        self.hidden_size = hidden_size
+        self.num_encoder_blocks = num_encoder_blocks
+        self.encoder_kernel_size = encoder_kernel_size
+        self.num_code_blocks = num_code_blocks
+        self.code_kernel_size = code_kernel_size
+        self.num_mel_blocks = num_mel_blocks
+        self.mel_kernel_size = mel_kernel_size
+        self.vocoder_hidden_size = vocoder_hidden_size
+        self.num_vocoder_blocks = num_vocoder_blocks
+        self.vocoder_kernel_size = vocoder_kernel_size
+        self.vocoder = vocoder
+        self.griffin_lim_iterations = griffin_lim_iterations
+        if hop_length % (2 * mel_hop_length):
+            raise ValueError(f"hop_length ({hop_length}) must be a multiple of 2 * mel_hop_length ({2 * mel_hop_length})")
+        if n_fft != 4 * mel_hop_length:
+            raise ValueError(f"n_fft ({n_fft}) must be 4 * mel_hop_length ({4 * mel_hop_length})")
+        if vocoder not in ("neural", "griffin_lim"):
+            raise ValueError(f"vocoder must be 'neural' or 'griffin_lim', not {vocoder!r}")
+        for name in ("encoder", "code", "mel", "vocoder"):
+            if getattr(self, f"{name}_kernel_size") % 2 == 0:
+                raise ValueError(f"{name}_kernel_size must be odd, not {getattr(self, f'{name}_kernel_size')}")
+        super().__init__(**kwargs)
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of codes."""
+        return math.prod(self.fsq_levels)
+
+    @property
+    def num_codebooks(self) -> int:
+        """One stream of codes."""
+        return 1
+
+    @property
+    def frame_rate(self) -> float:
+        """Codes a second."""
+        return self.sampling_rate / self.hop_length
+
+    @property
+    def frames_per_code(self) -> int:
+        """Log-mel frames per code."""
+        return self.hop_length // self.mel_hop_length
+
+    @property
+    def decoder_context_codes(self) -> int:
+        """How many codes on either side a decoded sample can depend on: the lookahead of streaming decoding."""
+        frames = self.num_mel_blocks * (self.mel_kernel_size // 2) + 2  # +2: the overlap-add of the inverse transform
+        frames += (self.num_vocoder_blocks + 1) * (self.vocoder_kernel_size // 2)
+        return self.num_code_blocks * (self.code_kernel_size // 2) + math.ceil(frames / self.frames_per_code)
+
+
+TttCodecConfig.register_for_auto_class()
+
+__all__ = ["TttCodecConfig"]

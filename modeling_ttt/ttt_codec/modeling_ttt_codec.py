@@ -1,0 +1,428 @@
+"""TttCodec: 16 kHz speech to one stream of codes at 12.5 Hz, and codes to speech in one fixed voice.
+
+Encoder (log-mel, local convolutions, finite scalar quantisation), decoder (codes to log-mel) and vocoder (log-mel to
+waveform by an inverse short-time Fourier transform) are convolutions with a bounded receptive field: what is far away
+or padding never changes a result, so rows of a batch are independent and streamed decoding equals whole decoding. The
+codes carry what was said; the decoder's voice is the one it was trained on. Training lives in training_examples/.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, AutoModelForAudioTokenization
+from transformers.audio_utils import mel_filter_bank
+from transformers.modeling_utils import PreTrainedAudioTokenizerBase
+from transformers.utils import ModelOutput
+
+from .configuration_ttt_codec import TttCodecConfig
+
+LOG_FLOOR = 1e-4
+
+
+@dataclass
+class TttCodecEncoderOutput(ModelOutput):
+    """
+    Args:
+        audio_codes (`torch.LongTensor` of shape `(batch, 1, codes)`): Codes; 0 where `audio_codes_mask` is 0.
+        audio_codes_mask (`torch.LongTensor` of shape `(batch, codes)`): 1 for each of a row's `ceil(samples / hop)` codes.
+    """
+
+    audio_codes: torch.LongTensor | None = None
+    audio_codes_mask: torch.LongTensor | None = None
+
+
+@dataclass
+class TttCodecDecoderOutput(ModelOutput):
+    """
+    Args:
+        audio_values (`torch.FloatTensor` of shape `(batch, 1, codes * hop_length)`): Waveform, zero past a row's end.
+    """
+
+    audio_values: torch.FloatTensor | None = None
+
+
+@dataclass
+class TttCodecOutput(ModelOutput):
+    """
+    Args:
+        audio_codes (`torch.LongTensor` of shape `(batch, 1, codes)`): Codes of the input.
+        audio_values (`torch.FloatTensor` of shape `(batch, 1, samples)`): The same speech in the decoder's voice.
+    """
+
+    audio_codes: torch.LongTensor | None = None
+    audio_values: torch.FloatTensor | None = None
+
+
+class TttCodecFiniteScalarQuantizer(nn.Module):
+    """Finite scalar quantisation (Mentzer et al., 2023): each dimension is bounded and rounded to a few levels."""
+
+    def __init__(self, levels: list[int]):
+        super().__init__()
+        self.levels = levels
+        self.bases = [1]
+        for level in levels[:-1]:
+            self.bases.append(self.bases[-1] * level)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., dims) of any size to the nearest grid point in [-1, 1]; the gradient passes straight through."""
+        hidden = hidden.float()
+        levels = torch.tensor(self.levels, device=hidden.device, dtype=hidden.dtype)
+        half = (levels - 1) * 1.001 / 2
+        offset = (levels % 2 == 0) * 0.5
+        bounded = torch.tanh(hidden + torch.atanh(offset / half)) * half - offset
+        rounded = bounded + (bounded.round() - bounded).detach()
+        return rounded / (levels // 2)
+
+    def to_codes(self, grid: torch.Tensor) -> torch.Tensor:
+        """Grid points (..., dims) to codes (...)."""
+        levels = torch.tensor(self.levels, device=grid.device)
+        digits = (grid * (levels // 2)).round().long() + levels // 2
+        return (digits * torch.tensor(self.bases, device=grid.device)).sum(-1)
+
+    def to_grid(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes (...) to grid points (..., dims), float32."""
+        levels = torch.tensor(self.levels, device=codes.device)
+        digits = codes[..., None] // torch.tensor(self.bases, device=codes.device) % levels
+        return (digits - levels // 2) / (levels // 2)
+
+
+class TttCodecBlock(nn.Module):
+    """One ConvNeXt block (Liu et al., 2022) over time; padded positions enter the convolution as zeros."""
+
+    def __init__(self, hidden_size: int, kernel_size: int):
+        super().__init__()
+        self.conv = nn.Conv1d(hidden_size, hidden_size, kernel_size, padding=kernel_size // 2, groups=hidden_size)
+        self.norm = nn.LayerNorm(hidden_size)
+        self.up = nn.Linear(hidden_size, 3 * hidden_size)
+        self.down = nn.Linear(3 * hidden_size, hidden_size)
+        self.scale = nn.Parameter(torch.full((hidden_size,), 0.3))
+
+    def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """hidden (batch, time, channels), mask (batch, time, 1)."""
+        mixed = self.conv((hidden * mask).transpose(1, 2)).transpose(1, 2)
+        return hidden + self.scale * self.down(F.gelu(self.up(self.norm(mixed))))
+
+
+class TttCodecEncoder(nn.Module):
+    """Log-mel frames to points before quantisation, one per code."""
+
+    def __init__(self, config: TttCodecConfig):
+        super().__init__()
+        size = config.hidden_size
+        self.stride = config.frames_per_code // 2
+        self.conv_in = nn.Conv1d(config.num_mel_bins, size, 4, stride=2, padding=1)
+        self.blocks = nn.ModuleList(
+            TttCodecBlock(size, config.encoder_kernel_size) for _ in range(config.num_encoder_blocks)
+        )
+        self.norm = nn.LayerNorm(size)
+        self.pool = nn.Linear(size * self.stride, 2 * size)
+        self.proj_out = nn.Linear(2 * size, len(config.fsq_levels))
+
+    def forward(self, mel: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """mel (batch, codes * frames_per_code, bins), mask (batch, codes) -> (batch, codes, dims)."""
+        return self.project(self.extract_features(mel, mask))
+
+    def extract_features(self, mel: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """As `forward`, but the features before pooling: (batch, codes * frames_per_code / 2, hidden_size)."""
+        half_rate = mask.repeat_interleave(self.stride, 1)[..., None].to(mel.dtype)  # (batch, codes * stride, 1)
+        mel = mel * half_rate.repeat_interleave(2, 1)
+        hidden = F.gelu(self.conv_in(mel.transpose(1, 2)).transpose(1, 2))
+        for block in self.blocks:
+            hidden = block(hidden, half_rate)
+        return self.norm(hidden)
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """Pools `extract_features` to one point per code: (batch, codes, dims)."""
+        pooled = features.reshape(len(features), -1, features.shape[-1] * self.stride)  # (batch, codes, stride * hidden)
+        return self.proj_out(F.gelu(self.pool(pooled)))
+
+
+class TttCodecDecoder(nn.Module):
+    """Quantised points to log-mel frames of the fixed voice."""
+
+    def __init__(self, config: TttCodecConfig):
+        super().__init__()
+        size = config.hidden_size
+        self.frames_per_code = config.frames_per_code
+        self.proj_in = nn.Linear(len(config.fsq_levels), size)
+        self.embedding = nn.Embedding(config.codebook_size, size)
+        self.code_blocks = nn.ModuleList(
+            TttCodecBlock(size, config.code_kernel_size) for _ in range(config.num_code_blocks)
+        )
+        self.upsample = nn.Linear(size, size * self.frames_per_code)
+        self.mel_blocks = nn.ModuleList(TttCodecBlock(size, config.mel_kernel_size) for _ in range(config.num_mel_blocks))
+        self.norm = nn.LayerNorm(size)
+        self.proj_out = nn.Linear(size, config.num_mel_bins)
+
+    def forward(self, grid: torch.Tensor, codes: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """grid (batch, codes, dims), codes and mask (batch, codes) -> log-mel (batch, codes * frames_per_code, bins)."""
+        batch, length = mask.shape
+        code_mask = mask[..., None].to(grid.dtype)
+        hidden = self.proj_in(grid) + self.embedding(codes)
+        for block in self.code_blocks:
+            hidden = block(hidden, code_mask)
+        hidden = self.upsample(hidden).reshape(batch, length * self.frames_per_code, -1)
+        frame_mask = code_mask.repeat_interleave(self.frames_per_code, 1)
+        for block in self.mel_blocks:
+            hidden = block(hidden, frame_mask)
+        return self.proj_out(self.norm(hidden))
+
+
+class TttCodecVocoder(nn.Module):
+    """Log-mel frames to waveform: predicts magnitude and phase of a short-time Fourier transform (after Vocos, 2023)."""
+
+    def __init__(self, config: TttCodecConfig):
+        super().__init__()
+        size, kernel_size = config.vocoder_hidden_size, config.vocoder_kernel_size
+        self.n_fft, self.hop = config.n_fft, config.mel_hop_length
+        self.conv_in = nn.Conv1d(config.num_mel_bins, size, kernel_size, padding=kernel_size // 2)
+        self.blocks = nn.ModuleList(TttCodecBlock(size, kernel_size) for _ in range(config.num_vocoder_blocks))
+        self.norm = nn.LayerNorm(size)
+        self.proj_out = nn.Linear(size, self.n_fft + 2)
+        self.register_buffer("window", torch.hann_window(self.n_fft), persistent=False)
+
+    def forward(self, mel: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """mel (batch, frames, bins), mask (batch, frames) -> waveform (batch, frames * mel_hop_length)."""
+        frame_mask = mask[..., None].to(mel.dtype)
+        hidden = self.conv_in((mel * frame_mask).transpose(1, 2)).transpose(1, 2)
+        for block in self.blocks:
+            hidden = block(hidden, frame_mask)
+        log_magnitude, phase = self.proj_out(self.norm(hidden)).float().chunk(2, -1)
+        magnitude = torch.exp(log_magnitude.clamp(max=6.0)) * frame_mask
+        spectrum = torch.complex(magnitude * torch.cos(phase), magnitude * torch.sin(phase))
+        return overlap_add(torch.fft.irfft(spectrum, self.n_fft) * self.window, self.hop) / 1.5
+
+
+def overlap_add(frames: torch.Tensor, hop: int) -> torch.Tensor:
+    """Sums windowed frames (batch, frames, n_fft) at `hop`; returns the central (batch, frames * hop) samples.
+
+    A periodic Hann window squared sums to 1.5 at a hop of a quarter window. The first and last frames have fewer
+    neighbours, so a waveform fades in and out over three hops; no sample depends on the length of the batch.
+    """
+    batch, count, n_fft = frames.shape
+    length = (count - 1) * hop + n_fft
+    summed = F.fold(frames.transpose(1, 2), (1, length), (1, n_fft), stride=(1, hop)).reshape(batch, length)
+    start = (n_fft - hop) // 2
+    return summed[:, start : start + count * hop]
+
+
+class TttCodecPreTrainedModel(PreTrainedAudioTokenizerBase):
+    """Weights, loading and saving common to TttCodec."""
+
+    config_class = TttCodecConfig
+    base_model_prefix = "ttt_codec"
+    main_input_name = "input_values"
+    input_modalities = "audio"
+    _no_split_modules = ["TttCodecBlock"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, nn.Conv1d):
+            nn.init.trunc_normal_(module.weight, std=(module.in_channels // module.groups * module.kernel_size[0]) ** -0.5)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.3)
+        elif isinstance(module, TttCodecBlock):
+            nn.init.constant_(module.scale, 0.3)
+        elif isinstance(module, TttCodecVocoder):
+            module.window.copy_(torch.hann_window(module.n_fft))
+        elif isinstance(module, TttCodecModel):
+            module.mel_filters.copy_(module.build_mel_filters())
+            module.mel_window.copy_(torch.hann_window(module.config.n_fft))
+
+
+class TttCodecModel(TttCodecPreTrainedModel):
+    """A speech tokenizer with one codebook at 12.5 codes a second and a decoder with one fixed voice."""
+
+    def __init__(self, config: TttCodecConfig):
+        super().__init__(config)
+        self.encoder = TttCodecEncoder(config)
+        self.quantizer = TttCodecFiniteScalarQuantizer(config.fsq_levels)
+        self.decoder = TttCodecDecoder(config)
+        self.vocoder = TttCodecVocoder(config)
+        self.register_buffer("mel_filters", self.build_mel_filters(), persistent=False)
+        self.register_buffer("mel_window", torch.hann_window(config.n_fft), persistent=False)
+        self.post_init()
+
+    def build_mel_filters(self) -> torch.Tensor:
+        """Mel filter bank, shape (n_fft // 2 + 1, num_mel_bins)."""
+        config = self.config
+        filters = mel_filter_bank(
+            config.n_fft // 2 + 1, config.num_mel_bins, 0.0, config.sampling_rate / 2, config.sampling_rate, "slaney", "slaney"
+        )
+        return torch.from_numpy(filters).float()
+
+    def log_mel(self, waveform: torch.Tensor) -> torch.Tensor:
+        """Scaled log-mel frames of (batch, samples), samples a multiple of `mel_hop_length`: (batch, frames, bins)."""
+        config = self.config
+        margin = (config.n_fft - config.mel_hop_length) // 2
+        frames = F.pad(waveform.float(), (margin, margin)).unfold(-1, config.n_fft, config.mel_hop_length)
+        magnitude = torch.fft.rfft(frames * self.mel_window).abs()
+        return (torch.log((magnitude @ self.mel_filters).clamp(min=LOG_FLOOR)) + 4.0) / 3.0
+
+    def encode(
+        self, input_values: torch.Tensor, padding_mask: torch.Tensor | None = None, return_dict: bool = True, **kwargs
+    ) -> TttCodecEncoderOutput | tuple:
+        """Turns speech into codes. A row's codes do not depend on its neighbours or on padding.
+
+        Args:
+            input_values: Waveforms in [-1, 1] at `config.sampling_rate`, shape (batch, samples) or (batch, 1, samples).
+            padding_mask: 1 for samples, 0 for right padding, shape (batch, samples) or (batch, 1, samples).
+
+        Returns:
+            [`TttCodecEncoderOutput`]; a row of n samples has exactly ceil(n / hop_length) codes.
+
+        Raises:
+            ValueError: if the waveforms are not mono or have no samples.
+        """
+        waveform, codes_mask = self._pad_waveform(input_values, padding_mask)
+        grid = self.quantizer(self.encoder(self.log_mel(waveform).to(self.dtype), codes_mask))
+        codes = self.quantizer.to_codes(grid) * codes_mask
+        output = TttCodecEncoderOutput(audio_codes=codes[:, None], audio_codes_mask=codes_mask)
+        return output if return_dict else output.to_tuple()
+
+    def _pad_waveform(self, input_values: torch.Tensor, padding_mask: torch.Tensor | None):
+        """Zero-pads to whole codes: waveform (batch, codes * hop_length) and code mask (batch, codes)."""
+        hop = self.config.hop_length
+        if input_values.ndim == 3:
+            if input_values.shape[1] != 1:
+                raise ValueError(f"input_values has {input_values.shape[1]} channels; mix down to mono first")
+            input_values = input_values[:, 0]
+        if input_values.ndim != 2 or input_values.shape[-1] == 0:
+            raise ValueError(f"input_values must be (batch, samples) with samples > 0, not {tuple(input_values.shape)}")
+        if padding_mask is None:
+            padding_mask = torch.ones_like(input_values, dtype=torch.long)
+        padding_mask = padding_mask.reshape(input_values.shape)
+        lengths = padding_mask.long().sum(-1)
+        extra = -input_values.shape[-1] % hop
+        waveform = F.pad(input_values * padding_mask.to(input_values.dtype), (0, extra))
+        positions = torch.arange(waveform.shape[-1] // hop, device=waveform.device)
+        return waveform, (positions * hop < lengths[:, None]).long()
+
+    def decode(
+        self,
+        audio_codes: torch.Tensor,
+        audio_codes_mask: torch.Tensor | None = None,
+        vocoder: str | None = None,
+        return_dict: bool = True,
+        **kwargs,
+    ) -> TttCodecDecoderOutput | tuple:
+        """Turns codes into speech of the fixed voice. A row's speech does not depend on its neighbours or on padding.
+
+        Args:
+            audio_codes: Codes in [0, codebook_size), shape (batch, codes) or (batch, 1, codes).
+            audio_codes_mask: 1 for codes, 0 for right padding, shape (batch, codes).
+            vocoder: `"neural"` or `"griffin_lim"` (slower, phase by iteration); the configuration's by default.
+
+        Returns:
+            [`TttCodecDecoderOutput`] with exactly codes * hop_length samples.
+
+        Raises:
+            ValueError: if a code lies outside the codebook or `vocoder` is unknown.
+        """
+        codes = audio_codes[:, 0] if audio_codes.ndim == 3 else audio_codes
+        mask = torch.ones_like(codes) if audio_codes_mask is None else audio_codes_mask.long()
+        codes = codes * mask
+        if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < self.config.codebook_size):
+            raise ValueError(
+                f"audio_codes must lie in [0, {self.config.codebook_size}), found {int(codes.min())} to {int(codes.max())}"
+            )
+        vocoder = vocoder or self.config.vocoder
+        mel = self.decode_mel(codes, mask)
+        frame_mask = mask.repeat_interleave(self.config.frames_per_code, 1)
+        if vocoder == "neural":
+            waveform = self.vocoder(mel, frame_mask)
+        elif vocoder == "griffin_lim":
+            waveform = self._griffin_lim(mel, frame_mask)
+        else:
+            raise ValueError(f"vocoder must be 'neural' or 'griffin_lim', not {vocoder!r}")
+        waveform = waveform * frame_mask.repeat_interleave(self.config.mel_hop_length, 1)
+        output = TttCodecDecoderOutput(audio_values=waveform.clamp(-1, 1)[:, None])
+        return output if return_dict else output.to_tuple()
+
+    def decode_mel(self, codes: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Codes (batch, codes) to scaled log-mel frames (batch, codes * frames_per_code, bins)."""
+        return self.decoder(self.quantizer.to_grid(codes).to(self.dtype), codes, mask)
+
+    def _griffin_lim(self, mel: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
+        """Phase by alternating projections (Griffin and Lim, 1984), row by row on unpadded frames."""
+        import librosa
+
+        config = self.config
+        magnitudes = torch.exp(mel.float() * 3.0 - 4.0) - LOG_FLOOR
+        inverse = torch.linalg.pinv(self.mel_filters.float())
+        waveform = mel.new_zeros(mel.shape[0], mel.shape[1] * config.mel_hop_length, dtype=torch.float32)
+        for row, frames in enumerate(frame_mask.sum(-1).tolist()):
+            spectrum = (magnitudes[row, :frames] @ inverse).clamp(min=0).T.cpu().numpy()
+            samples = librosa.griffinlim(
+                spectrum,
+                n_iter=config.griffin_lim_iterations,
+                hop_length=config.mel_hop_length,
+                n_fft=config.n_fft,
+                length=frames * config.mel_hop_length,
+                random_state=0,
+            )
+            waveform[row, : len(samples)] = torch.from_numpy(samples).to(waveform)
+        return waveform
+
+    def streaming_decoder(self) -> "TttCodecStreamingDecoder":
+        """A decoder that takes codes bit by bit; its chunks joined equal `decode` of all codes (neural vocoder)."""
+        return TttCodecStreamingDecoder(self)
+
+    def forward(
+        self, input_values: torch.Tensor, padding_mask: torch.Tensor | None = None, return_dict: bool = True, **kwargs
+    ) -> TttCodecOutput | tuple:
+        """Encodes and decodes: `encode`'s arguments, the speech in the decoder's voice as the result."""
+        encoded = self.encode(input_values, padding_mask)
+        values = self.decode(encoded.audio_codes, encoded.audio_codes_mask).audio_values
+        output = TttCodecOutput(audio_codes=encoded.audio_codes, audio_values=values[..., : input_values.shape[-1]])
+        return output if return_dict else output.to_tuple()
+
+
+class TttCodecStreamingDecoder:
+    """Decodes a stream of codes. A sample is returned once the codes it depends on are all there.
+
+    The delay is `config.decoder_context_codes` codes; memory stays bounded, since older codes are dropped.
+    """
+
+    def __init__(self, model: TttCodecModel):
+        self.model = model
+        self.context = model.config.decoder_context_codes
+        self.codes = torch.zeros(0, dtype=torch.long, device=model.device)  # context, then codes not yet spoken
+        self.num_context = 0  # how many leading ones of `codes` have been spoken
+
+    def push(self, audio_codes: torch.Tensor) -> torch.Tensor:
+        """Takes codes, shape (n,) or (1, 1, n); returns the waveform (samples,) that became final, possibly empty."""
+        self.codes = torch.cat([self.codes, audio_codes.reshape(-1).to(self.codes)])
+        return self._speak(len(self.codes) - self.context)
+
+    def flush(self) -> torch.Tensor:
+        """Ends the stream; returns the rest of the waveform, shape (samples,), and starts afresh."""
+        rest = self._speak(len(self.codes))
+        self.codes, self.num_context = self.codes[:0], 0
+        return rest
+
+    @torch.no_grad()
+    def _speak(self, end: int) -> torch.Tensor:
+        if end <= self.num_context:
+            return torch.zeros(0, device=self.model.device)
+        hop = self.model.config.hop_length
+        waveform = self.model.decode(self.codes[None], vocoder="neural").audio_values[0, 0]
+        chunk = waveform[self.num_context * hop : end * hop]
+        dropped = max(end - self.context, 0)
+        self.codes, self.num_context = self.codes[dropped:], end - dropped
+        return chunk
+
+
+TttCodecModel.register_for_auto_class("AutoModelForAudioTokenization")
+AutoConfig.register("ttt_codec", TttCodecConfig, exist_ok=True)
+AutoModel.register(TttCodecConfig, TttCodecModel, exist_ok=True)
+AutoModelForAudioTokenization.register(TttCodecConfig, TttCodecModel, exist_ok=True)
+
+__all__ = ["TttCodecModel", "TttCodecPreTrainedModel", "TttCodecStreamingDecoder"]

@@ -1,0 +1,163 @@
+"""Speaks the domain of ttt-tiny: training speech in shards, held-out speech as FLAC files with JSONL lists.
+
+    python training_examples/build_speech.py --output_dir data/ttt_tiny
+
+Needs eSpeak NG and Flite (`apt-get install libespeak-ng1 espeak-ng-data libflite1`). About 30,000 assistant sentences and
+55,000 questions and dictations take 12 minutes on two cores. A shard is written whole or not at all, so a killed
+run goes on where it stopped. Everything is drawn from `--seed`: the same command speaks the same data.
+"""
+
+import json
+import random
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import domain
+import numpy as np
+import soundfile
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from synthesis import (
+    ASSISTANT_VOICE,
+    SAMPLING_RATE,
+    TRAINED_VOICES,
+    UNHEARD_NATURAL_VOICE,
+    UNHEARD_VOICES,
+    Delivery,
+    random_delivery,
+    speak,
+)
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+
+@dataclass
+class BuildArguments:
+    output_dir: Path = field(default=Path("data/ttt_tiny"), metadata={"help": "Where the speech goes."})
+    sequences: int = field(default=26_000, metadata={"help": "Random word sequences in the assistant's voice."})
+    questions: int = field(default=40_000, metadata={"help": "Spoken questions in many voices."})
+    dictations: int = field(default=15_000, metadata={"help": "Random word sequences in many voices, for recognition."})
+    eval_items: int = field(default=300, metadata={"help": "Held-out items per evaluation list."})
+    shard_size: int = field(default=500, metadata={"help": "Sentences per shard."})
+    workers: int = field(default=2, metadata={"help": "Processes that speak side by side."})
+    seed: int = field(default=0, metadata={"help": "Seed of every draw."})
+
+
+def plan_training(args: BuildArguments) -> dict[str, list[dict]]:
+    """Lists every training utterance: `assistant` rows (text, delivery), `questions` rows (text, answer, kind, delivery)."""
+    rng = random.Random(args.seed)
+    items = domain.sample_items(rng, args.questions, held_out=False)
+    questions = [
+        {"text": item.question, "answer": item.answer, "kind": item.kind, **asdict(random_delivery(rng, TRAINED_VOICES))}
+        for item in items
+    ]
+    for words in domain.sample_sequences(rng, args.dictations, held_out=False, shortest=1, longest=7):
+        questions.append({"text": words, "answer": None, "kind": "dictation", **asdict(random_delivery(rng, TRAINED_VOICES))})
+    rng.shuffle(questions)
+    answers = {item.answer for item in domain.fixed_items()} | {item.answer for item in items}
+    sequences = domain.sample_sequences(rng, args.sequences, held_out=False, shortest=1, longest=9)
+    texts = sorted(answers | set(sequences))
+    rng.shuffle(texts)
+    return {"questions": questions, "assistant": [{"text": text, **asdict(Delivery(ASSISTANT_VOICE))} for text in texts]}
+
+
+def plan_evaluation(args: BuildArguments) -> dict[str, list[dict]]:
+    """Lists the held-out items: none of their sentences is in the training plan."""
+    rng = random.Random(args.seed + 1)
+    heard = {"seen": TRAINED_VOICES, "unheard": UNHEARD_VOICES, "unheard_natural": [UNHEARD_NATURAL_VOICE]}
+    plan: dict[str, list[dict]] = {}
+    for name, voices in heard.items():
+        plan[f"spoken_qa_{name}"] = [
+            {"task": "spoken_qa", "question": item.question, "answer": item.answer, "kind": item.kind}
+            | {"seen_voice": name == "seen", **asdict(random_delivery(rng, voices))}
+            for item in domain.sample_items(rng, args.eval_items, held_out=True)
+        ]
+        sentences = [
+            *(item.question for item in domain.sample_items(rng, args.eval_items * 2 // 3, held_out=True)),
+            *domain.sample_sequences(rng, args.eval_items - args.eval_items * 2 // 3, held_out=True, longest=6),
+        ]
+        plan[f"asr_{name}"] = [
+            {"task": "asr", "question": "", "answer": text, "kind": "question" if index < args.eval_items * 2 // 3 else "random"}
+            | {"seen_voice": name == "seen", **asdict(random_delivery(rng, voices))}
+            for index, text in enumerate(sentences)
+        ]
+    plan["text_qa"] = [
+        {"task": "text_qa", "question": item.question, "answer": item.answer, "kind": item.kind, "seen_voice": True}
+        for item in domain.sample_items(rng, args.eval_items, held_out=True)
+    ]
+    plan["tts"] = [
+        {"task": "tts", "question": "", "answer": words, "kind": "random", "seen_voice": True}
+        for words in domain.sample_sequences(rng, args.eval_items, held_out=True)
+    ]
+    # Answers whose text the audio tokenizer never heard: train_codec.py leaves out every held-out sentence.
+    answers = sorted({item.answer for item in domain.fixed_items() if domain.is_held_out(item.answer)})
+    repeats = domain.sample_sequences(rng, args.eval_items - len(answers), held_out=True, shortest=2, longest=5)
+    plan["codec_answers"] = [
+        {"task": "codec", "question": "", "answer": text, "kind": "answer", "seen_voice": True}
+        for text in [*answers, *repeats[: args.eval_items // 10]]
+    ]
+    return plan
+
+
+def speak_shard(path: Path, rows: list[dict]) -> Path:
+    """Speaks `rows` and writes one shard: `samples` int16 (all sentences end to end), `offsets` int64 (rows + 1)."""
+    waves = [_int16(speak(row["text"], Delivery(row["voice"], row["rate"], row["pitch"]))) for row in rows]
+    offsets = np.cumsum([0, *map(len, waves)], dtype=np.int64)
+    partial = path.with_suffix(".partial")
+    save_file({"samples": np.concatenate(waves), "offsets": offsets}, partial, metadata={"rows": json.dumps(rows)})
+    partial.rename(path)
+    return path
+
+
+def read_shard(path: Path) -> tuple[list[dict], list[np.ndarray]]:
+    """Reads a shard back: its rows and their int16 waveforms (16 kHz)."""
+    with safe_open(path, "numpy") as shard:
+        rows = json.loads(shard.metadata()["rows"])
+        samples, offsets = shard.get_tensor("samples"), shard.get_tensor("offsets")
+    return rows, [samples[start:end] for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
+
+
+def speak_list(folder: Path, name: str, rows: list[dict]) -> Path:
+    """Speaks one evaluation list into `folder`: FLAC files and `name`.jsonl."""
+    target = folder / f"{name}.jsonl"
+    if target.exists():
+        return target
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    lines = []
+    for index, row in enumerate(rows):
+        row = {"id": f"{name}-{index:04d}", **row, "audio": None, "answer_audio": f"{name}/{index:04d}-answer.flac"}
+        if "rate" in row:
+            row["audio"] = f"{name}/{index:04d}.flac"
+            spoken = row["question"] or row["answer"]
+            soundfile.write(folder / row["audio"], speak(spoken, Delivery(row["voice"], row["rate"], row["pitch"])), SAMPLING_RATE)
+        soundfile.write(folder / row["answer_audio"], speak(row["answer"], ASSISTANT_VOICE), SAMPLING_RATE)
+        lines.append(json.dumps(row))
+    target.write_text("\n".join(lines) + "\n")
+    return target
+
+
+def _int16(samples: np.ndarray) -> np.ndarray:
+    return np.round(samples * 32767).astype(np.int16)
+
+
+def main() -> None:
+    (args,) = HfArgumentParser(BuildArguments).parse_args_into_dataclasses()
+    speech, evaluation = args.output_dir / "speech", args.output_dir / "eval"
+    for folder in (speech, evaluation):
+        folder.mkdir(parents=True, exist_ok=True)
+    jobs = []
+    for name, rows in plan_training(args).items():
+        for index in range(0, len(rows), args.shard_size):
+            jobs.append((index, speech / f"{name}-{index // args.shard_size:04d}.safetensors", rows[index : index + args.shard_size]))
+    jobs.sort(key=lambda job: job[0])  # both kinds grow together, so training may begin before all is spoken
+    with ProcessPoolExecutor(args.workers) as pool:
+        pending = [pool.submit(speak_shard, path, rows) for _, path, rows in jobs if not path.exists()]
+        lists = [pool.submit(speak_list, evaluation, name, rows) for name, rows in plan_evaluation(args).items()]
+        for job in tqdm(pending + lists, desc="speaking", unit="shard"):
+            job.result()
+    (args.output_dir / "README.txt").write_text("Made by training_examples/build_speech.py; see its help.\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Creates the untrained ttt-tiny: text tokenizer, processor and a small Qwen2 backbone with random weights.
+
+    python training_examples/create_tiny.py --audio_tokenizer runs/codec/tokenizer --output_dir runs/tiny/initial
+
+The text tokenizer is a byte-level BPE in which every word of the domain is one token: in a closed domain a word then
+stands for one sound pattern. It lower-cases, drops punctuation and spells small numbers out, so users can type as they
+like. Embeddings of the audio codes start as a projection of the codes' quantiser digits, so that codes that sound alike
+start alike.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import domain
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import EncodecFeatureExtractor, HfArgumentParser, PreTrainedTokenizerFast, Qwen2Config, set_seed
+
+from modeling_ttt import TttConfig, TttForConditionalGeneration, TttGenerationConfig
+from modeling_ttt.ttt_codec import TttCodecModel
+from processing import TttProcessor
+
+# A prompt of one word leaves the short sequences of this domain to speech; TttProcessor's defaults are the published ones.
+SYSTEM_PROMPTS = {
+    "spoken_chat": "answer",
+    "spoken_qa": "answer",
+    "text_chat": "answer",
+    "asr": "transcribe",
+    "tts": "read",
+}
+STRUCTURE = ["<|im_start|>", "<|begin_of_audio|>", "<|end_of_audio|>", "<|begin_of_quad|>", "<|audio|>"]
+AUDIO_ENDS = ["<|mask_token|>", "<|end_of_audio_new|>", "<|end_of_audio_span_last|>"]
+
+
+@dataclass
+class CreateArguments:
+    audio_tokenizer: Path = field(default=Path("runs/codec/tokenizer"), metadata={"help": "Trained TttCodecModel."})
+    output_dir: Path = field(default=Path("runs/tiny/initial"), metadata={"help": "The folder to write."})
+    hidden_size: int = field(default=384, metadata={"help": "Width of the backbone."})
+    intermediate_size: int = field(default=1024, metadata={"help": "Width of its feed-forward layers."})
+    num_layers: int = field(default=4, metadata={"help": "Layers of the backbone."})
+    num_heads: int = field(default=6, metadata={"help": "Attention heads of the backbone."})
+    seed: int = field(default=0, metadata={"help": "Seed of the weights."})
+
+
+def build_tokenizer(num_codes: int) -> PreTrainedTokenizerFast:
+    """The byte-level BPE of the domain with the TtT tokens in the published order."""
+    words = [*domain.vocabulary(), "system", "user", "assistant", *SYSTEM_PROMPTS.values()]
+    backend = Tokenizer(models.BPE())
+    backend.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFKC(),
+            normalizers.Lowercase(),
+            normalizers.Replace("+", " plus "),
+            normalizers.Replace(Regex(r"(?<=\d) *[-\u2212] *(?=\d)"), " minus "),
+            *(normalizers.Replace(Regex(rf"\b{n}\b"), f" {word} ") for n, word in enumerate(domain.NUMBERS)),
+            normalizers.Replace(Regex(r"[^a-z\n]+"), " "),
+            normalizers.Replace(Regex(r"\n *(?=[a-z])"), "\n "),  # every word carries its leading space
+            normalizers.Replace(Regex(r" +\z"), ""),
+            normalizers.Prepend(" "),
+            normalizers.Replace(Regex(r"\A +(?=[a-z])"), " "),
+            normalizers.Replace(Regex(r"\A +(?=\n)"), ""),
+        ]
+    )
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=20_000,
+        min_frequency=1,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(words, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, model_max_length=1024, clean_up_tokenization_spaces=False
+    )
+    tokenizer.add_special_tokens({"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"})
+    codes = [f"<|audio_{code}|>" for code in range(num_codes)]
+    tokenizer.add_tokens([*STRUCTURE, *codes, *AUDIO_ENDS], special_tokens=True)
+    split = [word for word in words if len(tokenizer(word, add_special_tokens=False)["input_ids"]) != 1]
+    if split:
+        raise RuntimeError(f"these words are not one token each: {split}")
+    return tokenizer
+
+
+def initialise_code_embeddings(model: TttForConditionalGeneration, codec: TttCodecModel) -> None:
+    """Writes a random projection of each code's one-hot quantiser digits into its embedding row."""
+    levels, start = codec.config.fsq_levels, model.config.audio_code_id_start
+    weight = model.get_input_embeddings().weight.data
+    tables = [torch.randn(level, weight.shape[1]) for level in levels]
+    for code in range(codec.config.codebook_size):
+        rest, row = code, torch.zeros(weight.shape[1])
+        for level, table in zip(levels, tables, strict=True):
+            row, rest = row + table[rest % level], rest // level
+        weight[start + code] = 0.02 * row / len(levels) ** 0.5
+
+
+def main() -> None:
+    (args,) = HfArgumentParser(CreateArguments).parse_args_into_dataclasses()
+    set_seed(args.seed)
+    codec = TttCodecModel.from_pretrained(args.audio_tokenizer)
+    tokenizer = build_tokenizer(codec.config.codebook_size)
+    feature_extractor = EncodecFeatureExtractor(feature_size=1, sampling_rate=codec.config.sampling_rate)
+    processor = TttProcessor(feature_extractor, tokenizer, codec, system_prompts=SYSTEM_PROMPTS)
+
+    ids = tokenizer.convert_tokens_to_ids
+    backbone = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=args.hidden_size,
+        intermediate_size=args.intermediate_size,
+        num_hidden_layers=args.num_layers,
+        num_attention_heads=args.num_heads,
+        num_key_value_heads=args.num_heads,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+    )
+    config = TttConfig(
+        text_config=backbone,
+        audio_token_id_start=ids("<|audio|>"),
+        audio_code_id_start=ids("<|audio_0|>"),
+        num_audio_codes=codec.config.codebook_size,
+        mask_token_id=ids("<|mask_token|>"),
+        begin_of_audio_token_id=ids("<|begin_of_audio|>"),
+        end_of_prompt_audio_token_id=ids("<|end_of_audio|>"),
+        begin_of_last_audio_token_id=ids("<|begin_of_quad|>"),
+        end_of_audio_token_id=ids("<|end_of_audio_new|>"),
+        end_of_last_audio_token_id=ids("<|end_of_audio_span_last|>"),
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = TttForConditionalGeneration(config)
+    initialise_code_embeddings(model, codec)
+    model.generation_config = TttGenerationConfig(
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        max_new_tokens=400,
+        audio_block_size=26,
+        audio_steps_per_block=8,
+        max_audio_codes_per_span=260,
+    )
+    model.save_pretrained(args.output_dir)
+    processor.save_pretrained(args.output_dir)
+    print(f"{args.output_dir}: {model.num_parameters() / 1e6:.2f} M parameters, {len(tokenizer)} tokens")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""The closed English domain of ttt-tiny: its words, questions, answers and the split into training and held-out sentences.
+
+Everything is lower case without punctuation. A sentence is held out by a hash of its text, so the split is the same in
+every script and on every machine. A held-out question is a new combination: its template and its fact each occur in
+training, the sentence never does. Random word sequences (text-to-speech and "repeat after me") are drawn with a seed and
+split by the same hash.
+"""
+
+import random
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+NUMBERS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty"
+).split()
+TENS = "thirty forty fifty sixty seventy eighty ninety".split()
+DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
+MONTHS = (
+    "january february march april may june july august september october november december"
+).split()
+OPPOSITES = [
+    pair.split("-")
+    for pair in (
+        "hot-cold big-small fast-slow old-young high-low up-down left-right day-night black-white happy-sad "
+        "open-closed full-empty early-late hard-soft light-dark near-far rich-poor strong-weak wet-dry clean-dirty "
+        "good-bad long-short thick-thin first-last love-hate begin-finish question-answer summer-winter above-below "
+        "north-south inside-outside push-pull true-false always-never"
+    ).split()
+]
+CAPITALS = dict(
+    pair.split("-")
+    for pair in (
+        "france-paris england-london germany-berlin italy-rome spain-madrid portugal-lisbon russia-moscow "
+        "japan-tokyo china-beijing egypt-cairo greece-athens austria-vienna poland-warsaw norway-oslo "
+        "ireland-dublin canada-ottawa cuba-havana kenya-nairobi peru-lima hungary-budapest"
+    ).split()
+)
+FACTS = [
+    ("what color is the sky", "the sky is blue"),
+    ("what color is the grass", "the grass is green"),
+    ("what color is snow", "snow is white"),
+    ("what color is a lemon", "a lemon is yellow"),
+    ("what color is an orange", "an orange is orange"),
+    ("what color is blood", "blood is red"),
+    ("what color is milk", "milk is white"),
+    ("what color is coal", "coal is black"),
+    ("how many days are in a week", "a week has seven days"),
+    ("how many months are in a year", "a year has twelve months"),
+    ("how many hours are in a day", "a day has twenty four hours"),
+    ("how many minutes are in an hour", "an hour has sixty minutes"),
+    ("how many legs has a dog", "a dog has four legs"),
+    ("how many legs has a bird", "a bird has two legs"),
+    ("how many legs has a spider", "a spider has eight legs"),
+    ("how many legs has a horse", "a horse has four legs"),
+    ("how many wheels has a car", "a car has four wheels"),
+    ("how many fingers has a hand", "a hand has five fingers"),
+    ("what does a cow drink", "a cow drinks water"),
+    ("what does a bird eat", "a bird eats seeds"),
+    ("where does a fish live", "a fish lives in water"),
+    ("where does a bird live", "a bird lives in a tree"),
+    ("what do bees make", "bees make honey"),
+    ("what comes from a cow", "milk comes from a cow"),
+    ("name the days of the week", "the days are " + " ".join(DAYS)),
+    ("name the months of the year", "the months are " + " ".join(MONTHS)),
+    ("what is your name", "my name is tiny"),
+    ("who are you", "i am a small talking model"),
+]
+OBJECTS = (
+    "apple banana bread butter cheese chicken coffee sugar salt potato tomato rabbit tiger lion monkey mouse elephant "
+    "garden river mountain forest ocean island bridge castle window door table chair kitchen bottle paper pencil music "
+    "guitar piano doctor teacher farmer sister brother mother father baby purple brown pink silver golden jacket hat "
+    "shoe train airplane bicycle rocket planet flower morning evening"
+).split()
+# Ways to begin: each multiplies every question that starts with a question word.
+OPENINGS = ("", "please tell me ", "do you know ", "can you tell me ")
+HELD_OUT_PERCENT = 10
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question and its answer. `kind` names the family (addition, days, repeat, ...)."""
+
+    kind: str
+    question: str
+    answer: str
+
+
+def is_held_out(sentence: str) -> bool:
+    """Whether a sentence belongs to the held-out set (a fixed tenth of all sentences, by CRC-32 of the text)."""
+    return zlib.crc32(sentence.encode()) % 100 < HELD_OUT_PERCENT
+
+
+def _arithmetic() -> Iterator[Item]:
+    for a in range(11):
+        for b in range(11):
+            x, y, z = NUMBERS[a], NUMBERS[b], NUMBERS[a + b]
+            answer = f"{x} plus {y} is {z}"
+            for question in (f"what is {x} plus {y}", f"how much is {x} plus {y}"):
+                yield from _open("addition", question, answer)
+            for question in (f"add {x} and {y}", f"{x} plus {y}"):
+                yield Item("addition", question, answer)
+    for a in range(13):
+        for b in range(a + 1):
+            x, y, z = NUMBERS[a], NUMBERS[b], NUMBERS[a - b]
+            answer = f"{x} minus {y} is {z}"
+            for question in (f"what is {x} minus {y}", f"how much is {x} minus {y}"):
+                yield from _open("subtraction", question, answer)
+            for question in (f"take {y} from {x}", f"{x} minus {y}"):
+                yield Item("subtraction", question, answer)
+    for a in range(1, 6):
+        for b in range(1, 6):
+            if a * b <= 20:
+                x, y, z = NUMBERS[a], NUMBERS[b], NUMBERS[a * b]
+                answer = f"{x} times {y} is {z}"
+                for question in (f"what is {x} times {y}", f"how much is {x} times {y}"):
+                    yield from _open("multiplication", question, answer)
+                yield Item("multiplication", f"{x} times {y}", answer)
+    for a in range(13):
+        for b in range(13):
+            if a != b:
+                x, y = NUMBERS[a], NUMBERS[b]
+                yield Item("comparison", f"which is bigger {x} or {y}", f"{NUMBERS[max(a, b)]} is bigger")
+                yield Item("comparison", f"which is smaller {x} or {y}", f"{NUMBERS[min(a, b)]} is smaller")
+
+
+def _calendar() -> Iterator[Item]:
+    for kind, unit, names in (("days", "day", DAYS), ("months", "month", MONTHS)):
+        for index, name in enumerate(names):
+            after, before = names[(index + 1) % len(names)], names[index - 1]
+            for word, other in (("after", after), ("before", before)):
+                answer = f"{other} comes {word} {name}"
+                for question in (f"what {unit} comes {word} {name}", f"which {unit} is {word} {name}"):
+                    yield from _open(kind, question, answer)
+                yield Item(kind, f"name the {unit} {word} {name}", answer)
+                yield Item(kind, f"please name the {unit} {word} {name}", answer)
+            if unit == "day":
+                yield Item(kind, f"today is {name} what is tomorrow", f"tomorrow is {after}")
+                yield Item(kind, f"today is {name} what was yesterday", f"yesterday was {before}")
+                yield Item(kind, f"if today is {name} what is tomorrow", f"tomorrow is {after}")
+                yield Item(kind, f"if today is {name} what was yesterday", f"yesterday was {before}")
+
+
+def _counting() -> Iterator[Item]:
+    for a in range(21):
+        for b in range(a + 1, 21):
+            up = " ".join(NUMBERS[a : b + 1])
+            for question in (f"count from {NUMBERS[a]} to {NUMBERS[b]}", f"please count from {NUMBERS[a]} to {NUMBERS[b]}"):
+                yield Item("counting", question, up)
+            if b <= 12:
+                down = " ".join(reversed(NUMBERS[a : b + 1]))
+                yield Item("counting", f"count down from {NUMBERS[b]} to {NUMBERS[a]}", down)
+                yield Item("counting", f"please count down from {NUMBERS[b]} to {NUMBERS[a]}", down)
+    for index in range(2, len(TENS)):
+        tens = ["ten", "twenty", *TENS][: index + 1]
+        yield Item("counting", f"count by ten to {tens[-1]}", " ".join(tens))
+
+
+def _knowledge() -> Iterator[Item]:
+    for pair in OPPOSITES:
+        for word, other in (pair, pair[::-1]):
+            answer = f"the opposite of {word} is {other}"
+            yield from _open("opposites", f"what is the opposite of {word}", answer)
+            yield Item("opposites", f"tell me the opposite of {word}", answer)
+            yield Item("opposites", f"say the opposite of {word}", answer)
+    for country, city in CAPITALS.items():
+        answer = f"the capital of {country} is {city}"
+        yield from _open("capitals", f"what is the capital of {country}", answer)
+        yield from _open("capitals", f"which city is the capital of {country}", answer)
+        yield Item("capitals", f"tell me the capital of {country}", answer)
+        yield Item("capitals", f"name the capital of {country}", answer)
+    for question, answer in FACTS:
+        yield from _open("facts", question, answer)
+
+
+def _open(kind: str, question: str, answer: str) -> Iterator[Item]:
+    for opening in OPENINGS:
+        yield Item(kind, opening + question, answer)
+
+
+def fixed_items() -> list[Item]:
+    """Every question of the domain whose answer is fixed (all kinds but "repeat")."""
+    return [*_arithmetic(), *_calendar(), *_counting(), *_knowledge()]
+
+
+def vocabulary() -> list[str]:
+    """All words of the domain, sorted: every word the model can hear, read, write or say."""
+    words = {"repeat", "after", "me", "say", "please", "hundred", *OBJECTS, *NUMBERS, *TENS, *CAPITALS, *CAPITALS.values()}
+    for item in fixed_items():
+        words.update(item.question.split(), item.answer.split())
+    return sorted(words)
+
+
+def random_words(rng: random.Random, shortest: int, longest: int) -> str:
+    """A sequence of `shortest` to `longest` domain words in any order."""
+    return " ".join(rng.choices(_WORDS, k=rng.randint(shortest, longest)))
+
+
+def repeat_item(rng: random.Random) -> Item:
+    """A "repeat after me" request of 1 to 5 words in any order; the sequence itself decides whether it is held out."""
+    words = random_words(rng, 1, 5)
+    return Item("repeat", rng.choice(("repeat after me ", "please repeat ", "say ", "repeat ")) + words, words)
+
+
+# How often each kind is asked, in training and in evaluation.
+KIND_WEIGHTS = {
+    "addition": 14, "subtraction": 12, "multiplication": 6, "comparison": 6, "days": 10, "months": 10, "counting": 10,
+    "opposites": 10, "capitals": 8, "facts": 4, "repeat": 10,
+}  # fmt: skip
+
+
+def sample_items(rng: random.Random, count: int, held_out: bool) -> list[Item]:
+    """Draws `count` items by KIND_WEIGHTS, all of them held out or none of them."""
+    pools: dict[str, list[Item]] = {}
+    for item in fixed_items():
+        if is_held_out(item.question) == held_out:
+            pools.setdefault(item.kind, []).append(item)
+    kinds = rng.choices(list(KIND_WEIGHTS), weights=list(KIND_WEIGHTS.values()), k=count)
+    return [_draw_repeat(rng, held_out) if kind == "repeat" else rng.choice(pools[kind]) for kind in kinds]
+
+
+def _draw_repeat(rng: random.Random, held_out: bool) -> Item:
+    while is_held_out((item := repeat_item(rng)).question) != held_out:
+        pass
+    return item
+
+
+def sample_sequences(rng: random.Random, count: int, held_out: bool, shortest: int = 2, longest: int = 8) -> list[str]:
+    """Draws `count` random word sequences for text-to-speech, all of them held out or none of them."""
+    found: list[str] = []
+    while len(found) < count:
+        words = random_words(rng, shortest, longest)
+        if is_held_out(words) == held_out:
+            found.append(words)
+    return found
+
+
+def lm_sentences(seed: int, n: int) -> list[str]:
+    """`n` training sentences (questions and answers alike) for the recogniser's language model."""
+    rng = random.Random(seed)
+    items = sample_items(rng, (n + 1) // 2, held_out=False)
+    return [text for item in items for text in (item.question, item.answer)][:n]
+
+
+_WORDS = vocabulary()

@@ -1,0 +1,291 @@
+"""Trains the audio tokenizer of ttt-tiny on the speech of build_speech.py, in three resumable stages.
+
+    python training_examples/train_codec.py --stage tokenizer   # encoder, codes and mel decoder
+    python training_examples/train_codec.py --stage vocoder     # vocoder on real log-mels; may run side by side with the first
+    python training_examples/train_codec.py --stage decoder     # decoder and vocoder together on the frozen, clean codes
+
+`tokenizer` joins a phoneme head (CTC on all voices: the codes must carry what is said) with a log-mel decoder that is
+trained on the assistant's voice only (so every voice comes back in that one). Held-out sentences are left out. Each
+stage writes OUTPUT/STAGE/ as a TttCodecModel folder plus its optimiser state, and goes on from there when run again.
+"""
+
+import json
+import math
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from build_speech import read_shard
+from domain import is_held_out
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import HfArgumentParser, set_seed
+
+from modeling_ttt.ttt_codec import TttCodecConfig, TttCodecModel
+
+
+@dataclass
+class CodecArguments:
+    stage: str = field(metadata={"help": "tokenizer, vocoder or decoder.", "choices": ["tokenizer", "vocoder", "decoder"]})
+    speech_dir: Path = field(default=Path("data/ttt_tiny/speech"), metadata={"help": "Shards of build_speech.py."})
+    output_dir: Path = field(default=Path("runs/codec"), metadata={"help": "One folder per stage."})
+    max_steps: int = field(default=3000, metadata={"help": "Optimiser steps of the stage."})
+    batch_size: int = field(default=24, metadata={"help": "Sentences per step (segments of 1 s for the vocoder)."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak; 200 steps of warm-up, then cosine to a 50th."})
+    save_every: int = field(default=250, metadata={"help": "Steps between checkpoints."})
+    threads: int = field(default=1, metadata={"help": "Torch threads; two processes with one each beat one with two."})
+    seed: int = field(default=0, metadata={"help": "Seed of weights, batches and augmentation."})
+
+
+class PhonemeHead(nn.Module):
+    """Predicts phonemes at four positions per code; used in training only.
+
+    One classifier sees the quantised codes (they must carry what is said), a second the encoder's features before
+    pooling (it learns much sooner, and pulls the encoder out of CTC's blank plateau).
+    """
+
+    def __init__(self, dims: int, feature_size: int, num_phonemes: int, hidden_size: int = 256):
+        super().__init__()
+        self.proj_in = nn.Linear(dims, hidden_size)
+        self.convs = nn.ModuleList(nn.Conv1d(hidden_size, hidden_size, 3, padding=1) for _ in range(2))
+        self.upsample = nn.Linear(hidden_size, 4 * hidden_size)
+        self.proj_out = nn.Linear(hidden_size, num_phonemes + 1)
+        self.proj_features = nn.Linear(feature_size, num_phonemes + 1)
+
+    def forward(self, features: torch.Tensor, grid: torch.Tensor) -> list[torch.Tensor]:
+        """Features (batch, codes * 4, feature_size) and codes (batch, codes, dims) -> log-probabilities from the codes
+        and from the features, each (codes * 4, batch, phonemes + 1); the blank is 0."""
+        hidden = self.proj_in(grid).transpose(1, 2)
+        for conv in self.convs:
+            hidden = hidden + F.gelu(conv(hidden))
+        hidden = self.upsample(hidden.transpose(1, 2)).reshape(len(grid), grid.shape[1] * 4, -1)
+        logits = (self.proj_out(F.gelu(hidden)), self.proj_features(features))
+        return [x.float().log_softmax(-1).transpose(0, 1) for x in logits]
+
+
+def pronunciations() -> tuple[dict[str, list[int]], int]:
+    """Phoneme ids (from 1) of every dictionary word, and how many phonemes there are; from pocketsphinx's dictionary."""
+    import pocketsphinx
+
+    words: dict[str, list[str]] = {}
+    for line in Path(pocketsphinx.get_model_path("en-us/cmudict-en-us.dict")).read_text().splitlines():
+        word, *phones = line.split()
+        words.setdefault(word, phones)
+    ids = {phone: index + 1 for index, phone in enumerate(sorted({p for phones in words.values() for p in phones}))}
+    return {word: [ids[phone] for phone in phones] for word, phones in words.items()}, len(ids)
+
+
+class Speech:
+    """All sentences of one kind (`assistant` or `questions`), mapped from disk; new shards join at every epoch."""
+
+    def __init__(self, folder: Path, kind: str, seed: int):
+        self.folder, self.kind, self.rng = folder, kind, random.Random(seed)
+        self.shards: set[Path] = set()
+        self.sentences: list[tuple[str, np.ndarray]] = []
+
+    def refresh(self) -> None:
+        for path in sorted(set(self.folder.glob(f"{self.kind}-*.safetensors")) - self.shards):
+            rows, waves = read_shard(path)
+            self.sentences += [(r["text"], w) for r, w in zip(rows, waves, strict=True) if not is_held_out(r["text"])]
+            self.shards.add(path)
+        if not self.sentences:
+            raise SystemExit(f"no {self.kind} shards in {self.folder}: run build_speech.py first")
+
+    def batches(self, size: int) -> Iterator[list[tuple[str, np.ndarray]]]:
+        """Endless batches of sentences of similar length."""
+        while True:
+            self.refresh()
+            order = self.rng.sample(range(len(self.sentences)), min(len(self.sentences), 64 * size))
+            order.sort(key=lambda index: len(self.sentences[index][1]))
+            groups = [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
+            self.rng.shuffle(groups)
+            for group in groups:
+                yield [self.sentences[index] for index in group]
+
+    def segments(self, size: int, samples: int) -> Iterator[torch.Tensor]:
+        """Endless batches (size, samples) of random segments."""
+        while True:
+            self.refresh()
+            for _ in range(64):
+                rows = []
+                for _, wave in self.rng.choices(self.sentences, k=size):
+                    start = self.rng.randrange(max(len(wave) - samples, 0) + 1)
+                    rows.append(wave[start : start + samples])
+                yield pad(rows, samples)[0]
+
+
+def pad(waves: list[np.ndarray], multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """int16 waveforms to float (batch, samples) padded to a multiple of `multiple`, and their lengths."""
+    length = -(-max(map(len, waves)) // multiple) * multiple
+    batch = torch.zeros(len(waves), length)
+    for row, wave in enumerate(waves):
+        batch[row, : len(wave)] = torch.from_numpy(wave.astype(np.float32) / 32767)
+    return batch, torch.tensor([len(wave) for wave in waves])
+
+
+def augment(waves: torch.Tensor) -> torch.Tensor:
+    """Random gain, spectral tilt, equaliser and noise for (batch, samples)."""
+    batch = len(waves)
+    tilt = torch.empty(batch, 1).uniform_(-0.6, 0.6)
+    out = waves + tilt * F.pad(waves, (1, 0))[:, :-1]
+    echo = torch.empty(batch, 1).uniform_(-0.4, 0.4)
+    delay = random.randrange(4, 40)
+    out = out + echo * F.pad(out, (delay, 0))[:, :-delay]
+    level = out.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-4)
+    noise = torch.randn_like(out)
+    noise = noise + torch.empty(batch, 1).uniform_(-0.95, 0.95) * F.pad(noise, (1, 0))[:, :-1]
+    out = out + noise * level * 10 ** (-torch.empty(batch, 1).uniform_(15, 50) / 20)
+    return out * 10 ** (torch.empty(batch, 1).uniform_(-15, 6) / 20)
+
+
+def spectral_loss(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Multi-resolution short-time Fourier loss (Yamamoto et al., 2020) of (batch, samples) waveforms."""
+    loss = predicted.new_zeros(())
+    for n_fft in (128, 256, 512, 1024, 2048):
+        window = torch.hann_window(n_fft)
+        x, y = (
+            torch.stft(wave.float(), n_fft, n_fft // 4, window=window, return_complex=True).abs().clamp(min=1e-4)
+            for wave in (predicted, target)
+        )
+        loss = loss + (x - y).norm() / y.norm() + (x.log() - y.log()).abs().mean()
+    return loss / 5
+
+
+def mel_loss(predicted: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """L1 of log-mels and of their differences in time, over unpadded frames; mask (batch, frames)."""
+    weight = mask[..., None].float() / (mask.sum() * target.shape[-1])
+    error = predicted.float() - target
+    return (error.abs() * weight).sum(), (error.diff(dim=1).abs() * weight[:, 1:]).sum()
+
+
+def tokenizer_step(model: TttCodecModel, head: PhonemeHead, questions, answers, words) -> dict[str, torch.Tensor]:
+    hop, frames = model.config.hop_length, model.config.frames_per_code
+    clean, lengths = pad([wave for _, wave in answers + questions], hop)
+    mask = (torch.arange(clean.shape[1] // hop) * hop < lengths[:, None]).long()
+    with torch.no_grad():
+        noisy, target = model.log_mel(augment(clean)), model.log_mel(clean[: len(answers)])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        features = model.encoder.extract_features(noisy, mask)
+        grid = model.quantizer(model.encoder.project(features))
+        log_probs = head(features, grid)
+        count = len(answers)
+        mel = model.decoder(grid[:count], model.quantizer.to_codes(grid[:count].detach()), mask[:count])
+    labels = [torch.tensor([p for word in text.split() for p in words[word]]) for text, _ in answers + questions]
+    label_lengths = torch.tensor([len(x) for x in labels])
+    ctc, feature_ctc = (
+        F.ctc_loss(x, torch.cat(labels), mask.sum(-1) * 4, label_lengths, zero_infinity=True) for x in log_probs
+    )
+    l1, delta = mel_loss(mel, target, mask[:count].repeat_interleave(frames, 1))
+    loss = 0.5 * ctc + 0.5 * feature_ctc + 2 * l1 + delta
+    return {"loss": loss, "ctc": ctc, "feature_ctc": feature_ctc, "mel": l1}
+
+
+def vocoder_step(model: TttCodecModel, segments: torch.Tensor) -> dict[str, torch.Tensor]:
+    with torch.no_grad():
+        mel = model.log_mel(segments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        waveform = model.vocoder(mel, torch.ones(mel.shape[:2]))
+    spectral = spectral_loss(waveform, segments)
+    return {"loss": spectral + (model.log_mel(waveform) - mel).abs().mean(), "spectral": spectral}
+
+
+def decoder_step(model: TttCodecModel, answers) -> dict[str, torch.Tensor]:
+    hop, frames = model.config.hop_length, model.config.frames_per_code
+    clean, lengths = pad([wave for _, wave in answers], hop)
+    encoded = model.encode(clean, torch.arange(clean.shape[1]) < lengths[:, None])
+    target, mask = model.log_mel(clean), encoded.audio_codes_mask
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mel = model.decode_mel(encoded.audio_codes[:, 0], mask)
+        # The vocoder learns on segments of 12 codes: what matters to it is local.
+        start = random.randrange(max(int(mask.sum(-1).min()) - 12, 0) + 1)
+        frame_slice = slice(start * frames, (start + 12) * frames)
+        waveform = model.vocoder(mel[:, frame_slice], mask.repeat_interleave(frames, 1)[:, frame_slice])
+    l1, delta = mel_loss(mel, target, mask.repeat_interleave(frames, 1))
+    segments = clean[:, start * hop : (start + 12) * hop]
+    spectral = spectral_loss(waveform, segments)
+    spoken = (model.log_mel(waveform) - target[:, frame_slice]).abs().mean()
+    return {"loss": 2 * l1 + delta + spectral + spoken, "mel": l1, "spectral": spectral}
+
+
+def load_for_stage(args: CodecArguments, folder: Path) -> TttCodecModel:
+    """The stage's own checkpoint; else what earlier stages made; else fresh weights."""
+    if (folder / "config.json").exists():
+        return TttCodecModel.from_pretrained(folder)
+    if args.stage != "decoder":
+        return TttCodecModel(TttCodecConfig())
+    model = TttCodecModel.from_pretrained(args.output_dir / "tokenizer")
+    vocoder = TttCodecModel.from_pretrained(args.output_dir / "vocoder").vocoder
+    model.vocoder.load_state_dict(vocoder.state_dict())
+    return model
+
+
+def main() -> None:
+    (args,) = HfArgumentParser(CodecArguments).parse_args_into_dataclasses()
+    torch.set_num_threads(args.threads)
+    folder = args.output_dir / args.stage
+    folder.mkdir(parents=True, exist_ok=True)
+    set_seed(args.seed)
+    words, num_phonemes = pronunciations()
+    model = load_for_stage(args, folder)
+    head = PhonemeHead(len(model.config.fsq_levels), model.config.hidden_size, num_phonemes)
+    trained = {
+        "tokenizer": [model.encoder, model.decoder, head],
+        "vocoder": [model.vocoder],
+        "decoder": [model.decoder, model.vocoder],
+    }[args.stage]
+    parameters = [p for module in trained for p in module.parameters()]
+    for p in model.parameters():
+        p.requires_grad_(any(p is q for q in parameters))
+    optimizer = torch.optim.AdamW(parameters, args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    step = 0
+    state_file = folder / "training_state.pt"
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        head.load_state_dict(state["head"])
+        step = state["step"]
+    set_seed(args.seed + step)
+    answers = Speech(args.speech_dir, "assistant", args.seed + step)
+    questions = Speech(args.speech_dir, "questions", args.seed + step + 1)
+    answer_batches = answers.batches(args.batch_size // 2 if args.stage == "tokenizer" else args.batch_size)
+    question_batches, segments = questions.batches(args.batch_size // 2), answers.segments(args.batch_size, 16_000)
+
+    progress, started = tqdm(total=args.max_steps, initial=step, desc=args.stage), time.time()
+    running: dict[str, float] = {}
+    while step < args.max_steps:
+        scale = min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.max_steps)))
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * scale
+        if args.stage == "tokenizer":
+            losses = tokenizer_step(model, head, next(question_batches), next(answer_batches), words)
+        elif args.stage == "vocoder":
+            losses = vocoder_step(model, next(segments))
+        else:
+            losses = decoder_step(model, next(answer_batches))
+        losses["loss"].backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        for name, value in losses.items():
+            running[name] = 0.98 * running.get(name, value.item()) + 0.02 * value.item()
+        progress.update()
+        if step % 50 == 0:
+            line = {"step": step, "seconds": round(time.time() - started), **{k: round(v, 4) for k, v in running.items()}}
+            progress.set_postfix({k: v for k, v in line.items() if k in running})
+            with (folder / "log.jsonl").open("a") as log:
+                log.write(json.dumps(line) + "\n")
+        if step % args.save_every == 0 or step == args.max_steps:
+            model.save_pretrained(folder)
+            state = {"optimizer": optimizer.state_dict(), "head": head.state_dict(), "step": step}
+            torch.save(state, state_file.with_suffix(".partial"))
+            state_file.with_suffix(".partial").rename(state_file)
+
+
+if __name__ == "__main__":
+    main()
