@@ -1,0 +1,104 @@
+"""Measures an audio tokenizer: what an independent recogniser understands after encoding and decoding held-out speech.
+
+    python training_examples/evaluate_codec.py --model model_cards/ttt-tiny/audio_tokenizer
+
+Needs the held-out lists of build_speech.py. Writes codec.json and codec.md into --output_dir and prints the table.
+"""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from evaluation import Figure, markdown_table, normalized, read_audio, read_list, write_json
+from recognition import domain_recognizer, word_error_rate
+from tqdm.auto import tqdm
+from transformers import AutoFeatureExtractor, AutoModelForAudioTokenization, HfArgumentParser
+
+import modeling_ttt  # noqa: F401  (registers the audio tokenizer, so that no remote code is needed)
+
+LISTS = {"codec_answers": "held-out answers", "tts": "random word sequences"}
+
+
+@dataclass
+class CodecEvaluationArguments:
+    model: str = field(
+        default="model_cards/ttt-tiny/audio_tokenizer", metadata={"help": "Folder of the audio tokenizer."}
+    )
+    data_dir: Path = field(default=Path("data/ttt_tiny/eval"), metadata={"help": "Folder of the held-out lists."})
+    output_dir: Path = field(default=Path("runs/evaluate_codec"), metadata={"help": "Where the report goes."})
+    vocoders: list[str] = field(
+        default_factory=lambda: ["neural", "griffin_lim"], metadata={"help": "Ways from mel to waveform to compare."}
+    )
+    limit: int | None = field(default=None, metadata={"help": "Rows per list; all by default."})
+    batch_size: int = field(default=16, metadata={"help": "Waveforms encoded and decoded at once."})
+    device: str = field(default="cpu", metadata={"help": "Device of the audio tokenizer."})
+    num_threads: int = field(default=1, metadata={"help": "Threads of PyTorch."})
+    num_workers: int = field(default=2, metadata={"help": "Processes of the recogniser."})
+
+
+def reconstruct(
+    model, feature_extractor, waveforms: list[np.ndarray], vocoder: str, batch_size: int
+) -> tuple[list[np.ndarray], dict[str, float], list[np.ndarray]]:
+    """Waveforms after encode and decode, the seconds each took, and the codes."""
+    seconds = {"encode": 0.0, "decode": 0.0}
+    decoded, all_codes = [], []
+    for start in tqdm(range(0, len(waveforms), batch_size), desc=f"encode and decode ({vocoder})"):
+        batch = waveforms[start : start + batch_size]
+        features = feature_extractor(
+            batch, sampling_rate=model.config.sampling_rate, padding=True, return_tensors="pt"
+        ).to(model.device)
+        begin = time.perf_counter()
+        encoded = model.encode(**features)
+        middle = time.perf_counter()
+        values = model.decode(encoded.audio_codes, encoded.audio_codes_mask, vocoder=vocoder).audio_values
+        seconds["encode"] += middle - begin
+        seconds["decode"] += time.perf_counter() - middle
+        for row, mask in enumerate(encoded.audio_codes_mask.bool()):
+            decoded.append(values[row, 0, : len(batch[row])].float().cpu().numpy())
+            all_codes.append(encoded.audio_codes[row, 0][mask].cpu().numpy())
+    return decoded, seconds, all_codes
+
+
+def main() -> None:
+    (args,) = HfArgumentParser(CodecEvaluationArguments).parse_args_into_dataclasses()
+    torch.set_num_threads(args.num_threads)
+    torch.set_grad_enabled(False)
+    model = AutoModelForAudioTokenization.from_pretrained(args.model).to(args.device).eval()
+    try:
+        feature_extractor = AutoFeatureExtractor.from_pretrained(args.model)
+    except OSError:  # in a published folder it lies beside the model, one level up
+        feature_extractor = AutoFeatureExtractor.from_pretrained(Path(args.model).parent)
+
+    report: dict[str, dict] = {}
+    table = []
+    with domain_recognizer(args.num_workers) as recognizer:
+        for name, title in LISTS.items():
+            rows = read_list(args.data_dir, name, args.limit)
+            texts = [normalized(row["answer"]) for row in rows]
+            originals = [read_audio(args.data_dir, row["answer_audio"]) for row in rows]
+            duration = sum(map(len, originals)) / model.config.sampling_rate
+            heard = recognizer.transcribe(originals, progress=True)
+            entry = {"originals": Figure(word_error_rate(texts, heard), len(rows))}
+            table.append([title, "originals", entry["originals"], "", len(rows)])
+            for vocoder in args.vocoders:
+                decoded, seconds, codes = reconstruct(model, feature_extractor, originals, vocoder, args.batch_size)
+                heard = recognizer.transcribe(decoded, progress=True)
+                entry[vocoder] = Figure(word_error_rate(texts, heard), len(rows))
+                entry[f"{vocoder}_decode_time"] = Figure(seconds["decode"] / duration, len(rows), "of duration")
+                entry["encode_time"] = Figure(seconds["encode"] / duration, len(rows), "of duration")
+                entry["codes_used"] = Figure(len(np.unique(np.concatenate(codes))), len(rows), "codes")
+                table.append([title, vocoder, entry[vocoder], f"{seconds['decode'] / duration:.4f}", len(rows)])
+                missed = [{"said": a, "heard": b} for a, b in zip(texts, heard, strict=True) if a != b]
+                write_json(args.output_dir / f"{name}-{vocoder}-misheard.json", missed)
+            report[name] = entry
+
+    text = markdown_table(["speech", "decoded by", "recogniser WER", "decode time / duration", "sentences"], table)
+    write_json(args.output_dir / "codec.json", {"model": args.model, "results": report})
+    (args.output_dir / "codec.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,353 @@
+"""Measures a TtT model on held-out speech and text: answers, transcripts, the speech it says, and its speed.
+
+    python training_examples/evaluate_ttt.py --model model_cards/ttt-tiny
+    python training_examples/evaluate_ttt.py --model model_cards/ttt-tiny --twin runs/autoregressive_twin
+
+Needs the held-out lists of build_speech.py. Speech is judged by an independent recogniser (recognition.py). Each part is
+kept in --output_dir as soon as it is measured, so a killed run goes on where it stopped; evaluation.json,
+evaluation.md and steps.png are the report. Run it on an idle machine: it measures time too.
+"""
+
+import math
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+from evaluation import Figure, fingerprint, markdown_table, normalized, read_audio, read_list, remember, share, write_json
+from recognition import SAMPLING_RATE, Recognizer, domain_recognizer, word_error_rate
+from tqdm.auto import tqdm
+from transformers import AutoModel, AutoProcessor, HfArgumentParser
+
+import modeling_ttt  # noqa: F401  (registers the models, so that no remote code is needed)
+import processing  # noqa: F401
+
+PROCESSOR_TASKS = {"spoken_qa": "spoken_qa", "asr": "asr", "tts": "tts", "text_qa": "text_chat"}
+SPEECH_LISTS = {"spoken_qa_seen": "QA answers", "tts": "random word sequences"}
+# Rows of the report: key, title, at least, aim (None: no goal).
+GOALS: list[tuple[str, str, str, str]] = [
+    ("spoken_qa_seen/exact", "spoken QA, trained voices: exact text answers", "80 %", "92 %"),
+    ("spoken_qa_unheard/exact", "the same, synthetic voices never heard", "65 %", "85 %"),
+    ("spoken_qa_unheard_natural/exact", "the same, a recorded-speech voice never heard", "", ""),
+    ("text_qa/exact", "QA in text: exact text answers", "", ""),
+    ("asr_seen/wer", "ASR WER, trained voices", "10 %", "5 %"),
+    ("asr_unheard/wer", "ASR WER, synthetic voices never heard", "20 %", "10 %"),
+    ("asr_unheard_natural/wer", "ASR WER, a recorded-speech voice never heard", "", ""),
+    ("spoken_qa_seen/speech_wer", "reply speech against its own text, QA answers: recogniser WER", "20 %", "10 %"),
+    ("tts/speech_wer", "the same for TTS of random word sequences", "35 %", "18 %"),
+    ("tts/exact", "TTS: exact text", "", ""),
+    ("end_of_audio", "end of audio found", "99 %", "all"),
+    ("speed/time_by_duration", "whole answer, time / reply duration, batch size 1", "0.5", "0.2"),
+    ("cold_command", "command start to written reply, cold", "20 s", "10 s"),
+    ("originals/spoken_qa_seen", "recogniser WER on the original answers' speech", "", ""),
+    ("originals/tts", "recogniser WER on the original random sequences", "", ""),
+]
+
+
+@dataclass
+class EvaluationArguments:
+    model: str = field(default="model_cards/ttt-tiny", metadata={"help": "Folder of the model."})
+    twin: str | None = field(default=None, metadata={"help": "Folder of the autoregressive twin, measured beside it."})
+    data_dir: Path = field(default=Path("data/ttt_tiny/eval"), metadata={"help": "Folder of the held-out lists."})
+    output_dir: Path = field(default=Path("runs/evaluate_ttt"), metadata={"help": "Where parts and report go."})
+    steps: list[int] = field(default_factory=lambda: [2, 4, 8, 13, 26], metadata={"help": "Steps a block to compare."})
+    default_steps: int = field(default=8, metadata={"help": "Steps a block of every other figure."})
+    thresholds: list[float] = field(
+        default_factory=lambda: [0.5, 0.7, 0.9], metadata={"help": "Confidence thresholds to compare."}
+    )
+    limit: int | None = field(default=None, metadata={"help": "Rows per list; all by default."})
+    batch_size: int = field(default=32, metadata={"help": "Requests answered at once, where time is not measured."})
+    timed: int = field(default=20, metadata={"help": "Answers per speed figure, one at a time; 0 leaves speed out."})
+    cold_runs: int = field(default=3, metadata={"help": "Starts of the command; 0 leaves them out."})
+    max_new_tokens: int = field(default=400, metadata={"help": "Limit of an answer."})
+    max_audio_codes_per_span: int = field(default=300, metadata={"help": "Limit of a span; reaching it is a failure."})
+    device: str = field(default="cpu", metadata={"help": "Device of the model."})
+    num_threads: int = field(default=2, metadata={"help": "Threads of PyTorch."})
+    num_workers: int = field(default=2, metadata={"help": "Processes of the recogniser."})
+
+
+class Talker:
+    """A model folder that answers rows of the held-out lists."""
+
+    def __init__(self, folder: str, args: EvaluationArguments):
+        self.folder, self.args = folder, args
+        self.fingerprint = fingerprint(folder)
+        self.model = AutoModel.from_pretrained(folder, dtype=torch.float32).to(args.device).eval()
+        self.processor = AutoProcessor.from_pretrained(folder)
+        self.processor.audio_tokenizer.to(args.device)
+
+    def answer(self, rows: Sequence[dict[str, Any]], **options: Any) -> list[dict[str, Any]]:
+        """Answers `rows`, all of one task, as one batch.
+
+        Returns:
+            For each row text, waveform, whether the audio ended by itself, and for the batch forwards and new tokens.
+        """
+        task = PROCESSOR_TASKS[rows[0]["task"]]
+        if rows[0]["audio"] is None:
+            text = [row["question"] or row["answer"] for row in rows]
+            inputs = self.processor(text=text, task=task)
+        else:
+            audio = [read_audio(self.args.data_dir, row["audio"]) for row in rows]
+            inputs = self.processor(audio=audio, sampling_rate=SAMPLING_RATE, task=task)
+        prompt_length = inputs["input_ids"].shape[1]
+        limits = {"max_new_tokens": self.args.max_new_tokens, "do_sample": False, "return_dict_in_generate": True}
+        if self.model.config.audio_objective == "diffusion":
+            limits["max_audio_codes_per_span"] = self.args.max_audio_codes_per_span
+        output = self.model.generate(**inputs.to(self.args.device), **limits, **options)
+        answers = self.processor.post_process(output.sequences, prompt_length)
+        for ids, answer in zip(output.sequences[:, prompt_length:].tolist(), answers, strict=True):
+            answer["ended"] = self.has_ended(ids, len(answer["audio_codes"]))
+        return answers
+
+    def has_ended(self, ids: list[int], num_codes: int) -> bool:
+        """Whether an answer ended its turn after at least one code and no span ran into its limit."""
+        return (
+            self.processor.token_ids.end_of_turn_token_id in ids
+            and 0 < num_codes < self.args.max_audio_codes_per_span
+        )
+
+
+def measure_list(talker: Talker, name: str, recognizer: Recognizer | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Answers a whole list in batches; with `recognizer`, also listens to the answers.
+
+    Returns:
+        Per row `id`, `kind`, `expected`, `text`, `ended`, `seconds` of speech and `heard` (None if not listened to).
+    """
+    args = talker.args
+    rows = read_list(args.data_dir, name, args.limit)
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]["question"] + rows[index]["answer"]))
+    answers: list[dict[str, Any]] = [{} for _ in rows]
+    title = " ".join([Path(talker.folder).name, name, *(f"{key}={value}" for key, value in options.items())])
+    for start in tqdm(range(0, len(rows), args.batch_size), desc=title):
+        chosen = order[start : start + args.batch_size]
+        for index, answer in zip(chosen, talker.answer([rows[i] for i in chosen], **options), strict=True):
+            answers[index] = answer
+    heard: list[str | None] = [None] * len(rows)
+    if recognizer is not None:
+        heard = list(recognizer.transcribe([answer["audio"] for answer in answers], progress=True))
+    return {
+        "rows": [
+            {
+                "id": row["id"],
+                "kind": row["kind"],
+                "expected": normalized(row["answer"]),
+                "text": normalized(answer["text"]),
+                "ended": answer["ended"],
+                "seconds": len(answer["audio"]) / SAMPLING_RATE,
+                "heard": words,
+            }
+            for row, answer, words in zip(rows, answers, heard, strict=True)
+        ]
+    }
+
+
+def measure_speed(talker: Talker, options: dict[str, Any]) -> dict[str, Any]:
+    """Answers questions one at a time, from the question's waveform to the reply's; the first is not counted."""
+    rows = read_list(talker.args.data_dir, "spoken_qa_seen", talker.args.timed + 1)
+    timed = []
+    for row in tqdm(rows, desc=f"{Path(talker.folder).name} one at a time {options}"):
+        begin = time.perf_counter()
+        (answer,) = talker.answer([row], **options)
+        timed.append((time.perf_counter() - begin, len(answer["audio"]) / SAMPLING_RATE))
+    return {"seconds": [seconds for seconds, _ in timed[1:]], "durations": [duration for _, duration in timed[1:]]}
+
+
+def measure_cold_command(talker: Talker) -> dict[str, Any]:
+    """Seconds from starting `ttt-talk` to its exit, with a question of about 3 s, in processes of their own."""
+    rows = read_list(talker.args.data_dir, "spoken_qa_seen")
+    questions = [read_audio(talker.args.data_dir, row["audio"]) for row in rows]
+    question = min(questions, key=lambda samples: abs(len(samples) - 3 * SAMPLING_RATE))
+    seconds = []
+    with tempfile.TemporaryDirectory() as folder:
+        source, reply = str(Path(folder, "question.wav")), str(Path(folder, "reply.wav"))
+        soundfile.write(source, question, SAMPLING_RATE)
+        for _ in range(talker.args.cold_runs):
+            begin = time.perf_counter()
+            subprocess.run(["ttt-talk", source, reply, "--model", talker.folder], check=True, capture_output=True)
+            seconds.append(time.perf_counter() - begin)
+    return {"seconds": seconds, "question_seconds": len(question) / SAMPLING_RATE}
+
+
+def measure_originals(args: EvaluationArguments, name: str, recognizer: Recognizer) -> dict[str, Any]:
+    """What the recogniser hears in the reference answers' own speech."""
+    rows = read_list(args.data_dir, name, args.limit)
+    heard = recognizer.transcribe([read_audio(args.data_dir, row["answer_audio"]) for row in rows], progress=True)
+    return {"expected": [normalized(row["answer"]) for row in rows], "heard": heard}
+
+
+def figures_of_list(rows: list[dict[str, Any]]) -> dict[str, Figure]:
+    """Exact answers, word error rates of text and speech, and ends of audio of one list's rows."""
+    figures = {
+        "exact": share(row["text"] == row["expected"] for row in rows),
+        "wer": Figure(word_error_rate([row["expected"] for row in rows], [row["text"] for row in rows]), len(rows)),
+        "ended": share(row["ended"] for row in rows),
+    }
+    if rows[0]["heard"] is not None:
+        # Against the model's own text: a wrong answer that is said well is no fault of the speech.
+        own, heard = [row["text"] for row in rows], [row["heard"] for row in rows]
+        if any(own):
+            figures["speech_wer"] = Figure(word_error_rate(own, heard), len(rows))
+        figures["spoken_wer"] = Figure(word_error_rate([row["expected"] for row in rows], heard), len(rows))
+    return figures
+
+
+def figures_of_speed(result: dict[str, Any]) -> dict[str, Figure]:
+    """Time by reply duration over all answers, and the median seconds an answer takes."""
+    count, duration = len(result["seconds"]), sum(result["durations"])
+    return {
+        "time_by_duration": Figure(sum(result["seconds"]) / duration if duration else math.nan, count, ""),
+        "median_seconds": Figure(statistics.median(result["seconds"]), count, "s"),
+    }
+
+
+class Evaluation:
+    """Runs the parts in order and remembers each."""
+
+    def __init__(self, args: EvaluationArguments, recognizer: Recognizer):
+        self.args, self.recognizer = args, recognizer
+        self.figures: dict[str, Figure] = {}
+        self.kinds: dict[str, Figure] = {}
+
+    def part(self, talker: Talker | None, name: str, compute: Callable[[], Any], **options: Any) -> Any:
+        limits = {"limit": self.args.limit, "timed": self.args.timed, "max_new_tokens": self.args.max_new_tokens}
+        settings = {"model": talker.fingerprint if talker else None, "options": options, **limits}
+        folder = Path(talker.folder).name if talker else "originals"
+        suffix = "".join(f"-{key.removeprefix('audio_')}-{value}" for key, value in options.items())
+        return remember(self.args.output_dir / "parts" / folder / f"{name}{suffix}.json", settings, compute)
+
+    def lists(self, talker: Talker, names: Sequence[str], listen: Sequence[str], prefix: str = "", **options: Any) -> None:
+        """Measures lists and files their figures under `prefix`."""
+        ended: list[bool] = []
+        for name in names:
+            recognizer = self.recognizer if name in listen else None
+            rows = self.part(
+                talker, name, lambda n=name, r=recognizer: measure_list(talker, n, r, options), **options
+            )["rows"]
+            for key, figure in figures_of_list(rows).items():
+                self.figures[f"{prefix}{name}/{key}"] = figure
+            if name in SPEECH_LISTS:
+                ended += [row["ended"] for row in rows]
+            if name == "spoken_qa_seen" and not prefix:
+                for kind in sorted({row["kind"] for row in rows}):
+                    self.kinds[kind] = share(row["text"] == row["expected"] for row in rows if row["kind"] == kind)
+        if ended:
+            self.figures[f"{prefix}end_of_audio"] = share(ended)
+
+    def speed(self, talker: Talker, prefix: str = "", **options: Any) -> None:
+        if self.args.timed:
+            result = self.part(talker, "speed", lambda: measure_speed(talker, options), **options)
+            for key, figure in figures_of_speed(result).items():
+                self.figures[f"{prefix}speed/{key}"] = figure
+
+    def run(self) -> None:
+        """Every part. The same answers serve the main table and their row of the comparison."""
+        args = self.args
+        for name in SPEECH_LISTS:
+            result = self.part(None, name, lambda n=name: measure_originals(args, n, self.recognizer))
+            error = word_error_rate(result["expected"], result["heard"])
+            self.figures[f"originals/{name}"] = Figure(error, len(result["heard"]))
+
+        talker = Talker(args.model, args)
+        voices = ("seen", "unheard", "unheard_natural")
+        names = [*(f"spoken_qa_{v}" for v in voices), *(f"asr_{v}" for v in voices), "text_qa", "tts"]
+        self.lists(talker, names, list(SPEECH_LISTS), audio_steps_per_block=args.default_steps)
+        self.speed(talker, audio_steps_per_block=args.default_steps)
+        if args.cold_runs:
+            result = self.part(talker, "cold", lambda: measure_cold_command(talker), runs=args.cold_runs)
+            self.figures["cold_command"] = Figure(statistics.median(result["seconds"]), len(result["seconds"]), "s")
+        for prefix, options in comparison_settings(args):
+            self.lists(talker, list(SPEECH_LISTS), list(SPEECH_LISTS), prefix, **options)
+            self.speed(talker, prefix, **options)
+        if args.twin:
+            twin = Talker(args.twin, args)
+            self.lists(twin, names, list(SPEECH_LISTS), "twin/")
+            self.speed(twin, "twin/")
+
+
+def comparison_settings(args: EvaluationArguments) -> list[tuple[str, dict[str, Any]]]:
+    """Prefix and generation options of each row of the comparison."""
+    settings: list[tuple[str, dict[str, Any]]] = []
+    settings += [(f"{steps} steps/", {"audio_steps_per_block": steps}) for steps in args.steps]
+    settings += [(f"threshold {value}/", {"audio_confidence_threshold": value}) for value in args.thresholds]
+    return settings
+
+
+def report(args: EvaluationArguments, figures: dict[str, Figure], kinds: dict[str, Figure]) -> str:
+    """The report in Markdown."""
+    header = ["", "at least", "aim", "measured", "samples"] + (["autoregressive twin"] if args.twin else [])
+    main_rows = []
+    for key, title, least, aim in GOALS:
+        if key in figures:
+            twin = [figures.get(f"twin/{key}", "")] if args.twin else []
+            main_rows.append([title, least, aim, figures[key], figures[key].count, *twin])
+    rows = []
+    twin_rows = [("twin/", {})] if args.twin else []
+    for prefix, _ in [*comparison_settings(args), *twin_rows]:
+        cells = [
+            figures.get(f"{prefix}{key}", "")
+            for key in ("spoken_qa_seen/speech_wer", "tts/speech_wer", "end_of_audio", "speed/time_by_duration", "speed/median_seconds")
+        ]
+        counts = [str(cell.count) for cell in cells if isinstance(cell, Figure)]
+        title = "autoregressive twin" if prefix == "twin/" else prefix.rstrip("/")
+        rows.append([title, *cells, " / ".join(counts)])
+    header_rows = ["decoding", "QA speech WER", "TTS speech WER", "end found", "time / duration", "median answer", "samples"]
+    return "\n\n".join(
+        [
+            f"## Figures (at {args.default_steps} steps a block)",
+            markdown_table(header, main_rows),
+            "## Quality and speed by denoising steps a block",
+            markdown_table(header_rows, rows),
+            "## Exact spoken answers by kind of question (trained voices)",
+            markdown_table(["kind", "exact", "samples"], [[kind, figure, figure.count] for kind, figure in kinds.items()]),
+        ]
+    )
+
+
+def plot(args: EvaluationArguments, figures: dict[str, Figure], path: Path) -> None:
+    """The recogniser's WER by denoising steps a block, with the originals and the twin as lines."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    for (name, title), color in zip(SPEECH_LISTS.items(), ("#1f6f8b", "#c8553d"), strict=True):
+        values = [100 * figures[f"{steps} steps/{name}/speech_wer"].value for steps in args.steps]
+        axes.plot(args.steps, values, "o-", color=color, label=f"{title} (n = {figures[f'originals/{name}'].count})")
+        axes.axhline(100 * figures[f"originals/{name}"].value, color=color, lw=1, ls=":", label=f"{title}: originals")
+        if (twin := figures.get(f"twin/{name}/speech_wer")) is not None:
+            axes.axhline(100 * twin.value, color=color, lw=1, ls="--", label=f"{title}: autoregressive twin")
+    axes.set(xscale="log", xlabel="denoising steps a block of 26 codes", ylabel="recogniser WER of the reply, %", ylim=0)
+    axes.set_xticks(args.steps, [str(steps) for steps in args.steps])
+    axes.minorticks_off()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    (args,) = HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses()
+    torch.set_num_threads(args.num_threads)
+    torch.set_grad_enabled(False)
+    np.random.seed(0)
+    with domain_recognizer(args.num_workers) as recognizer:
+        evaluation = Evaluation(args, recognizer)
+        evaluation.run()
+    text = report(args, evaluation.figures, evaluation.kinds)
+    write_json(args.output_dir / "evaluation.json", {"figures": evaluation.figures, "exact_by_kind": evaluation.kinds})
+    (args.output_dir / "evaluation.md").write_text(text + "\n", encoding="utf-8")
+    plot(args, evaluation.figures, args.output_dir / "steps.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
