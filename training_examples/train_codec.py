@@ -198,6 +198,8 @@ def decoder_step(model: TttCodecModel, answers) -> dict[str, torch.Tensor]:
     hop, frames = model.config.hop_length, model.config.frames_per_code
     clean, lengths = pad([wave for _, wave in answers], hop)
     encoded = model.encode(clean, torch.arange(clean.shape[1]) < lengths[:, None])
+    # One loudness for all sentences: codes are local and cannot tell how loud the whole was.
+    clean = clean * (0.1 / (clean.pow(2).sum(-1) / lengths).sqrt())[:, None]
     target, mask = model.log_mel(clean), encoded.audio_codes_mask
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mel = model.decode_mel(encoded.audio_codes[:, 0], mask)

@@ -365,10 +365,10 @@ class TttCodecModel(TttCodecPreTrainedModel):
                 n_iter=config.griffin_lim_iterations,
                 hop_length=config.mel_hop_length,
                 n_fft=config.n_fft,
-                length=frames * config.mel_hop_length,
                 random_state=0,
-            )
-            waveform[row, : len(samples)] = torch.from_numpy(samples).to(waveform)
+            )  # from the centre of the first frame to that of the last: half a hop is missing at either end
+            start = config.mel_hop_length // 2
+            waveform[row, start : start + len(samples)] = torch.from_numpy(samples).to(waveform)
         return waveform
 
     def streaming_decoder(self) -> "TttCodecStreamingDecoder":

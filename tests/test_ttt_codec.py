@@ -1,0 +1,124 @@
+"""The audio tokenizer: exact lengths, rows that do not know each other, streamed and whole decoding alike."""
+
+import pytest
+import torch
+from transformers import AutoModelForAudioTokenization
+
+from modeling_ttt.ttt_codec import TttCodecConfig, TttCodecModel
+from modeling_ttt.ttt_codec.modeling_ttt_codec import TttCodecFiniteScalarQuantizer, overlap_add
+
+HOP = 1280
+
+
+@pytest.fixture(scope="module")
+def codec() -> TttCodecModel:
+    torch.manual_seed(0)
+    return TttCodecModel(TttCodecConfig(hidden_size=32, vocoder_hidden_size=32)).eval()
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return 0.1 * torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("samples", [1, HOP - 1, HOP, HOP + 1, 10 * HOP, 10 * HOP + 7])
+@torch.no_grad()
+def test_n_samples_give_exactly_the_ceiling_of_n_over_1280_codes(codec, samples):
+    codes = codec.encode(noise(1, samples)).audio_codes
+    assert codes.shape == (1, 1, -(-samples // HOP))
+    assert codec.decode(codes).audio_values.shape == (1, 1, codes.shape[-1] * HOP)
+
+
+@torch.no_grad()
+def test_codes_of_a_row_do_not_depend_on_neighbours_or_padding(codec):
+    waves = noise(3, 20 * HOP)
+    lengths = [20 * HOP, 7 * HOP + 5, 1]
+    mask = torch.stack([torch.arange(20 * HOP) < length for length in lengths])
+    garbage = torch.where(mask, waves, torch.full_like(waves, 0.9))  # padding must not be heard, whatever it holds
+    together = codec.encode(garbage, mask)
+    for row, length in enumerate(lengths):
+        alone = codec.encode(waves[row : row + 1, :length]).audio_codes[0, 0]
+        valid = together.audio_codes_mask[row].bool()
+        assert torch.equal(together.audio_codes[row, 0, valid], alone)
+        assert not together.audio_codes[row, 0, ~valid].any()
+
+
+@pytest.mark.parametrize("vocoder", ["neural", "griffin_lim"])
+@torch.no_grad()
+def test_speech_of_a_row_does_not_depend_on_neighbours_or_padding(codec, vocoder):
+    codes = torch.randint(400, (2, 1, 24), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones(2, 24, dtype=torch.long)
+    mask[1, 9:] = 0
+    together = codec.decode(codes, mask, vocoder=vocoder).audio_values
+    alone = codec.decode(codes[1:, :, :9], vocoder=vocoder).audio_values
+    assert torch.allclose(together[1:, :, : 9 * HOP], alone, atol=1e-5)
+    assert not together[1, :, 9 * HOP :].any()
+
+
+@pytest.mark.parametrize("step", [1, 3, 26, 100])
+@torch.no_grad()
+def test_streamed_decoding_equals_whole_decoding(codec, step):
+    codes = torch.randint(400, (60,), generator=torch.Generator().manual_seed(3))
+    whole = codec.decode(codes[None]).audio_values[0, 0]
+    decoder = codec.streaming_decoder()
+    for _ in range(2):  # the second stream starts afresh
+        chunks = [decoder.push(part) for part in codes.split(step)] + [decoder.flush()]
+        assert torch.allclose(torch.cat(chunks), whole, atol=1e-5)
+
+
+@torch.no_grad()
+def test_streaming_waits_no_longer_than_its_stated_lookahead(codec):
+    codes = torch.randint(400, (40,), generator=torch.Generator().manual_seed(4))
+    context = codec.config.decoder_context_codes
+    assert len(codec.streaming_decoder().push(codes)) == (40 - context) * HOP
+    changed = codes.clone()
+    changed[-1] = (changed[-1] + 1) % 400
+    first, second = (codec.decode(x[None]).audio_values[0, 0] for x in (codes, changed))
+    different = (first - second).abs() > 1e-6
+    assert different.any() and int(different.nonzero()[0]) >= (39 - context) * HOP
+
+
+def test_every_code_has_a_point_of_its_own_and_back():
+    quantizer = TttCodecFiniteScalarQuantizer([5, 5, 4, 4])
+    codes = torch.arange(400)
+    grid = quantizer.to_grid(codes)
+    assert len(grid.unique(dim=0)) == 400
+    assert torch.equal(quantizer.to_codes(grid), codes)
+    assert quantizer.to_codes(quantizer(20 * torch.randn(5000, 4))).unique().numel() <= 400
+
+
+def test_quantiser_lets_gradients_through():
+    points = torch.randn(3, 4, requires_grad=True)
+    TttCodecFiniteScalarQuantizer([5, 5, 4, 4])(points).sum().backward()
+    assert (points.grad > 0).all()
+
+
+def test_overlap_add_restores_a_doubly_windowed_signal():
+    signal = noise(1, 40 * 160)
+    window = torch.hann_window(640)
+    padded = torch.nn.functional.pad(signal, (240, 240))
+    frames = padded.unfold(-1, 640, 160) * window * window
+    restored = overlap_add(frames, 160) / 1.5
+    assert torch.allclose(restored[:, 640:-640], signal[:, 640:-640], atol=1e-5)
+
+
+def test_loads_through_the_auto_class_with_equal_results(codec, tmp_path):
+    codec.save_pretrained(tmp_path)
+    loaded = AutoModelForAudioTokenization.from_pretrained(tmp_path)
+    assert isinstance(loaded, TttCodecModel)
+    codes = torch.arange(30)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded.decode(codes).audio_values, codec.decode(codes).audio_values)
+        assert torch.equal(loaded.encode(noise(1, 9000)).audio_codes, codec.encode(noise(1, 9000)).audio_codes)
+
+
+def test_bad_input_is_refused_by_name(codec):
+    with pytest.raises(ValueError, match="2 channels"):
+        codec.encode(noise(1, 2, 3000))
+    with pytest.raises(ValueError, match="samples > 0"):
+        codec.encode(torch.zeros(1, 0))
+    with pytest.raises(ValueError, match=r"\[0, 400\), found 0 to 400"):
+        codec.decode(torch.tensor([[0, 400]]))
+    with pytest.raises(ValueError, match="'vocoder'|vocoder must be"):
+        codec.decode(torch.tensor([[0]]), vocoder="wavenet")
+    with pytest.raises(ValueError, match="hop_length"):
+        TttCodecConfig(hop_length=1000)
