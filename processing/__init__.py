@@ -1,7 +1,5 @@
 """Text, waveforms and audio codes to model inputs and back, and batches for training."""
 
-import modeling_ttt  # noqa: F401  (registers the models and audio tokenizers with the auto classes)
-
 from transformers import AutoProcessor
 
 from modeling_ttt import TttConfig

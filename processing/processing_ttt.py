@@ -5,7 +5,6 @@ of audio in audio_input_ttt.py, prompts in tasks_ttt.py."""
 from __future__ import annotations
 
 import copy
-import inspect
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -21,10 +20,11 @@ from transformers.processing_utils import AUDIO_TOKENIZER_KWARGS, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 from transformers.utils.hub import hf_api
 
+from .audio_codes_ttt import decode_codes, encode_waveforms
 from .audio_input_ttt import is_single_audio, load_waveform
 from .interleaving_ttt import AUDIO_PLACEHOLDER, END_OF_TURN, TttTokenIds, deinterleave, interleave, to_list
 from .streaming_ttt import TttStreamer
-from .tasks_ttt import CHAT_TEMPLATE, RESPONSE_AUDIO, START_OF_TURN, TASKS
+from .tasks_ttt import CHAT_TEMPLATE, RESPONSE_AUDIO, START_OF_TURN, TASKS, audio_parts, check_messages
 
 AUDIO_TOKENIZER_FOLDER = "audio_tokenizer"
 _RESPONSE = re.compile(rf"(?<={re.escape(START_OF_TURN)}assistant\n)(.*?)({re.escape(END_OF_TURN)}|\Z)", re.DOTALL)
@@ -245,7 +245,7 @@ class TttProcessor(ProcessorMixin):
         conversations = [list(messages) for messages in (conversation if batched else [conversation])]
         names = names or [f"conversation {index}" for index in range(len(conversations))]
         for index, messages in enumerate(conversations):
-            self._check_messages(messages, names[index])
+            check_messages(messages, names[index])
             if task is not None or system_prompt is not None:
                 self._check_task(task)
                 if messages[0]["role"] != "system":
@@ -256,13 +256,11 @@ class TttProcessor(ProcessorMixin):
                 for messages in conversations
             ]
             return rendered if batched else rendered[0]
-        codes = self._encode_parts(conversations, audio, sampling_rate)
-        rows = [
-            self._encode_conversation(messages, codes, chat_template, add_generation_prompt, index, **template_kwargs)[
-                0
-            ]
-            for index, messages in enumerate(conversations)
-        ]
+        codes = self._encode_parts(conversations, names, audio, sampling_rate)
+        rows = []
+        for messages, name in zip(conversations, names, strict=True):
+            rendered = self._render(messages, chat_template, add_generation_prompt, **template_kwargs)
+            rows.append(self._encode_rendered(rendered, codes, name)[0])
         self._check_all_used(codes, "conversation")
         features = self._pad(rows, padding, padding_side, pad_to_multiple_of, return_tensors)
         return features if return_dict else features["input_ids"]
@@ -300,7 +298,7 @@ class TttProcessor(ProcessorMixin):
 
     def build_conversation_example(self, messages: list[dict[str, Any]]) -> dict[str, list[int]]:
         """A training example of a whole conversation, in which every assistant turn is scored."""
-        self._check_messages(messages, "conversation")
+        check_messages(messages, "conversation")
         codes = self._encode_parts([messages], ["conversation"])
         ids, scored = self._encode_rendered(self._render(messages, None, False), codes, "conversation")
         while scored and not scored[-1] and messages[-1]["role"] == "assistant":
@@ -327,24 +325,7 @@ class TttProcessor(ProcessorMixin):
         rate = self.feature_extractor.sampling_rate
         audios = [audio] if is_single_audio(audio) else list(audio)
         waveforms = [load_waveform(item, rate, sampling_rate, f"audio {i}") for i, item in enumerate(audios)]
-        audio_tokenizer = self._require_audio_tokenizer()
-        if "padding_mask" not in inspect.signature(audio_tokenizer.encode).parameters:
-            batch_size = 1
-        codes: list[torch.Tensor] = []
-        for start in range(0, len(waveforms), batch_size):
-            features = self.feature_extractor(
-                waveforms[start : start + batch_size], sampling_rate=rate, padding=True, return_tensors="pt"
-            ).to(audio_tokenizer.device)
-            with torch.no_grad():
-                output = audio_tokenizer.encode(**features)
-            if output.audio_codes.ndim == 3 and output.audio_codes.shape[1] != 1:
-                raise ValueError(f"TtT needs an audio tokenizer of one codebook, got {output.audio_codes.shape[1]}.")
-            batch = output.audio_codes.reshape(len(output.audio_codes), -1).cpu()  # (batch, codes)
-            mask = getattr(output, "audio_codes_mask", None)
-            if mask is None and len(batch) > 1:
-                raise ValueError("The audio tokenizer returns no `audio_codes_mask`; pass `batch_size=1`.")
-            codes += [row if mask is None else row[m.bool()] for row, m in zip(batch, _rows(mask, batch), strict=True)]
-        return codes
+        return encode_waveforms(self._require_audio_tokenizer(), self.feature_extractor, waveforms, batch_size)
 
     def decode_audio(self, audio_codes: Any, batch_size: int = 16) -> list[np.ndarray]:
         """Codes to waveforms.
@@ -362,28 +343,9 @@ class TttProcessor(ProcessorMixin):
         sequences = [to_list(codes) for codes in ([audio_codes] if single else audio_codes)]
         for index, codes in enumerate(sequences):
             self.token_ids.codes_to_ids(codes, name=f"audio_codes {index}")
-        waveforms = [np.zeros(0, dtype=np.float32) for _ in sequences]
-        spoken = [index for index, codes in enumerate(sequences) if codes]
-        if not spoken:
-            return waveforms
-        audio_tokenizer = self._require_audio_tokenizer()
-        masked = "audio_codes_mask" in inspect.signature(audio_tokenizer.decode).parameters
-        for start in range(0, len(spoken), batch_size if masked else 1):
-            indices = spoken[start : start + (batch_size if masked else 1)]
-            lengths = [len(sequences[index]) for index in indices]
-            codes = torch.zeros((len(indices), 1, max(lengths)), dtype=torch.long)
-            mask = torch.zeros((len(indices), max(lengths)), dtype=torch.long)
-            for row, index in enumerate(indices):
-                codes[row, 0, : lengths[row]] = torch.tensor(sequences[index])
-                mask[row, : lengths[row]] = 1
-            options = {"audio_codes_mask": mask.to(audio_tokenizer.device)} if masked else {}
-            with torch.no_grad():
-                values = audio_tokenizer.decode(audio_codes=codes.to(audio_tokenizer.device), **options).audio_values
-            values = values.reshape(len(indices), -1).float().cpu().numpy()  # (batch, samples)
-            per_code = values.shape[-1] // max(lengths)
-            for row, index in enumerate(indices):
-                waveforms[index] = values[row, : lengths[row] * per_code].copy()
-        return waveforms
+        if not any(sequences):
+            return [np.zeros(0, dtype=np.float32) for _ in sequences]
+        return decode_codes(self._require_audio_tokenizer(), sequences, batch_size)
 
     def _require_audio_tokenizer(self) -> Any:
         if self.audio_tokenizer is None:
@@ -497,12 +459,18 @@ class TttProcessor(ProcessorMixin):
             kwargs["trust_remote_code"] = trust_remote_code
         processor = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if audio_tokenizer is None and load_audio_tokenizer:
-            audio_tokenizer = AutoModelForAudioTokenization.from_pretrained(
-                pretrained_model_name_or_path,
-                subfolder=f"{subfolder}/{AUDIO_TOKENIZER_FOLDER}".lstrip("/"),
-                trust_remote_code=trust_remote_code,
-                **located,
-            ).eval()
+            try:
+                audio_tokenizer = AutoModelForAudioTokenization.from_pretrained(
+                    pretrained_model_name_or_path,
+                    subfolder=f"{subfolder}/{AUDIO_TOKENIZER_FOLDER}".lstrip("/"),
+                    trust_remote_code=trust_remote_code,
+                    **located,
+                ).eval()
+            except OSError as error:
+                raise OSError(
+                    f"{pretrained_model_name_or_path} has no audio tokenizer in `{AUDIO_TOKENIZER_FOLDER}/` ({error}). "
+                    "Pass `audio_tokenizer`, or `load_audio_tokenizer=False` where audio only comes as codes."
+                ) from error
         if audio_tokenizer is not None:
             processor._check_audio_tokenizer(audio_tokenizer)
             processor.audio_tokenizer = audio_tokenizer
@@ -521,22 +489,6 @@ class TttProcessor(ProcessorMixin):
                 raise ValueError(f"text {index} is a {type(item).__name__}, not a string. Pass audio as `audio`.")
         return texts
 
-    def _check_messages(self, messages: Sequence[Any], name: str) -> None:
-        if not messages:
-            raise ValueError(f"{name} has no messages.")
-        for position, message in enumerate(messages):
-            where = f"message {position} of {name}"
-            if not isinstance(message, dict) or "role" not in message or "content" not in message:
-                raise ValueError(f"{where} must be a mapping with `role` and `content`, got {message!r}.")
-            content = message["content"]
-            if isinstance(content, str):
-                continue
-            for part in content:
-                if not isinstance(part, dict) or part.get("type") not in ("text", "audio"):
-                    raise ValueError(f"{where} has the part {part!r}; its `type` must be 'text' or 'audio'.")
-                if part["type"] == "text" and not isinstance(part.get("text"), str):
-                    raise ValueError(f"{where} has a text part without a string under `text`.")
-
     def _encode_parts(
         self,
         conversations: list[list[dict[str, Any]]],
@@ -549,7 +501,7 @@ class TttProcessor(ProcessorMixin):
         codes: list[Any] = []
         pending: dict[int, np.ndarray] = {}
         for messages, name in zip(conversations, names, strict=True):
-            for index, part in enumerate(_audio_parts(messages)):
+            for index, part in enumerate(audio_parts(messages)):
                 if part.get("audio_codes") is None:
                     pending[len(codes)] = self._load_part(part, given, sampling_rate, f"audio part {index} of {name}")
                 codes.append(part.get("audio_codes"))
@@ -673,14 +625,6 @@ class TttProcessor(ProcessorMixin):
         return BatchFeature(dict(features), tensor_type=return_tensors)
 
 
-def _audio_parts(messages: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    for message in messages:
-        if not isinstance(message["content"], str):
-            yield from (part for part in message["content"] if part["type"] == "audio")
-
-
-def _rows(mask: torch.Tensor | None, batch: torch.Tensor) -> Any:
-    return [None] * len(batch) if mask is None else mask.cpu()
-
+TttProcessor.register_for_auto_class()
 
 __all__ = ["TttProcessor"]

@@ -1,8 +1,10 @@
-"""What a conversation looks like in text: the tasks with their system prompts, and the chat template."""
+"""What a conversation looks like: the tasks with their system prompts, the chat template, and the form of messages."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .interleaving_ttt import (
     AUDIO_PLACEHOLDER,
@@ -91,3 +93,30 @@ TASKS: dict[str, TttTask] = {
         needs_text=True,
     ),
 }
+
+
+def check_messages(messages: Sequence[Any], name: str) -> None:
+    """Raises a ValueError that says which message of the conversation `name` does not have the form of one."""
+    if not messages:
+        raise ValueError(f"{name} has no messages.")
+    for position, message in enumerate(messages):
+        where = f"message {position} of {name}"
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            raise ValueError(f"{where} must be a mapping with `role` and `content`, got {message!r}.")
+        content = message["content"]
+        if isinstance(content, str):
+            continue
+        if not isinstance(content, (list, tuple)):
+            raise ValueError(f"{where} has `content` {content!r}; it must be a string or a list of parts.")
+        for part in content:
+            if not isinstance(part, dict) or part.get("type") not in ("text", "audio"):
+                raise ValueError(f"{where} has the part {part!r}; its `type` must be 'text' or 'audio'.")
+            if part["type"] == "text" and not isinstance(part.get("text"), str):
+                raise ValueError(f"{where} has a text part without a string under `text`.")
+
+
+def audio_parts(messages: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The audio parts of a conversation, in order."""
+    for message in messages:
+        if not isinstance(message["content"], str):
+            yield from (part for part in message["content"] if part["type"] == "audio")

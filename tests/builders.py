@@ -1,6 +1,7 @@
 """Tiny random parts for the tests of processor, pipeline and command: a byte-level tokenizer, a processor with a random
 audio tokenizer, and a whole model folder."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import EncodecFeatureExtractor, PreTrainedTokenizerFast
 
+from modeling_ttt import TttConfig, TttForConditionalGeneration
 from modeling_ttt.ttt_codec import TttCodecConfig, TttCodecModel
 from processing import TttProcessor
 
@@ -48,6 +50,27 @@ def build_processor(**options) -> TttProcessor:
     feature_extractor = EncodecFeatureExtractor(feature_size=1, sampling_rate=16_000)
     audio_tokenizer = options.pop("audio_tokenizer", build_codec())
     return TttProcessor(feature_extractor, build_tokenizer(), audio_tokenizer, **options)
+
+
+def build_model(processor: TttProcessor, **options) -> TttForConditionalGeneration:
+    """A random model for the processor's vocabulary, whose answers end by `max_new_tokens`."""
+    torch.manual_seed(0)
+    ids = processor.token_ids
+    backbone = {
+        "vocab_size": len(processor.tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "pad_token_id": processor.tokenizer.pad_token_id,
+        "eos_token_id": processor.tokenizer.eos_token_id,
+        **options,
+    }
+    structure = {field.name: getattr(ids, field.name) for field in dataclasses.fields(ids)}
+    structure.pop("end_of_turn_token_id")
+    return TttForConditionalGeneration(TttConfig(text_config=backbone, **structure)).eval()
 
 
 def tone(seconds: float, sampling_rate: int = 16_000, frequency: float = 330.0) -> np.ndarray:

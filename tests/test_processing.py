@@ -1,0 +1,514 @@
+"""TttProcessor: audio in every form, prompts, training examples, answers, errors, saving and loading."""
+
+import base64
+import functools
+import http.server
+import json
+import threading
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+import pytest
+import torch
+from builders import build_codec, build_processor, build_tokenizer, tone, write_wav
+from transformers import AutoProcessor, EncodecFeatureExtractor
+
+from processing import TASKS, TttProcessor, interleave
+from processing.audio_input_ttt import load_waveform, resample
+
+FIXTURES = Path(__file__).parent / "fixtures"
+CODES = [3, 1, 4, 1, 5, 9, 2, 6]
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return build_processor()
+
+
+@pytest.fixture(scope="module")
+def text_only():
+    """Without an audio tokenizer, as in training."""
+    return build_processor(audio_tokenizer=None, system_prompts={"spoken_chat": "Chat."})
+
+
+def codes_text(codes):
+    return "".join(f"<|audio_{code}|>" for code in codes)
+
+
+class Samples:
+    """The form of torchcodec's decoded samples."""
+
+    def __init__(self, data, sample_rate):
+        self.data, self.sample_rate = data, sample_rate
+
+
+class Decoder:
+    """The form of torchcodec's decoder, which `datasets` hands out for an audio column."""
+
+    def __init__(self, data, sample_rate):
+        self.samples = Samples(data, sample_rate)
+
+    def get_all_samples(self):
+        return self.samples
+
+
+# ---------------------------------------------------------------------- audio in
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """1.3 s of int16-exact sound, and the file that holds it."""
+    samples = np.round(tone(1.3) * 32768).astype(np.int16)
+    path = write_wav(tmp_path_factory.mktemp("audio") / "a sound.wav", samples)
+    return samples, path
+
+
+@pytest.fixture(scope="module")
+def address(sound):
+    """http address of the file, served from this machine."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=sound[1].parent)
+    handler.log_message = lambda *args: None
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/{quote(sound[1].name)}"
+    server.shutdown()
+
+
+def forms(sound, address):
+    samples, path = sound
+    exact = samples.astype(np.float32) / 32768
+    yield "float array", exact
+    yield "float64 array", exact.astype(np.float64)
+    yield "int16 array", samples
+    yield "list", exact.tolist()
+    yield "tensor", torch.tensor(exact)
+    yield "bfloat-free tensor of two channels", torch.tensor(np.stack([exact, exact]))
+    yield "samples first", np.stack([exact, exact], axis=1)
+    yield "path", path
+    yield "string", str(path)
+    yield "file address", path.as_uri()
+    yield "http address", address
+    yield "data address", "data:audio/wav;base64," + base64.b64encode(path.read_bytes()).decode()
+    yield "bytes", path.read_bytes()
+    yield "mapping", {"array": exact, "sampling_rate": 16_000}
+    yield "undecoded dataset item", {"bytes": path.read_bytes(), "path": "elsewhere.wav"}
+    yield "undecoded local dataset item", {"bytes": None, "path": str(path)}
+    yield "decoded dataset item", Decoder(torch.tensor(exact)[None], 16_000)
+    yield "decoded samples", Samples(torch.tensor(exact)[None], 16_000)
+
+
+def test_every_form_of_one_sound_gives_the_same_waveform_and_codes(processor, sound, address):
+    expected = sound[0].astype(np.float32) / 32768
+    items = list(forms(sound, address))
+    for name, audio in items:
+        assert np.array_equal(load_waveform(audio, 16_000), expected), name
+    codes = processor.encode_audio([audio for _, audio in items])
+    assert len(codes) == len(items) and len(codes[0]) == 17  # ceil(1.3 * 12.5)
+    assert all(torch.equal(row, codes[0]) for row in codes)
+
+
+def test_channels_are_averaged():
+    left, right = tone(0.1), tone(0.1, frequency=500)
+    assert np.allclose(load_waveform(np.stack([left, right]), 16_000), (left + right) / 2, atol=1e-7)
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 22_050, 44_100, 48_000])
+def test_any_sampling_rate_becomes_the_models_as_librosa_does_it(rate):
+    import librosa
+
+    sound = tone(0.5, sampling_rate=rate)
+    ours = load_waveform({"array": sound, "sampling_rate": rate}, 16_000)
+    assert np.array_equal(ours, librosa.resample(sound, orig_sr=rate, target_sr=16_000))
+    assert np.array_equal(ours, load_waveform(sound, 16_000, source_rate=rate))
+    assert np.abs(ours[800:-800] - tone(0.5)[800:-800]).max() < 0.01
+    assert resample(sound, rate, rate) is sound
+
+
+def test_files_of_another_rate_and_stereo_are_read(processor, tmp_path):
+    sound = tone(0.5, sampling_rate=44_100)
+    path = write_wav(tmp_path / "stereo.flac", np.stack([sound, sound], axis=1), 44_100)
+    assert len(processor.encode_audio(path)[0]) == 7  # ceil(0.5 * 12.5)
+
+
+def test_dataset_columns_are_taken(processor, sound):
+    datasets = pytest.importorskip("datasets")
+    column = datasets.Audio(sampling_rate=16_000, decode=False)
+    dataset = datasets.Dataset.from_dict({"audio": [str(sound[1])] * 2}).cast_column("audio", column)
+    expected = processor.encode_audio(sound[1])[0]
+    assert all(torch.equal(codes, expected) for codes in processor.encode_audio(dataset["audio"]))
+
+
+def test_codes_of_a_batch_are_those_of_its_rows_and_lengths_are_exact(processor):
+    sounds = [tone(seconds, frequency=200 + 90 * i) for i, seconds in enumerate([0.05, 0.08, 0.081, 1.0, 2.3])]
+    batch = processor.encode_audio(sounds, batch_size=3)
+    for sound, codes in zip(sounds, batch, strict=True):
+        assert codes.dtype == torch.long and len(codes) == -(-len(sound) // 1280)
+        assert torch.equal(codes, processor.encode_audio(sound)[0])
+
+
+def test_silence_and_clipping_are_valid(processor):
+    square = np.sign(np.sin(np.arange(16_000) / 20)).astype(np.float32) * 3
+    assert [len(codes) for codes in processor.encode_audio([np.zeros(16_000), square])] == [13, 13]
+
+
+def test_unusable_audio_is_refused_by_name(processor, tmp_path):
+    good = tone(0.1)
+    empty_file, text_file = tmp_path / "empty.wav", tmp_path / "words.wav"
+    empty_file.touch()
+    text_file.write_text("these are words")
+    cases = [
+        (np.zeros(0), ValueError, r"audio 1 is empty \(0 samples\)"),
+        (np.array([0.0, np.nan, 0.0]), ValueError, "audio 1 holds nan at sample 1"),
+        (np.array([np.inf, 0.0]), ValueError, "audio 1 holds inf at sample 0"),
+        (write_wav(tmp_path / "none.wav", np.zeros(0)), ValueError, "audio 1 is empty"),
+        (empty_file, ValueError, "audio 1: the file .*empty.wav' has no content"),
+        (text_file, ValueError, "audio 1: .*words.wav' cannot be read as audio"),
+        (b"these are words", ValueError, "audio 1: the data cannot be read as audio"),
+        (tmp_path, ValueError, "audio 1: .* is a folder"),
+        ("what is two plus two", FileNotFoundError, "audio 1: there is no file 'what is two.*text goes into `text`"),
+        ("data:audio/wav;base64,???", ValueError, "audio 1: the `data:` address is not valid base64"),
+        ("http://127.0.0.1:9/none.wav", ValueError, "audio 1: could not fetch"),
+        (None, ValueError, "audio 1 is None"),
+        ({"array": good}, ValueError, "audio 1 has an `array` but no `sampling_rate`"),
+        ({"array": good, "sampling_rate": -1}, ValueError, "audio 1 has sampling rate -1"),
+        ({"words": 1}, ValueError, r"audio 1 is a mapping with keys \['words'\]"),
+        (np.zeros((2, 2, 2)), ValueError, r"audio 1 has shape \(2, 2, 2\)"),
+        (np.array(["a", "b"]), ValueError, "audio 1 holds values of type <U1"),
+        (np.array([1, 70_000]), ValueError, "audio 1 holds integers of type int64"),
+    ]
+    for audio, error, message in cases:
+        with pytest.raises(error, match=message):
+            processor.encode_audio([good, audio])
+
+
+# ---------------------------------------------------------------------- prompts
+
+
+def test_default_system_prompts_are_the_published_ones():
+    published = json.loads((FIXTURES / "ttt_published" / "system_prompts.json").read_text())
+    assert TASKS["asr"].system_prompt == published["asr"]
+    assert TASKS["spoken_chat"].system_prompt == TASKS["spoken_qa"].system_prompt == published["audio_chat"]
+    assert TASKS["captioning"].system_prompt == published["audio_instruction"]
+    assert len({task.system_prompt for task in TASKS.values()}) == 5
+
+
+def test_a_spoken_question_becomes_the_published_prompt(processor):
+    sound = tone(1.0)
+    inputs = processor(audio=sound)
+    codes = processor.encode_audio(sound)[0].tolist()
+    assert processor.tokenizer.decode(inputs["input_ids"][0]) == (
+        f"<|im_start|>system\n{TASKS['spoken_chat'].system_prompt}<|im_end|>\n"
+        f"<|im_start|>user\n<|begin_of_audio|>{codes_text(codes)}<|end_of_audio|><|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert inputs["attention_mask"].all()
+
+
+def test_tasks_choose_system_prompt_and_order_the_user_turn(processor):
+    sound = tone(0.1)
+    decode = processor.tokenizer.decode
+    caption = decode(processor(text="What is heard?", audio=sound, task="captioning")["input_ids"][0])
+    assert TASKS["captioning"].system_prompt in caption
+    assert "<|im_start|>user\nWhat is heard?<|begin_of_audio|>" in caption
+    assert "Describe this audio.<|begin" in decode(processor(audio=sound, task="captioning")["input_ids"][0])
+    speech = decode(processor(text="one two", task="tts")["input_ids"][0])
+    assert TASKS["tts"].system_prompt in speech and "<|im_start|>user\none two<|im_end|>" in speech
+    custom = decode(processor(text="one", task="text_chat", system_prompt="Be brief.")["input_ids"][0])
+    assert custom.startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
+    bare = decode(processor(text="one", task="text_chat", system_prompt="")["input_ids"][0])
+    assert bare.startswith("<|im_start|>user\none")
+
+
+def test_system_prompts_can_be_replaced_and_tasks_added():
+    processor = build_processor(audio_tokenizer=None, system_prompts={"asr": "Write.", "emotion": "Which emotion?"})
+    messages = processor.build_messages("asr", audio_codes=CODES)
+    assert messages[0] == {"role": "system", "content": "Write."}
+    assert processor.build_messages("emotion", audio_codes=CODES)[0]["content"] == "Which emotion?"
+    assert processor.system_prompts["tts"] == TASKS["tts"].system_prompt
+
+
+def test_a_batch_is_padded_on_the_left_and_has_the_rows_of_single_calls(processor):
+    sounds = [tone(0.2), tone(1.0), tone(0.5)]
+    batch = processor(audio=sounds, task="asr")
+    for row, sound in enumerate(sounds):
+        single = processor(audio=sound, task="asr")["input_ids"][0]
+        length = len(single)
+        assert torch.equal(batch["input_ids"][row, -length:], single)
+        assert batch["attention_mask"][row].sum() == length and batch["attention_mask"][row, -length:].all()
+    right = processor(audio=sounds, task="asr", padding_side="right", pad_to_multiple_of=64)
+    assert right["attention_mask"][0, 0] == 1 and right["input_ids"].shape[1] % 64 == 0
+
+
+def test_a_rendered_prompt_takes_its_audios_in_order(processor):
+    sounds = [tone(0.2), tone(0.3, frequency=700)]
+    messages = processor.build_messages(audio=sounds[0]) + [
+        {"role": "assistant", "content": "well"},
+        {"role": "user", "content": [{"type": "audio"}]},
+    ]
+    rendered = processor.apply_chat_template(messages, add_generation_prompt=True)
+    assert rendered.count("<|audio|>") == 2
+    messages[-1]["content"] = [{"type": "audio", "audio": sounds[1]}]
+    expected = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    assert torch.equal(processor(text=rendered, audio=sounds)["input_ids"], expected["input_ids"])
+
+
+def test_conversations_take_audio_from_parts_or_in_order(processor, sound):
+    path = sound[1]
+    parts = [
+        {"path": str(path)},
+        {"url": path.as_uri()},
+        {"audio": path},
+        {"audio_codes": processor.encode_audio(path)[0]},
+    ]
+    parts += [{"array": sound[0], "sampling_rate": 16_000}, {}]
+    ids = []
+    for part in parts:
+        messages = [{"role": "user", "content": [{"type": "audio", **part}, {"type": "text", "text": "and?"}]}]
+        given = None if part else [path]
+        ids.append(processor.apply_chat_template(messages, audio=given, add_generation_prompt=True, tokenize=True))
+    assert all(torch.equal(row, ids[0]) for row in ids)
+    assert processor.tokenizer.decode(ids[0][0]).endswith("<|end_of_audio|>and?<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_an_assistants_turn_is_interleaved_as_the_model_writes_it(text_only):
+    codes = [number % 16 for number in range(60)]
+    answer = "this answer is long enough for two spans"
+    messages = [
+        {"role": "user", "content": "say it"},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}, {"type": "audio", "audio_codes": codes}]},
+        {"role": "user", "content": "again"},
+    ]
+    ids = text_only.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)[0].tolist()
+    response = text_only.build_response(answer, codes)
+    start = ids.index(response[0], ids.index(text_only.token_ids.end_of_turn_token_id) + 12)
+    assert ids[start : start + len(response)] == response
+    text_ids = text_only.tokenizer(answer)["input_ids"]
+    assert response == interleave(text_ids, codes, text_only.token_ids, end_of_turn=True)
+    assert response[13] == text_only.token_ids.begin_of_audio_token_id
+
+
+def test_conversations_get_a_tasks_system_turn_only_where_they_have_none(text_only):
+    user = [{"role": "user", "content": "hello"}]
+    system = [{"role": "system", "content": "Own."}, *user]
+    rendered = text_only.apply_chat_template([user, system], task="spoken_chat")
+    assert rendered[0].startswith("<|im_start|>system\nChat.<|im_end|>") and "Own." in rendered[1]
+    assert "Chat." not in rendered[1]
+    assert text_only.apply_chat_template(user) == "<|im_start|>user\nhello<|im_end|>\n"
+
+
+def test_input_that_does_not_fit_its_task_is_refused(processor):
+    sound = tone(0.1)
+    for options, message in [
+        ({"audio": sound, "task": "sing"}, "There is no task 'sing'; choose one of spoken_chat"),
+        ({"text": "hello", "task": "asr"}, "'asr' needs `audio`"),
+        ({"audio": sound, "task": "tts"}, "'tts' needs `text`"),
+        ({"text": "hello", "audio": sound, "task": "tts"}, "takes `text` alone"),
+        ({}, "Pass `text`, `audio` or both"),
+        ({"text": ["a", "b"], "audio": [sound] * 3, "task": "captioning"}, "`text` has 2 items, but .* has 3"),
+        ({"text": [sound], "task": "tts"}, "text 0 is a ndarray, not a string"),
+        (
+            {"text": "<|audio|><|audio|>", "audio": [sound]},
+            "text 0 has more `<|audio|>` placeholders".replace("|", r"\|"),
+        ),
+        ({"text": "plain", "audio": [sound]}, "There are 1 more audios than audio parts"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            processor(**options)
+
+
+def test_conversations_with_too_many_or_too_few_audios_are_refused(processor):
+    sound = tone(0.1)
+    part, filled = {"type": "audio"}, {"type": "audio", "audio": sound}
+    first = [{"role": "user", "content": [filled]}]
+    for messages, audio, message in [
+        ([first, [{"role": "user", "content": [filled, part]}]], None, "audio part 1 of conversation 1 has no audio"),
+        ([first, [{"role": "user", "content": [part, part]}]], [sound], "audio part 1 of conversation 1 has no audio"),
+        ([first], [sound], "`audio` holds 1 more audios than"),
+        ([first, [{"role": "user", "content": "<|audio|>"}]], None, "conversation 1 has more"),
+        ([[{"role": "user", "content": [{"type": "video"}]}]], None, "message 0 of conversation 0 has the part"),
+        ([[{"role": "user"}]], None, "message 0 of conversation 0 must be a mapping with `role` and `content`"),
+        ([first, []], None, "conversation 1 has no messages"),
+        ([[{"role": "user", "content": [{"type": "audio", "audio": np.zeros(0)}]}]], None, "audio part 0 .* is empty"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            processor.apply_chat_template(messages, audio=audio, tokenize=True)
+
+
+# ---------------------------------------------------------------------- training examples and answers
+
+
+def test_an_example_is_prompt_and_response_with_only_the_response_scored(text_only):
+    example = text_only.build_example("four", CODES, task="spoken_chat", audio_codes=[7, 8])
+    prompt = text_only.apply_chat_template(
+        text_only.build_messages("spoken_chat", audio_codes=[7, 8]), add_generation_prompt=True, tokenize=True
+    )[0].tolist()
+    response = text_only.build_response("four", CODES)
+    assert example["input_ids"] == prompt + response
+    assert example["labels"] == [-100] * len(prompt) + response
+    assert text_only.tokenizer.decode(response) == (
+        f"four<|begin_of_quad|>{codes_text(CODES)}<|end_of_audio_span_last|><|im_end|>"
+    )
+
+
+def test_an_example_without_speech_is_text_to_the_end_of_the_turn(text_only):
+    example = text_only.build_example("four", task="text_chat", text="two and two")
+    assert text_only.tokenizer.decode([i for i in example["labels"] if i != -100]) == "four<|im_end|>"
+    assert example["labels"][-1] == example["input_ids"][-1]
+
+
+def test_every_assistant_turn_of_a_conversation_is_scored(text_only):
+    messages = [
+        {"role": "user", "content": [{"type": "audio", "audio_codes": [1]}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "one"}, {"type": "audio", "audio_codes": [2, 3]}]},
+        {"role": "user", "content": "more"},
+        {"role": "assistant", "content": "two"},
+    ]
+    example = text_only.build_conversation_example(messages)
+    scored = [i for i, label in zip(example["input_ids"], example["labels"], strict=True) if label != -100]
+    assert scored == text_only.build_response("one", [2, 3]) + text_only.build_response("two")
+
+
+def test_an_answer_comes_back_as_its_text_codes_and_speech(processor):
+    answers = [("four is the answer – naïve ☃", [n % 16 for n in range(50)]), ("text alone", []), ("", [1, 2])]
+    prompt = [5] * 7
+    rows = [prompt + processor.build_response(text, codes) for text, codes in answers]
+    results = processor.post_process(rows, prompt_length=7)
+    for (text, codes), result in zip(answers, results, strict=True):
+        assert result["text"] == text and result["audio_codes"].tolist() == codes
+        assert result["sampling_rate"] == 16_000
+        assert result["audio"].dtype == np.float32 and len(result["audio"]) == 1280 * len(codes)
+        if codes:
+            expected = processor.audio_tokenizer.decode(torch.tensor(codes)[None, None]).audio_values
+            assert np.allclose(result["audio"], expected.detach().numpy().reshape(-1), atol=1e-5)
+    alone = processor.post_process(torch.tensor(rows[0]), prompt_length=7)
+    assert len(alone) == 1 and np.allclose(alone[0]["audio"], results[0]["audio"], atol=1e-5)
+    assert processor.post_process([rows[0]], prompt_length=7, decode_audio=False)[0]["audio"] is None
+
+
+def test_an_answer_cut_off_anywhere_gives_what_it_holds(processor):
+    text, codes = "a longer answer in words", [n % 16 for n in range(60)]
+    response = processor.build_response(text, codes)
+    for length in range(0, len(response), 7):
+        result = processor.post_process([response[:length]], decode_audio=False)[0]
+        assert text.startswith(result["text"]) and codes[: len(result["audio_codes"])] == result["audio_codes"].tolist()
+    unfinished = response[:20] + [processor.token_ids.mask_token_id] * 6
+    assert len(processor.post_process([unfinished])[0]["audio"]) == 1280 * 6
+
+
+def test_codes_outside_the_codebook_are_refused_by_name(processor):
+    with pytest.raises(ValueError, match="audio_codes 1: code 16 at position 2 is outside the codebook"):
+        processor.decode_audio([[1], [0, 1, 16]])
+    with pytest.raises(ValueError, match="code -1 at position 0 is outside"):
+        processor.build_response("a", [-1])
+    with pytest.raises(ValueError, match="code 99 at position 0 is outside"):
+        processor.build_messages(audio_codes=[99]) and processor.apply_chat_template(
+            processor.build_messages(audio_codes=[99]), tokenize=True
+        )
+
+
+def test_a_processor_without_audio_tokenizer_says_so_when_it_needs_one(text_only):
+    with pytest.raises(ValueError, match="has no audio tokenizer"):
+        text_only(audio=tone(0.1))
+    with pytest.raises(ValueError, match="has no audio tokenizer"):
+        text_only.decode_audio([[1]])
+
+
+def test_wrong_parts_are_refused():
+    extractor = EncodecFeatureExtractor(feature_size=1, sampling_rate=16_000)
+    with pytest.raises(TypeError, match="must be a PreTrainedAudioTokenizerBase, got Linear"):
+        TttProcessor(extractor, build_tokenizer(), torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="has 16 codes, but .* only 8"):
+        TttProcessor(extractor, build_tokenizer(num_codes=8), build_codec())
+    with pytest.raises(ValueError, match="at least 1, got 0 and 26"):
+        build_processor(text_chunk_size=0)
+    plain = build_tokenizer()
+    plain.get_vocab = lambda: {"a": 0}
+    with pytest.raises(ValueError, match=r"no token `<\|audio_0\|>`"):
+        TttProcessor(extractor, plain)
+
+
+# ---------------------------------------------------------------------- saving and loading
+
+
+def assert_same(first, second):
+    assert second.system_prompts == first.system_prompts and second.chat_template == first.chat_template
+    assert (second.text_chunk_size, second.audio_chunk_size) == (first.text_chunk_size, first.audio_chunk_size)
+    sound = tone(0.4)
+    assert torch.equal(first(audio=sound)["input_ids"], second(audio=sound)["input_ids"])
+    assert np.allclose(first.decode_audio([CODES])[0], second.decode_audio([CODES])[0], atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    processor = build_processor(text_chunk_size=5, audio_chunk_size=9, system_prompts={"asr": "Write."})
+    processor.save_pretrained(folder)
+    return processor, folder
+
+
+def test_a_saved_processor_loads_with_its_audio_tokenizer(saved):
+    processor, folder = saved
+    assert {"config.json", "model.safetensors"} <= {path.name for path in (folder / "audio_tokenizer").iterdir()}
+    assert_same(processor, TttProcessor.from_pretrained(folder))
+    assert_same(processor, AutoProcessor.from_pretrained(folder))
+    settings = json.loads((folder / "processor_config.json").read_text())
+    assert settings["auto_map"]["AutoProcessor"] == "processing_ttt.TttProcessor"
+    assert "audio_tokenizer" not in settings and settings["text_chunk_size"] == 5
+
+
+def test_code_of_processor_and_audio_tokenizer_lies_flat_beside_the_settings(saved):
+    names = {path.name for path in saved[1].glob("*.py")}
+    assert {"processing_ttt.py", "interleaving_ttt.py", "streaming_ttt.py", "modeling_ttt_codec.py"} <= names
+    assert "configuration_ttt_codec.py" in names and "collator_ttt.py" not in names
+
+
+def test_the_audio_tokenizer_can_be_left_out_or_replaced(saved, tmp_path):
+    processor, folder = saved
+    assert TttProcessor.from_pretrained(folder, load_audio_tokenizer=False).audio_tokenizer is None
+    other = build_codec()
+    assert TttProcessor.from_pretrained(folder, audio_tokenizer=other).audio_tokenizer is other
+    bare = build_processor(audio_tokenizer=None)
+    bare.save_pretrained(tmp_path)
+    with pytest.raises(OSError, match="has no audio tokenizer in `audio_tokenizer/`"):
+        TttProcessor.from_pretrained(tmp_path)
+
+
+def test_the_audio_tokenizer_loads_in_float32_whatever_it_was_saved_in(saved, tmp_path):
+    processor = build_processor(audio_tokenizer=build_codec().half())
+    processor.save_pretrained(tmp_path)
+    assert TttProcessor.from_pretrained(tmp_path).audio_tokenizer.dtype == torch.float32
+    assert TttProcessor.from_pretrained(tmp_path, dtype="auto").audio_tokenizer.dtype == torch.float32
+    assert TttProcessor.from_pretrained(tmp_path, dtype=torch.bfloat16).audio_tokenizer.dtype == torch.bfloat16
+
+
+class Hub:
+    """Takes what would be uploaded."""
+
+    def __init__(self):
+        self.uploaded = {}
+
+    def create_repo(self, repo_id, **kwargs):
+        return type("Repo", (), {"repo_id": repo_id})()
+
+    def create_commit(self, repo_id, operations, **kwargs):
+        for operation in operations:
+            self.uploaded[operation.path_in_repo] = Path(operation.path_or_fileobj).read_bytes()
+
+
+def test_pushing_uploads_the_audio_tokenizer_too(saved, tmp_path, monkeypatch):
+    import sys
+
+    processor, _ = saved
+    for repeat in range(2):  # the second time the folder exists already
+        hub = Hub()
+        for module in ("transformers.utils.hub", "transformers.processing_utils", TttProcessor.__module__):
+            monkeypatch.setattr(sys.modules[module], "hf_api", lambda hub=hub: hub)
+        processor.save_pretrained(tmp_path / "local", push_to_hub=True, repo_id="someone/talker")
+        assert {"audio_tokenizer/config.json", "audio_tokenizer/model.safetensors"} <= set(hub.uploaded), repeat
+    copy = tmp_path / "copy"
+    processor.save_pretrained(tmp_path / "fresh", push_to_hub=True, repo_id="someone/talker")
+    for name, content in hub.uploaded.items():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes(content)
+    assert_same(processor, TttProcessor.from_pretrained(copy))

@@ -1,0 +1,121 @@
+"""The streamer: pieces in order, waveforms that join to the whole, errors and readers that leave."""
+
+import queue
+import threading
+
+import numpy as np
+import pytest
+import torch
+from builders import build_processor
+
+from processing.streaming_ttt import TttStreamCancelled
+
+TEXT = "naïve ☃ answers take more than one span"
+CODES = [(7 * number) % 16 for number in range(70)]
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return build_processor()
+
+
+def feed(streamer, processor, response):
+    """As `generate` does: the prompt, then text ids one by one and the ids of audio as blocks."""
+    streamer.put(torch.tensor([[1, 2, 3]]))
+    block = []
+    for token_id in response:
+        if token_id >= processor.token_ids.audio_token_id_start:
+            block.append(token_id)
+            continue
+        if block:
+            streamer.put(torch.tensor(block))
+            block = []
+        streamer.put(torch.tensor([token_id]))
+    streamer.end()
+
+
+def join(pieces):
+    text = "".join(piece["text"] for piece in pieces if "text" in piece)
+    audio = [piece["audio"] for piece in pieces if "audio" in piece]
+    return text, np.concatenate(audio) if audio else np.zeros(0, dtype=np.float32)
+
+
+def test_text_and_waveform_come_in_pieces_that_join_to_the_whole_answer(processor):
+    streamer = processor.streamer()
+    feed(streamer, processor, processor.build_response(TEXT, CODES))
+    pieces = list(streamer)
+    text, waveform = join(pieces)
+    whole = processor.decode_audio([CODES])[0]
+    assert text == TEXT
+    assert sum("audio" in piece for piece in pieces) > 1 and pieces[-1]["sampling_rate"] == 16_000
+    assert len(waveform) == len(whole)
+    difference = np.sqrt(np.mean((waveform - whole) ** 2)) / np.sqrt(np.mean(whole**2))
+    assert 20 * np.log10(difference + 1e-12) < -40
+
+
+def test_a_character_is_held_back_until_it_is_complete(processor):
+    streamer = processor.streamer()
+    feed(streamer, processor, processor.build_response("☃é"))
+    assert [piece["text"] for piece in streamer] == ["☃", "é"]
+
+
+def test_a_piece_is_there_before_the_answer_ends(processor):
+    streamer = processor.streamer(timeout=10)
+    pieces = iter(streamer)
+    streamer.put(torch.tensor([[1, 2]]))
+    streamer.put(torch.tensor([processor.tokenizer("a")["input_ids"][0]]))
+    assert next(pieces) == {"text": "a"}
+    streamer.put(torch.tensor(processor.token_ids.codes_to_ids(CODES)))
+    assert len(next(pieces)["audio"]) > 0
+
+
+def test_an_audio_tokenizer_without_streaming_is_decoded_at_the_end(processor):
+    class Whole:
+        device = torch.device("cpu")
+
+        def decode(self, audio_codes):
+            return processor.audio_tokenizer.decode(audio_codes)
+
+    streamer = processor.streamer()
+    streamer._audio.__init__(Whole())
+    feed(streamer, processor, processor.build_response(TEXT, CODES))
+    pieces = list(streamer)
+    assert [("audio" in piece) for piece in pieces].count(True) == 1 and "audio" in pieces[-1]
+    assert np.allclose(pieces[-1]["audio"], processor.decode_audio([CODES])[0], atol=1e-5)
+
+
+def test_a_failure_while_generating_is_raised_where_the_stream_is_read(processor):
+    streamer = processor.streamer()
+    streamer.put(torch.tensor([[1]]))
+    streamer.put(torch.tensor([processor.tokenizer("a")["input_ids"][0]]))
+    streamer.fail(RuntimeError("out of memory"))
+    pieces = iter(streamer)
+    assert next(pieces) == {"text": "a"}
+    with pytest.raises(RuntimeError, match="out of memory"):
+        next(pieces)
+
+
+def test_generation_stops_when_the_reader_has_left(processor):
+    streamer = processor.streamer()
+    stopped = threading.Event()
+
+    def generate():
+        try:
+            while True:
+                streamer.put(torch.tensor([97]))
+        except TttStreamCancelled:
+            stopped.set()
+
+    thread = threading.Thread(target=generate, daemon=True)
+    thread.start()
+    next(iter(streamer))
+    streamer.cancel()
+    assert stopped.wait(10)
+
+
+def test_batches_are_refused_and_silence_times_out(processor):
+    streamer = processor.streamer(timeout=0.01)
+    with pytest.raises(ValueError, match="one answer, got a batch of 2"):
+        streamer.put(torch.zeros(2, 3, dtype=torch.long))
+    with pytest.raises(queue.Empty):
+        next(iter(streamer))
