@@ -53,6 +53,10 @@ class TttCacheLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         self.length = max(0, (self.length or 0) - abs(tokens_to_remove))
 
+    def reset(self) -> None:
+        super().reset()
+        self.length, self.plan = 0, None
+
 
 class WritePlan:
     """
@@ -112,6 +116,12 @@ class TttCache(Cache):
                 layer.values[row, :, : len(kept)] = source.values[row, :, kept]
         converted.token_ids = [list(ids) for ids in token_ids]
         return converted
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        super().reset()
+        self.token_ids = [[] for _ in range(self.num_rows)]
+        self._kept, self._dropped = list(range(self.num_rows)), {}
 
     @property
     def rows_held(self) -> int:

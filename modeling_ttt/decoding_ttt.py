@@ -23,9 +23,9 @@ from transformers.generation import (
     TypicalLogitsWarper,
 )
 from transformers.generation.streamers import BaseStreamer
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from .cache_ttt import TttCache
+from .runner_ttt import TttRunner
 from .sampling_ttt import choose_positions, confidence_of, draw, guide, keep_probable, split_evenly
 
 # Processors that look at each row's scores only: they need neither the ids nor the other rows.
@@ -38,6 +38,7 @@ SCORE_PROCESSORS = (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
+MOST_UNCONDITIONAL_STARTS = 64  # remembered in a call
 UNDECIDED = -1  # in a block: not fixed yet, shown to the model as the mask token
 
 
@@ -55,11 +56,6 @@ class Row:
     step: int = 0  # denoising steps done in this block
     done: bool = False
     forwards: int = 0
-
-    @property
-    def queries(self) -> list[int]:
-        """What the next forward must see: everything that is not in the cache."""
-        return self.ids[self.cached :] + self.block
 
     @property
     def new_tokens(self) -> int:
@@ -83,8 +79,7 @@ class TttDecoder:
     ):
         config = model.config
         self.options, self.streamer = generation_config, streamer
-        self.backbone, self.lm_head = model.model.language_model, model.get_output_embeddings()
-        self.model, self.device, self.vocab_size = model, input_ids.device, config.get_text_config().vocab_size
+        self.device, self.vocab_size = input_ids.device, config.get_text_config().vocab_size
         self.input_ids, self.keep_cache = input_ids, keep_cache
 
         # Token ids.
@@ -126,18 +121,20 @@ class TttDecoder:
             prompts = [ids[kept.bool()].tolist() for ids, kept in zip(input_ids, attention_mask, strict=True)]
         generators = self._generators(len(prompts))
         self.rows = [Row(i, ids, len(ids), 0, generators[i]) for i, ids in enumerate(prompts)]
-        self.prompt_span_ids = self._prompt_span_ids()
-        self.cache = cache
+        self.prompt_span_ids = self._prompt_span_ids(model)
         if cache is None:
-            self.cache = TttCache(config.get_text_config().num_hidden_layers, len(self.rows))
+            cache = TttCache(config.get_text_config().num_hidden_layers, len(self.rows))
+        self.cache = cache
+        longest = max(row.prompt_length for row in self.rows) + self.max_new_tokens + 1
+        self.runner = TttRunner(model, cache, self.mask_token, longest)
         self.unconditional_starts: dict[tuple[int, int], torch.Tensor] = {}
-        self.num_forwards = self.num_token_positions = 0
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def run(self) -> None:
-        """Writes every row to its end. Results: `rows`, `cache`, `num_forwards`, `num_token_positions`."""
-        with torch.no_grad():
+        """Writes every row to its end. Results: `rows`, `cache` and the counts of `runner`."""
+        try:
             self._prefill()
             self._retire(self.rows)
             while live := [row for row in self.rows if not row.done]:
@@ -149,8 +146,11 @@ class TttDecoder:
                 else:
                     self._span_step(live)
                 self._retire(live)
-            if self.keep_cache:
-                self.cache.close([row.ids[: row.cached] for row in self.rows])
+        except BaseException:
+            self.cache.reset()  # interrupted half-way: the caller's cache holds nothing rather than something wrong
+            raise
+        if self.keep_cache:
+            self.cache.close([row.ids[: row.cached] for row in self.rows])
         if self.streamer is not None:
             self.streamer.end()
 
@@ -168,17 +168,17 @@ class TttDecoder:
         targets = [len(row.ids) if row.span_start is None else row.span_start for row in self.rows]
         queries = [row.ids[row.cached : target] for row, target in zip(self.rows, targets, strict=True)]
         if any(queries):
-            hidden = self._forward(self.rows, queries, prompt=True)
+            self._count(self.rows)
+            hidden = self.runner.prompt(queries, [row.cached for row in self.rows], self.prompt_span_ids)
         for row, target in zip(self.rows, targets, strict=True):
             row.cached = target
+            if row.span_start is not None:
+                self._start_block(row)
         text = [row for row in self.rows if row.span_start is None]
         if text:
             last = torch.tensor([len(queries[row.index]) - 1 for row in text], device=self.device)
             index = torch.tensor([row.index for row in text], device=self.device)
             self._append_text(text, hidden[index, last])
-        for row in self.rows:
-            if row.span_start is not None and not row.done:
-                self._start_block(row)
 
     def _retire(self, rows: list[Row]) -> None:
         """Rows that are done leave the cache's batch, so that the others go on without them."""
@@ -188,32 +188,50 @@ class TttDecoder:
 
     def _text_step(self, rows: list[Row]) -> None:
         """Step 2: one token of text for each of the rows."""
-        hidden = self._forward(rows, [row.ids[row.cached :] for row in rows])
+        hidden = self._step(rows)
         for row in rows:
             row.cached = len(row.ids)
         self._append_text(rows, hidden[:, -1])
 
     def _span_step(self, rows: list[Row]) -> None:
         """Steps 3 and 4: a denoising step of each row's block; or, its span finished, commit it and write text."""
-        queries = [row.queries for row in rows]
-        hidden = self._forward(rows, queries)
+        lengths = [len(row.ids) - row.cached + len(row.block) for row in rows]
+        hidden = self._step(rows)
         writing = [i for i, row in enumerate(rows) if row.block]
         finished = [i for i, row in enumerate(rows) if not row.block]
         for row in rows:
             row.cached = row.span_start if row.block else len(row.ids)
         if writing:
-            self._denoise([rows[i] for i in writing], [hidden[i, : len(queries[i])] for i in writing])
+            self._denoise([rows[i] for i in writing], [hidden[i, : lengths[i]] for i in writing])
         if finished:
-            last = torch.stack([hidden[i, len(queries[i]) - 1] for i in finished])
+            last = torch.stack([hidden[i, lengths[i] - 1] for i in finished])
             for i in finished:
                 rows[i].span_start = None
             self._append_text([rows[i] for i in finished], last)
+
+    def _step(self, rows: list[Row]) -> torch.Tensor:
+        """One forward over what the rows have beyond the cache, (rows, longest, hidden_size)."""
+        self._count(rows)
+        return self.runner.step(
+            [row.index for row in rows],
+            [row.ids[row.cached :] + self._shown(row.block) for row in rows],
+            [row.cached for row in rows],
+            [row.span_start for row in rows],
+        )
+
+    def _shown(self, block: list[int]) -> list[int]:
+        """A block as the model sees it: mask tokens where it is undecided."""
+        return [self.mask_token if token == UNDECIDED else token for token in block]
+
+    def _count(self, rows: list[Row]) -> None:
+        for row in rows:
+            row.forwards += 1
 
     # ---- text --------------------------------------------------------------------------------------------------------
 
     def _append_text(self, rows: list[Row], hidden: torch.Tensor) -> None:
         """Chooses the next text token of each row. hidden: (rows, hidden_size)."""
-        logits = self._project(hidden, 0, self.audio_start)  # (rows, text vocab)
+        logits = self.runner.project(hidden, 0, self.audio_start)  # (rows, text vocab)
         scores = self._process(rows, logits)
         noise = None
         if self.options.do_sample:
@@ -298,7 +316,7 @@ class TttDecoder:
         states = hidden[0].new_zeros(len(rows), width, hidden[0].shape[-1])  # (rows, block, hidden_size)
         for i, row in enumerate(rows):
             states[i, : len(row.block)] = hidden[i][-len(row.block) :]
-        logits = self._project(states, self.first_candidate, self.last_candidate + 1)  # (rows, block, candidates)
+        logits = self.runner.project(states, self.first_candidate, self.last_candidate + 1)  # (rows, block, candidates)
         if options.audio_guidance_scale:
             logits = guide(logits, self._unconditional(rows, width), options.audio_guidance_scale)
         if self.forbidden_in_span:
@@ -377,151 +395,44 @@ class TttDecoder:
         from the start of the sequence, without the cache. An untouched block's depend on the length alone.
         """
         results: dict[int, torch.Tensor] = {}
-        needed: list[tuple[list[int], int, list[int]]] = []  # sequence, block size, rows
+        owners: list[list[int]] = []  # which rows a sequence is for
+        sequences: list[list[int]] = []
         starts: dict[tuple[int, int], int] = {}
         for i, row in enumerate(rows):
             key = (len(row.ids), len(row.block))
             if row.step == 0 and key in self.unconditional_starts:
                 results[i] = self.unconditional_starts[key]
             elif row.step == 0 and key in starts:
-                needed[starts[key]][2].append(i)
+                owners[starts[key]].append(i)
             else:
                 if row.step == 0:
-                    starts[key] = len(needed)
-                masked = [self.mask_token] * len(row.ids)
-                masked += [self.mask_token if token == UNDECIDED else token for token in row.block]
-                needed.append((masked, len(row.block), [i]))
-        if needed:
-            longest = max(len(sequence) for sequence, _, _ in needed)
-            lengths = torch.tensor([len(sequence) for sequence, _, _ in needed], device=self.device)
-            ids = torch.tensor(
-                [sequence + [self.mask_token] * (longest - len(sequence)) for sequence, _, _ in needed],
-                device=self.device,
-            )
-            positions = torch.arange(longest, device=self.device)
-
-            def is_real(batch_idx, head_idx, q_idx, kv_idx):
-                return kv_idx < lengths[batch_idx]
-
-            hidden = self.backbone(
-                input_ids=ids,
-                attention_mask=self._mask(is_real, len(needed), longest, longest),
-                position_ids=positions.expand_as(ids),
-                use_cache=False,
-            ).last_hidden_state
-            self._count([rows[i] for _, _, owners in needed for i in owners], ids.numel())
-            for n, (sequence, size, owners) in enumerate(needed):
-                block = hidden[n, len(sequence) - size : len(sequence)]
-                block = self._project(block, self.first_candidate, self.last_candidate + 1)
-                results |= dict.fromkeys(owners, block)
-                if rows[owners[0]].step == 0:
-                    self.unconditional_starts[len(sequence) - size, size] = block
-        while len(self.unconditional_starts) > 64:
+                    starts[key] = len(sequences)
+                sequences.append([self.mask_token] * len(row.ids) + self._shown(row.block))
+                owners.append([i])
+        if sequences:
+            hidden = self.runner.bidirectional(sequences)
+            for sequence, of_sequence, states in zip(sequences, owners, hidden, strict=True):
+                row = rows[of_sequence[0]]
+                block = states[len(row.ids) : len(sequence)]
+                logits = self.runner.project(block, self.first_candidate, self.last_candidate + 1)
+                results |= dict.fromkeys(of_sequence, logits)
+                self._count([rows[i] for i in of_sequence])
+                if row.step == 0:
+                    self.unconditional_starts[len(row.ids), len(row.block)] = logits
+        while len(self.unconditional_starts) > MOST_UNCONDITIONAL_STARTS:
             self.unconditional_starts.pop(next(iter(self.unconditional_starts)))
         padded = [nn.functional.pad(results[i], (0, 0, 0, width - len(results[i]))) for i in range(len(rows))]
         return torch.stack(padded)
 
-    # ---- model -------------------------------------------------------------------------------------------------------
-
-    def _forward(self, rows: list[Row], queries: list[list[int]], prompt: bool = False) -> torch.Tensor:
-        """
-        One forward over each row's queries, behind what the cache holds of the row; returns the hidden states,
-        (rows, longest queries, hidden_size). Shorter rows are filled at the end; nobody sees the filling.
-        """
-        width = max(map(len, queries))
-        ids = torch.tensor(
-            [
-                [self.mask_token if token == UNDECIDED else token for token in of_row]
-                + [self.mask_token] * (width - len(of_row))
-                for of_row in queries
-            ],
-            device=self.device,
-        )
-        starts = [row.cached for row in rows]
-        start = torch.tensor(starts, device=self.device)
-        positions = start[:, None] + torch.arange(width, device=self.device)
-        visible = max(starts) + width
-        if prompt:
-            spans = nn.functional.pad(self.prompt_span_ids, (0, visible), value=-1)  # (rows, prompt and filling)
-
-            def allowed(batch_idx, head_idx, q_idx, kv_idx):
-                query = start[batch_idx] + q_idx
-                same_span = (spans[batch_idx, query] == spans[batch_idx, kv_idx]) & (spans[batch_idx, query] >= 0)
-                return (kv_idx <= query) | same_span
-        else:
-            ends = [begin + len(of_row) for begin, of_row in zip(starts, queries, strict=True)]
-            end = torch.tensor(ends, device=self.device)
-            span = torch.tensor(
-                [ends[i] if row.span_start is None else row.span_start for i, row in enumerate(rows)],
-                device=self.device,
-            )
-
-            def allowed(batch_idx, head_idx, q_idx, kv_idx):
-                query = start[batch_idx] + q_idx
-                return (kv_idx <= query) | ((query >= span[batch_idx]) & (kv_idx < end[batch_idx]))
-
-        reserve = min(max(row.prompt_length for row in self.rows) + self.max_new_tokens + 1, visible + 512)
-        self.cache.write_at([row.index for row in rows], starts, width, self.device, reserve)
-        output = self.backbone(
-            input_ids=ids,
-            attention_mask=self._mask(allowed, len(rows), width, visible),
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        self._count(rows, ids.numel())
-        return output.last_hidden_state
-
-    def _mask(self, allowed: Any, batch_size: int, queries: int, keys: int) -> Any:
-        """The attention mask of a rule allowed(batch, head, query, key), in the form the backbone's attention takes."""
-        config = self.backbone.config
-        implementation = config._attn_implementation
-        dtype = self.backbone.dtype
-        if implementation in ("eager", "sdpa"):
-            batch = torch.arange(batch_size, device=self.device)[:, None, None]
-            query = torch.arange(queries, device=self.device)[:, None]
-            mask = allowed(batch, 0, query, torch.arange(keys, device=self.device))
-            mask = mask.expand(batch_size, queries, keys)[:, None]  # (rows, 1, queries, keys)
-            if implementation == "eager":
-                mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-            return mask
-        return ALL_MASK_ATTENTION_FUNCTIONS[implementation](
-            batch_size=batch_size,
-            q_length=queries,
-            kv_length=keys,
-            mask_function=allowed,
-            attention_mask=None,
-            allow_is_causal_skip=False,
-            dtype=dtype,
-            config=config,
-            device=self.device,
-        )
-
-    def _project(self, hidden: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """The vocabulary rows start to stop of the head's logits, in float32. hidden: (..., hidden_size)."""
-        head = self.lm_head
-        if type(head) is nn.Linear and not hasattr(head, "_hf_hook") and not head._forward_hooks:
-            bias = None if head.bias is None else head.bias[start:stop]
-            logits = nn.functional.linear(hidden.to(head.weight.device), head.weight[start:stop], bias)
-        else:  # quantised, offloaded, adapted: only the module itself knows its weight
-            logits = head(hidden)[..., start:stop]
-        return logits.to(device=self.device, dtype=torch.float32)
-
-    def _count(self, rows: list[Row], positions: int) -> None:
-        self.num_forwards += 1
-        self.num_token_positions += positions
-        for row in rows:
-            row.forwards += 1
-
     # ---- prompt and cache --------------------------------------------------------------------------------------------
 
-    def _prompt_span_ids(self) -> torch.LongTensor:
+    def _prompt_span_ids(self, model: Any) -> torch.LongTensor:
         """Span ids of the prompts without their padding, (rows, longest prompt), -1 outside spans."""
         longest = max(row.prompt_length for row in self.rows)
         ids = torch.tensor([row.ids + [0] * (longest - len(row.ids)) for row in self.rows], device=self.device)
         lengths = torch.tensor([row.prompt_length for row in self.rows], device=self.device)
         is_real = torch.arange(longest, device=self.device) < lengths[:, None]
-        return self.model.model.get_span_ids(ids, is_real.long()).masked_fill(~is_real, -1)
+        return model.model.get_span_ids(ids, is_real.long()).masked_fill(~is_real, -1)
 
     def _reusable(self, row: Row) -> int:
         """

@@ -1,5 +1,6 @@
 """The generation settings of TtT: what GenerationConfig has, plus how audio spans are denoised."""
 
+import copy
 import math
 from typing import Any
 
@@ -64,14 +65,18 @@ class TttGenerationConfig(GenerationConfig):
     @classmethod
     def from_model_config(cls, model_config: Any) -> "TttGenerationConfig":
         """Settings for a model without a generation_config.json: token ids come from the model's configuration."""
-        return cls.upgrade(GenerationConfig.from_model_config(model_config))
+        upgraded = cls.upgrade(GenerationConfig.from_model_config(model_config))
+        upgraded._from_model_config = None  # a file with this mark loses all but the inherited options when loaded
+        return upgraded
 
     @classmethod
     def upgrade(cls, generation_config: GenerationConfig) -> "TttGenerationConfig":
         """The same settings as an instance of this class; unset audio options stay unset."""
         if isinstance(generation_config, cls):
             return generation_config
-        upgraded = cls.from_dict(generation_config.to_dict())
+        upgraded = cls()
+        upgraded.__dict__.update(copy.deepcopy(generation_config.__dict__))
+        upgraded.validate(user_set_attributes=set())  # inherited values are no reason to warn
         if hasattr(generation_config, "_original_object_hash"):
             upgraded._original_object_hash = hash(upgraded)
         return upgraded

@@ -59,8 +59,8 @@ class TttGenerateOutput(ModelOutput):
         num_token_positions (`int`): token positions these forwards computed, filling included.
         forwards_per_row (`torch.LongTensor` of shape `(batch,)`): forwards each row took part in.
         tokens_per_forward (`torch.FloatTensor` of shape `(batch,)`): each row's new tokens by its forwards.
-        scores, logits (`tuple(torch.FloatTensor)`, *optional*): with `output_scores` / `output_logits`, after and before
-            the logits processors, one `(1, vocab)` entry per new text token, audio-side ids at -inf.
+        scores, logits (`tuple(torch.FloatTensor)`, *optional*): with `output_scores` / `output_logits`, after and
+            before the logits processors, one `(1, vocab)` entry per new text token, audio-side ids at -inf.
     """
 
     sequences: torch.LongTensor | None = None
@@ -79,9 +79,31 @@ class TttGenerationMixin(GenerationMixin):
     output_modalities = ("text", "audio")
     generation_config_class = TttGenerationConfig
 
-    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
-        super().adjust_generation_fn(*args, **kwargs)
-        self.generation_config = TttGenerationConfig.upgrade(self.generation_config)
+    def adjust_generation_fn(
+        self,
+        generation_config: GenerationConfig | None,
+        from_auto_class: bool,
+        from_pipeline: str | None,
+        pretrained_model_name_or_path: str | None,
+        **kwargs: Any,
+    ) -> None:
+        """At loading time: the checkpoint's generation_config.json as a TttGenerationConfig, whatever wrote it."""
+        if generation_config is not None:
+            self.generation_config = TttGenerationConfig.upgrade(generation_config)
+        elif pretrained_model_name_or_path is not None:
+            kwargs.pop("trust_remote_code", None)
+            try:
+                self.generation_config = TttGenerationConfig.from_pretrained(
+                    pretrained_model_name_or_path, _from_auto=from_auto_class, _from_pipeline=from_pipeline, **kwargs
+                )
+            except OSError:
+                logger.info("No generation_config.json: token ids come from the model's configuration.")
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, **kwargs: Any
+    ) -> tuple[TttGenerationConfig, dict[str, Any]]:
+        prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        return TttGenerationConfig.upgrade(prepared), model_kwargs
 
     @torch.no_grad()
     def generate(
@@ -103,9 +125,9 @@ class TttGenerationMixin(GenerationMixin):
            `repetition_penalty`, processors, ...). A begin token starts a span; an end-of-sequence token ends the row.
         3. Span, block by block:
            a. append `audio_block_size` mask tokens;
-           b. one forward over the span's own tokens, behind the cache, gives the logits of the block: codes and both end
-              tokens only. With `audio_guidance_scale` above 0, a second forward over the whole sequence, all masked
-              before the block, is mixed in;
+           b. one forward over the span's own tokens, behind the cache, gives the logits of the block: codes and both
+              end tokens only. With `audio_guidance_scale` above 0, a second forward over the whole sequence, all
+              masked before the block, is mixed in;
            c. take a token for every position: the most probable, or a sample (`audio_temperature` above 0);
            d. fix the most confident of the undecided positions (`audio_remasking`), an even share of the block per step
               or all those above `audio_confidence_threshold`; the cache forgets the step; back to b;
@@ -157,13 +179,13 @@ class TttGenerationMixin(GenerationMixin):
             "streamer": streamer,
             **kwargs,
         }
-        if self.config.audio_objective == "autoregressive":
+        if self.config.audio_objective == "autoregressive" or kwargs.get("custom_generate") is not None:
+            if past_key_values is not None:
+                shared["past_key_values"] = past_key_values
             ignored = sorted(name for name in AUDIO_OPTIONS if kwargs.get(name) is not None)
             if ignored:
-                logger.warning_once(f"{ignored} have no effect: this model writes its audio autoregressively.")
-            return super().generate(inputs, past_key_values=past_key_values, **shared)
-        if kwargs.get("custom_generate") is not None:
-            return super().generate(inputs, past_key_values=past_key_values, **shared)
+                logger.warning_once(f"{ignored} have no effect: the audio is not written by block diffusion.")
+            return super().generate(inputs, **shared)
 
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         options = self._prepare_generation_config(
@@ -250,8 +272,8 @@ class TttGenerationMixin(GenerationMixin):
         return TttGenerateOutput(
             sequences=sequences,
             past_key_values=decoder.cache if keep_cache else None,
-            num_forwards=decoder.num_forwards,
-            num_token_positions=decoder.num_token_positions,
+            num_forwards=decoder.runner.num_forwards,
+            num_token_positions=decoder.runner.num_token_positions,
             forwards_per_row=forwards,
             tokens_per_forward=torch.tensor([len(answer) for answer in new_tokens]) / forwards,
             scores=tuple(decoder.scores) if decoder.scores is not None else None,
@@ -267,8 +289,7 @@ class TttGenerationMixin(GenerationMixin):
     ) -> None:
         """Raises a ValueError that names the argument for every call that cannot be served."""
         if input_ids is None:
-            given = "`inputs_embeds` do" if kwargs.get("inputs_embeds") is not None else "No `inputs` does"
-            raise ValueError(f"{given} not tell text from audio: pass the prompt's token ids as `inputs`.")
+            raise ValueError("`inputs` is missing: pass the prompts' token ids (`inputs_embeds` hide what is audio).")
         if input_ids.ndim != 2 or input_ids.shape[1] == 0:
             raise ValueError(f"`inputs` has shape {tuple(input_ids.shape)}; use (batch, length) with a token or more.")
         for name, is_asked, what, remedy in REFUSED_OPTIONS:

@@ -11,7 +11,7 @@ def guide(conditional: torch.Tensor, unconditional: torch.Tensor, scale: float) 
 
 
 def split_evenly(positions: int, steps: int) -> list[int]:
-    """How many positions each step fixes: an even split, earlier steps taking the remainder. Idle steps are left out."""
+    """How many positions each step fixes: an even split, earlier steps taking the remainder, without idle steps."""
     share, remainder = divmod(positions, steps)
     return [share + (step < remainder) for step in range(min(positions, steps))]
 
@@ -67,9 +67,8 @@ def choose_positions(
     """
     confidence = confidence.masked_fill(~undecided, -1.0)
     order = confidence.argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    )
+    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(-1, order, places)
     chosen = rank < count[:, None]
     if threshold is not None:
         chosen = chosen | (confidence >= threshold)

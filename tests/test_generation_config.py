@@ -1,0 +1,107 @@
+"""Generation settings are validated, saved, loaded and upgraded."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModel, GenerationConfig
+
+from modeling_ttt import TttForConditionalGeneration, TttGenerationConfig
+
+
+@pytest.mark.parametrize(
+    "name, value, remedy",
+    [
+        ("audio_block_size", 0, "at least 1"),
+        ("audio_block_size", 2.5, "at least 1"),
+        ("audio_steps_per_block", -1, "at least 1"),
+        ("audio_steps_per_block", True, "at least 1"),
+        ("max_audio_codes_per_span", 0, "at least 1"),
+        ("audio_top_k", 0, "at least 1"),
+        ("audio_remasking", "highest", "low_confidence"),
+        ("audio_temperature", -0.1, "at least 0"),
+        ("audio_temperature", float("nan"), "finite"),
+        ("audio_guidance_scale", -1, "at least 0"),
+        ("audio_confidence_threshold", 0.0, "at most 1"),
+        ("audio_confidence_threshold", 1.5, "at most 1"),
+        ("audio_top_p", 2, "at most 1"),
+        ("seed", -3, "integer"),
+        ("seed", [1, 2.5], "integer"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name_with_a_remedy(name, value, remedy):
+    with pytest.raises(ValueError) as refusal:
+        TttGenerationConfig(**{name: value})
+    assert name in str(refusal.value) and repr(value) in str(refusal.value) and remedy in str(refusal.value)
+
+
+def test_a_threshold_on_random_confidence_is_refused():
+    with pytest.raises(ValueError, match="audio_confidence_threshold.*random"):
+        TttGenerationConfig(audio_remasking="random", audio_confidence_threshold=0.5)
+
+
+def test_generate_refuses_wrong_values_given_as_keywords(tiny_model):
+    with pytest.raises(ValueError, match="audio_steps_per_block.*0"):
+        tiny_model().generate(torch.tensor([[1, 2, 3]]), audio_steps_per_block=0, max_new_tokens=2)
+
+
+def test_settings_survive_saving_and_only_what_is_set_is_written(tmp_path):
+    saved = TttGenerationConfig(audio_steps_per_block=8, audio_confidence_threshold=0.9, max_new_tokens=300)
+    saved.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "generation_config.json").read_text())
+    assert {name for name in written if name.startswith(("audio", "max"))} == {
+        "audio_steps_per_block",
+        "audio_confidence_threshold",
+        "max_new_tokens",
+    }
+    assert TttGenerationConfig.from_pretrained(tmp_path) == saved
+
+
+def test_a_model_folder_keeps_its_settings(tiny_model, tmp_path):
+    model = tiny_model()
+    assert isinstance(model.generation_config, TttGenerationConfig)
+    assert model.generation_config.eos_token_id == 104
+    model.generation_config.audio_steps_per_block = 8
+    model.save_pretrained(tmp_path)
+    loaded = TttForConditionalGeneration.from_pretrained(tmp_path)
+    assert isinstance(loaded.generation_config, TttGenerationConfig)
+    assert loaded.generation_config.audio_steps_per_block == 8
+    (tmp_path / "generation_config.json").unlink()
+    without = TttForConditionalGeneration.from_pretrained(tmp_path)
+    assert isinstance(without.generation_config, TttGenerationConfig)
+    assert without.generation_config.eos_token_id == 104
+
+
+def test_a_plain_generation_config_file_is_upgraded(tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    GenerationConfig(max_new_tokens=7, eos_token_id=104).save_pretrained(tmp_path)
+    loaded = TttForConditionalGeneration.from_pretrained(tmp_path)
+    assert isinstance(loaded.generation_config, TttGenerationConfig)
+    assert loaded.generation_config.max_new_tokens == 7
+
+
+def test_remote_code_brings_our_settings(tiny_model, tmp_path):
+    model = tiny_model()
+    model.generation_config.audio_steps_per_block = 5
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "generation_config_ttt.py").is_file() and (tmp_path / "decoding_ttt.py").is_file()
+    loaded = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(loaded.generation_config).__name__ == "TttGenerationConfig"
+    assert loaded.generation_config.audio_steps_per_block == 5
+    prompt = torch.tensor([[1, 2, 100]])
+    options = {"max_new_tokens": 12, "audio_block_size": 4}
+    assert torch.equal(loaded.generate(prompt, **options), model.generate(prompt, **options))
+
+
+def test_the_caller_overrides_the_checkpoint_and_the_checkpoint_the_default(tiny_model):
+    model, prompt = tiny_model(), torch.tensor([[1, 2, 100]])
+    model.generation_config.update(audio_steps_per_block=1, audio_block_size=4, max_audio_codes_per_span=4)
+
+    def forwards(**options) -> int:
+        return model.generate(prompt, max_new_tokens=5, return_dict_in_generate=True, **options).num_forwards
+
+    least = forwards()  # prompt and one denoising step, or a few if an early end token lets text follow
+    assert forwards(audio_steps_per_block=4, audio_confidence_threshold=None) > least
+    assert forwards(generation_config=TttGenerationConfig(audio_steps_per_block=4)) > least
+    assert forwards(generation_config=GenerationConfig(temperature=1.0)) == least
+    assert model.generation_config.audio_steps_per_block == 1

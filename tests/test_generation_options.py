@@ -1,0 +1,293 @@
+"""Text options, limits, refusals and what generation reports."""
+
+import pytest
+import torch
+from reference_sampler import golden_cases, golden_prompts, load_published, reference_generate
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers.generation import RepetitionPenaltyLogitsProcessor
+
+MODELS: dict = {}
+
+
+def model_of(name: str):
+    if name not in MODELS:
+        MODELS[name] = load_published(name)
+    return MODELS[name]
+
+
+def answer_of(model, prompt, **options) -> list[int]:
+    return model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
+
+
+def spans_of(answer: list[int]) -> list[tuple[int, int | None, int | None]]:
+    """(codes, begin token, end token) of each span."""
+    spans, begin, codes = [], None, 0
+    for token in answer:
+        if token in (100, 102):
+            begin, codes = token, 0
+        elif token >= 110 and token not in (176, 177):
+            codes += 1
+        elif token in (176, 177):
+            spans.append((codes, begin, token))
+            begin = None
+    if begin is not None:
+        spans.append((codes, begin, None))
+    return spans
+
+
+class Ban(LogitsProcessor):
+    def __init__(self, tokens, shapes):
+        self.tokens, self.shapes = tokens, shapes
+
+    def __call__(self, input_ids, scores):
+        self.shapes.append((tuple(input_ids.shape), tuple(scores.shape)))
+        scores = scores.clone()
+        scores[:, self.tokens] = -torch.inf
+        return scores
+
+
+def test_processors_and_penalties_act_on_text_as_in_ordinary_generation():
+    model, prompt = model_of("c"), golden_prompts("c")[0]
+    penalty = RepetitionPenaltyLogitsProcessor(1.8)
+    theirs = reference_generate(
+        model, prompt, 40, 10, process_text=lambda ids, s: penalty(torch.tensor([ids]), pad_audio(s))[0, : len(s)]
+    )
+    ours = answer_of(model, prompt, repetition_penalty=1.8, max_new_tokens=41, audio_block_size=10)
+    assert ours[:40] == theirs[len(prompt) :][:40]
+    assert ours[:40] != answer_of(model, prompt, max_new_tokens=41, audio_block_size=10)[:40]
+
+
+def pad_audio(scores: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(scores[None], (0, 178 - len(scores)), value=-torch.inf)
+
+
+def test_a_custom_processor_sees_all_ids_and_the_whole_vocabulary():
+    model, prompt, shapes = model_of("c"), golden_prompts("c")[0], []
+    plain = answer_of(model, prompt, max_new_tokens=30, audio_block_size=10)
+    banned = answer_of(
+        model, prompt, max_new_tokens=30, audio_block_size=10, logits_processor=[Ban([plain[0]], shapes)]
+    )
+    assert plain[0] not in banned
+    assert shapes[0] == ((1, len(prompt)), (1, 178))
+
+
+def test_a_function_of_allowed_tokens_knows_its_row():
+    model, prompt = model_of("b"), golden_prompts("b")[0]
+    inputs = torch.tensor([prompt, prompt])
+    output = model.generate(inputs, max_new_tokens=5, prefix_allowed_tokens_fn=lambda row, ids: [7 + row])
+    assert output[:, len(prompt) :].tolist() == [[7] * 5, [8] * 5]
+
+
+def test_sampling_text_follows_top_k():
+    model, prompt = model_of("c"), golden_prompts("c")[0]
+    greedy = answer_of(model, prompt, max_new_tokens=20)
+    assert answer_of(model, prompt, max_new_tokens=20, do_sample=True, top_k=1) == greedy
+    hot = {"do_sample": True, "temperature": 5.0, "top_k": 0, "max_new_tokens": 20}
+    assert any(answer_of(model, prompt, seed=seed, **hot) != greedy for seed in range(3))
+
+
+def test_a_stopping_criterion_ends_text_and_closes_a_span():
+    model, case = model_of("c"), golden_cases("c")[3]
+
+    class After(StoppingCriteria):
+        def __init__(self, length):
+            self.length = length
+
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.full((input_ids.shape[0],), input_ids.shape[1] >= self.length)
+
+    prompt, options = case["prompt"], {"max_new_tokens": 100, "audio_block_size": 10, "audio_steps_per_block": 10}
+    in_text = answer_of(model, prompt, stopping_criteria=[After(len(prompt) + 2)], **options)
+    assert in_text == case["output"][len(prompt) :][:2]
+    in_span = answer_of(model, prompt, stopping_criteria=[After(len(prompt) + 30)], **options)
+    assert 30 <= len(in_span) <= 42 and in_span[-1] in (176, 177)
+    assert in_span[:-1] == case["output"][len(prompt) :][: len(in_span) - 1]
+    assert len(answer_of(model, prompt, max_time=0.0, **options)) == 1
+
+
+def test_eos_can_be_several_tokens_or_none():
+    model, case = model_of("a"), golden_cases("a")[0]
+    answer = case["output"][len(case["prompt"]) :]
+    options = {"max_new_tokens": 40, "audio_block_size": 10, "audio_steps_per_block": 10}
+    assert answer_of(model, case["prompt"], eos_token_id=[104, answer[0]], **options) == answer[:1]
+    endless = answer_of(model, case["prompt"], eos_token_id=[109], **options)
+    assert endless[: len(answer)] == answer and len(endless) == 40
+
+
+@pytest.mark.parametrize("limit", range(1, 24))
+def test_the_length_limit_is_never_exceeded_and_cuts_without_changing(limit):
+    model, prompt = model_of("c"), golden_prompts("c")[2]
+    options = {"audio_block_size": 10, "audio_steps_per_block": 2}
+    unlimited = answer_of(model, prompt, max_new_tokens=60, **options)
+    cut = answer_of(model, prompt, max_new_tokens=limit, **options)
+    assert len(cut) == limit
+    assert cut[:-1] == unlimited[: limit - 1]
+    spans = spans_of(cut)
+    if cut[-1] in (176, 177) and cut[-1] != unlimited[limit - 1]:
+        assert spans[-1][2] == {100: 176, 102: 177}[spans[-1][1]]
+
+
+@pytest.mark.parametrize("most", [1, 9, 10, 11, 25])
+def test_a_span_without_end_is_closed_at_its_own_limit(most):
+    model, case = model_of("c"), golden_cases("c")[3]
+    options = {"max_new_tokens": 80, "audio_block_size": 10, "audio_steps_per_block": 10}
+    answer = answer_of(model, case["prompt"], max_audio_codes_per_span=most, **options)
+    spans = spans_of(answer)
+    assert all(codes <= most for codes, _, _ in spans)
+    codes, begin, end = spans[0]
+    assert codes == most and end == {100: 176, 102: 177}[begin]
+    position = answer.index(begin) + 1 + most
+    assert answer[:position] == case["output"][len(case["prompt"]) :][:position]
+    assert len(answer) > position + 1  # text goes on
+
+
+def test_a_context_too_short_is_refused_before_any_forward(monkeypatch):
+    model, prompt = load_published("a", max_position_embeddings=64), golden_prompts("a")[0]
+    assert len(answer_of(model, prompt, max_new_tokens=48, eos_token_id=[109])) == 48
+    monkeypatch.setattr(model.model.language_model, "forward", None)
+    with pytest.raises(ValueError, match=r"16 tokens.*49.*65 positions.*64"):
+        model.generate(torch.tensor([prompt]), max_new_tokens=49)
+
+
+def test_padding_does_not_count_against_the_context():
+    model, prompt = load_published("a", max_position_embeddings=64), golden_prompts("a")[0]
+    padded = {"inputs": torch.tensor([[105] * 30 + list(prompt)]), "attention_mask": torch.ones(1, 46).long()}
+    padded["attention_mask"][:, :30] = 0
+    assert model.generate(**padded, max_new_tokens=48)[0, 46:].tolist() == answer_of(model, prompt, max_new_tokens=48)
+
+
+def test_without_a_length_the_answer_gets_room(recwarn):
+    model, case = model_of("a"), golden_cases("a")[3]
+    answer = answer_of(model, case["prompt"], audio_block_size=10, audio_steps_per_block=10)
+    assert answer == case["output"][len(case["prompt"]) :]  # 48 tokens: more than GenerationMixin's 20
+    assert not [warning for warning in recwarn if "max_length" in str(warning.message)]
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("num_beams", 3),
+        ("penalty_alpha", 0.6),
+        ("dola_layers", "low"),
+        ("prompt_lookup_num_tokens", 3),
+        ("assistant_early_exit", 1),
+        ("force_words_ids", [[1]]),
+        ("use_mtp", True),
+        ("guidance_scale", 2.0),
+        ("prefill_chunk_size", 8),
+        ("output_attentions", True),
+        ("cache_implementation", "static"),
+        ("cache_implementation", "quantized"),
+        ("cache_implementation", "offloaded"),
+        ("assistant_model", "any"),
+        ("negative_prompt_ids", torch.tensor([[1]])),
+        ("position_ids", torch.tensor([[0, 1, 2]])),
+        ("inputs_embeds", torch.zeros(1, 3, 32)),
+        ("synced_gpus", True),
+        ("stop_strings", "stop"),
+    ],
+)
+def test_modes_without_meaning_are_refused_by_name(tiny_model, name, value):
+    with pytest.raises(ValueError, match=f"`{name}"):
+        tiny_model().generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3, **{name: value})
+
+
+def test_refusals_also_come_from_the_models_own_settings_and_a_passed_config(tiny_model):
+    model, prompt = tiny_model(), torch.tensor([[1, 2, 3]])
+    with pytest.raises(ValueError, match="`num_beams=2`.*beam search"):
+        model.generate(prompt, generation_config=GenerationConfig(num_beams=2, max_new_tokens=3))
+    model.generation_config.num_beams = 2
+    with pytest.raises(ValueError, match="`num_beams=2`.*beam search"):
+        model.generate(prompt, max_new_tokens=3)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        ({"inputs": None}, "inputs"),
+        ({"inputs": torch.tensor([1, 2])}, "shape"),
+        ({"attention_mask": torch.ones(1, 5).long()}, "whole conversation"),
+        ({"attention_mask": torch.zeros(1, 3).long()}, "without any token"),
+        ({"seed": [1, 2], "do_sample": True}, "seed"),
+        ({"no_such_option": 1}, "no_such_option"),
+        ({"num_return_sequences": 2}, "num_return_sequences"),
+    ],
+)
+def test_unusable_calls_are_refused(tiny_model, call, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model().generate(**{"inputs": torch.tensor([[1, 2, 3]]), "max_new_tokens": 3, **call})
+
+
+def test_training_with_gradient_checkpointing_is_refused(tiny_model):
+    model = tiny_model().train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="model.eval"):
+        model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3)
+
+
+def test_the_result_reports_forwards_and_tokens_per_forward():
+    model, case = model_of("a"), golden_cases("a")[0]
+    output = model.generate(
+        torch.tensor([case["prompt"]]),
+        max_new_tokens=40,
+        audio_block_size=10,
+        audio_steps_per_block=2,
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_logits=True,
+    )
+    new = output.sequences.shape[1] - len(case["prompt"])
+    text = sum(token < 110 for token in output.sequences[0, len(case["prompt"]) :].tolist())
+    assert output.forwards_per_row.tolist() == [output.num_forwards]
+    assert output.num_forwards <= text + 4
+    assert output.tokens_per_forward.tolist() == pytest.approx([new / output.num_forwards])
+    assert output.tokens_per_forward[0] > 1
+    assert len(output.scores) == len(output.logits) == text
+    assert output.scores[0].shape == (1, 178) and output.scores[0][0, 110:].max() == -torch.inf
+    assert int(output.scores[0].argmax()) == int(output.sequences[0, len(case["prompt"])])
+
+
+def test_guidance_costs_forwards_only_above_zero():
+    model, case = model_of("a"), golden_cases("a")[0]
+    options = {"max_new_tokens": 40, "audio_block_size": 10, "return_dict_in_generate": True}
+    plain, zero, guided = (
+        model.generate(torch.tensor([case["prompt"]]), **options, **extra).num_forwards
+        for extra in ({}, {"audio_guidance_scale": 0.0}, {"audio_guidance_scale": 1e-6})
+    )
+    assert plain == zero < guided
+
+
+def test_the_first_unconditional_step_is_shared_by_rows_of_one_length():
+    model, prompt = model_of("a"), torch.tensor([golden_prompts("a")[0]])
+    options = {
+        "max_new_tokens": 10,
+        "audio_block_size": 4,
+        "audio_guidance_scale": 0.5,
+        "return_dict_in_generate": True,
+    }
+    one, two = (model.generate(prompt.repeat(n, 1), **options) for n in (1, 2))
+    assert two.num_forwards == one.num_forwards
+    assert two.num_token_positions < 2 * one.num_token_positions
+
+
+def test_a_confident_model_takes_fewer_steps_with_a_threshold():
+    model, case = model_of("b"), golden_cases("b")[0]
+    options = {"max_new_tokens": 60, "audio_block_size": 10, "return_dict_in_generate": True}
+    prompt = torch.tensor([case["prompt"]])
+    eager, careful, single = (
+        model.generate(prompt, **options, **extra)
+        for extra in (
+            {"audio_confidence_threshold": 0.5},
+            {"audio_confidence_threshold": 1.0},
+            {"audio_steps_per_block": 10},
+        )
+    )
+    assert eager.num_forwards < careful.num_forwards <= single.num_forwards
+
+
+def test_the_autoregressive_twin_generates_as_any_model(tiny_model):
+    model, prompt = tiny_model(audio_objective="autoregressive"), torch.tensor([[1, 2, 3]])
+    output = model.generate(prompt, max_new_tokens=6, audio_steps_per_block=3, eos_token_id=[109])
+    logits = model(output).logits.argmax(-1)
+    assert output.shape == (1, 9) and torch.equal(output[:, 3:], logits[:, 2:-1])
+    assert model.generate(prompt, max_new_tokens=3, num_beams=2).shape[0] == 1

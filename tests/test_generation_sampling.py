@@ -1,0 +1,61 @@
+"""The audio sampler's pure functions."""
+
+import pytest
+import torch
+
+from modeling_ttt.sampling_ttt import choose_positions, confidence_of, draw, guide, keep_probable, split_evenly
+
+
+@pytest.mark.parametrize(
+    "positions, steps, shares", [(26, 2, [13, 13]), (10, 4, [3, 3, 2, 2]), (3, 5, [1, 1, 1]), (7, 1, [7])]
+)
+def test_positions_are_split_evenly_earlier_steps_taking_the_remainder(positions, steps, shares):
+    assert split_evenly(positions, steps) == shares
+
+
+def test_guidance_moves_away_from_the_unconditional_logits():
+    conditional, unconditional = torch.tensor([2.0, 0.0]), torch.tensor([1.0, 1.0])
+    assert guide(conditional, unconditional, 0.0).tolist() == [2.0, 0.0]
+    assert guide(conditional, unconditional, 0.5).tolist() == [2.5, -0.5]
+
+
+def test_top_k_and_top_p_keep_the_most_probable():
+    logits = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log()
+    assert keep_probable(logits, top_k=2).isfinite().tolist() == [[False, True, False, True]]
+    assert keep_probable(logits, top_p=0.65).isfinite().tolist() == [[False, True, False, True]]
+    assert keep_probable(logits, top_p=0.01).isfinite().tolist() == [[False, True, False, False]]
+    assert keep_probable(logits, top_k=9, top_p=1.0).isfinite().all()
+
+
+def test_draws_follow_the_distribution_and_need_no_noise_at_temperature_zero():
+    logits = torch.tensor([0.6, 0.3, 0.1, 0.0]).log()
+    noise = torch.empty(20_000, 4).exponential_(generator=torch.Generator().manual_seed(0))
+    counts = torch.bincount(draw(logits.expand(20_000, 4), noise), minlength=4) / 20_000
+    torch.testing.assert_close(counts, torch.tensor([0.6, 0.3, 0.1, 0.0]), atol=0.02, rtol=0)
+    assert int(draw(logits)) == 0
+
+
+def test_confidence_is_the_probability_or_the_exponential_of_negative_entropy():
+    logits = torch.tensor([[0.5, 0.5, 0.0], [0.0, 1.0, 0.0], [1 / 3, 1 / 3, 1 / 3]]).log()
+    tokens = torch.tensor([0, 1, 2])
+    assert confidence_of(logits, tokens, "low_confidence").tolist() == pytest.approx([0.5, 1.0, 1 / 3])
+    assert confidence_of(logits, tokens, "entropy").tolist() == pytest.approx([0.5, 1.0, 1 / 3])
+
+
+def test_nearly_certain_positions_keep_their_order():
+    logits = torch.tensor([[30.0, 0.0], [32.0, 0.0], [31.0, 0.0]])
+    confidence = confidence_of(logits, torch.zeros(3, dtype=torch.long), "low_confidence")
+    assert confidence.argsort(descending=True).tolist() == [1, 2, 0]
+
+
+def test_the_most_confident_undecided_positions_are_fixed_earlier_ones_first_in_a_tie():
+    confidence = torch.tensor([[0.9, 0.5, 0.5, 0.8], [0.1, 0.2, 0.3, 0.4]])
+    undecided = torch.tensor([[False, True, True, True], [True, True, False, False]])
+    chosen = choose_positions(confidence, undecided, torch.tensor([2, 3]))
+    assert chosen.tolist() == [[False, True, False, True], [True, True, False, False]]
+
+
+def test_a_threshold_fixes_all_that_pass_and_at_least_the_best():
+    confidence, undecided = torch.tensor([[0.9, 0.8, 0.1], [0.3, 0.2, 0.1]]), torch.ones(2, 3, dtype=torch.bool)
+    chosen = choose_positions(confidence, undecided, torch.tensor([1, 1]), threshold=0.8)
+    assert chosen.tolist() == [[True, True, False], [True, False, False]]
