@@ -10,7 +10,6 @@ from typing import Any
 from transformers import Pipeline
 
 TEXT_TASKS = ("tts", "text_chat")
-MAX_NEW_TOKENS = 1024
 
 
 class TttAudioToAudioPipeline(Pipeline):
@@ -154,11 +153,6 @@ class TttAudioToAudioPipeline(Pipeline):
     def _forward(self, input_tensors: dict[str, Any], **generate_kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         prompt_length = input_tensors["input_ids"].shape[1]
         generate_kwargs = self._prepare_generate_kwargs(generate_kwargs)
-        chosen = self._get_set_generation_params(generate_kwargs)
-        if chosen.get("max_new_tokens") is None and chosen.get("max_length") is None:
-            limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-            room = MAX_NEW_TOKENS if limit is None else max(limit - prompt_length, 1)
-            generate_kwargs["max_new_tokens"] = min(MAX_NEW_TOKENS, room)
         generated = self.model.generate(**input_tensors, **generate_kwargs)
         return {"generated_ids": getattr(generated, "sequences", generated), "prompt_length": prompt_length}
 

@@ -172,6 +172,8 @@ def answer(pipe: Any, job: Job, arguments: argparse.Namespace, show_text: bool) 
     generate_kwargs: dict[str, Any] = {}
     if arguments.steps is not None:
         generate_kwargs["audio_steps_per_block"] = arguments.steps
+    if arguments.seed is not None:
+        generate_kwargs["seed"] = arguments.seed
     if arguments.max_new_tokens is not None:
         generate_kwargs["max_new_tokens"] = arguments.max_new_tokens
 
@@ -210,15 +212,12 @@ def run(arguments: argparse.Namespace, jobs: list[Job]) -> int:
     pipe = load_pipeline(arguments)
     import soundfile
     from tqdm import tqdm
-    from transformers import set_seed
 
     failed = 0
     single = len(jobs) == 1
     hidden = single or arguments.quiet or not sys.stderr.isatty()
     for job in tqdm(jobs, desc="answers", unit="answer", disable=hidden):
         started = time.perf_counter()
-        if arguments.seed is not None:
-            set_seed(arguments.seed)
         try:
             text, waveform, rate = answer(pipe, job, arguments, show_text=single and not arguments.json)
             job.output.parent.mkdir(parents=True, exist_ok=True)

@@ -53,7 +53,11 @@ def build_processor(**options) -> TttProcessor:
 
 
 def build_model(processor: TttProcessor, **options) -> TttForConditionalGeneration:
-    """A random model for the processor's vocabulary, whose answers end by `max_new_tokens`."""
+    """A model that answers every prompt with the text "hi" and one span of code 3, cut at 40 codes.
+
+    Its layers add nothing to the residual stream, so the next token depends on the current one alone: each state has a
+    dimension of its own in the embedding, which the head maps to the token that follows.
+    """
     torch.manual_seed(0)
     ids = processor.token_ids
     backbone = {
@@ -64,13 +68,35 @@ def build_model(processor: TttProcessor, **options) -> TttForConditionalGenerati
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
         "pad_token_id": processor.tokenizer.pad_token_id,
         "eos_token_id": processor.tokenizer.eos_token_id,
         **options,
     }
     structure = {field.name: getattr(ids, field.name) for field in dataclasses.fields(ids)}
     structure.pop("end_of_turn_token_id")
-    return TttForConditionalGeneration(TttConfig(text_config=backbone, **structure)).eval()
+    model = TttForConditionalGeneration(TttConfig(text_config=backbone, **structure)).eval()
+
+    line_break, h, i = processor.tokenizer("\nhi")["input_ids"]
+    follows = [
+        (line_break, h),
+        (h, i),
+        (i, ids.begin_of_last_audio_token_id),
+        (ids.mask_token_id, ids.audio_code_id_start + 3),
+        (ids.end_of_last_audio_token_id, ids.end_of_turn_token_id),
+    ]
+    with torch.no_grad():
+        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        embedding.zero_()
+        head.zero_()
+        for name, weight in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight.zero_()
+        for state, (current, following) in enumerate(follows):
+            embedding[current, state] = 1.0
+            head[following, state] = 10.0
+    model.generation_config.max_audio_codes_per_span = 40
+    return model
 
 
 def tone(seconds: float, sampling_rate: int = 16_000, frequency: float = 330.0) -> np.ndarray:

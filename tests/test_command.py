@@ -1,0 +1,171 @@
+"""ttt-talk: what it writes and prints, where answers go, exit statuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from builders import build_model, build_processor, tone, write_wav
+
+from pipelines import TttAudioToAudioPipeline, ttt_talk
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    prompts = {"spoken_chat": "Chat.", "tts": "Read.", "text_chat": "Talk.", "captioning": "Look."}
+    processor = build_processor(system_prompts=prompts)
+    TttAudioToAudioPipeline(model=build_model(processor), processor=processor, device="cpu").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def question(tmp_path):
+    return str(write_wav(tmp_path / "question.wav", tone(0.4)))
+
+
+@pytest.fixture
+def talk(model, monkeypatch, tmp_path, capsys):
+    """Runs the command in an empty folder; gives its exit status, output and errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        try:
+            status = ttt_talk.main(["--model", model, "--device", "cpu", *arguments])
+        except SystemExit as stop:
+            status = stop.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def assert_speech(path):
+    info = soundfile.info(path)
+    assert (info.format, info.subtype, info.samplerate, info.channels) == ("WAV", "PCM_16", 16_000, 1)
+    assert info.frames == 40 * 1280
+
+
+def test_a_question_is_answered_in_text_and_speech(talk, question, tmp_path):
+    assert talk(question, "reply.wav") == (0, "hi\n", "")
+    assert_speech(tmp_path / "reply.wav")
+
+
+def test_without_a_name_the_answer_lies_beside_the_question(talk, question, tmp_path):
+    assert talk(question)[0] == 0
+    assert_speech(tmp_path / "question.reply.wav")
+
+
+def test_text_is_answered_and_read_aloud(talk, tmp_path):
+    assert talk("--text", "how are you")[:2] == (0, "hi\n")
+    assert_speech(tmp_path / "reply.wav")
+    assert talk("--task", "tts", "--text", "one two", "sub/folder/spoken.wav")[0] == 0
+    assert_speech(tmp_path / "sub" / "folder" / "spoken.wav")
+
+
+def test_text_can_go_with_a_recording(talk, question, tmp_path):
+    assert talk(question, "--task", "captioning", "--text", "Which sound?")[0] == 0
+    assert_speech(tmp_path / "question.reply.wav")
+
+
+def test_several_questions_go_into_a_folder_and_a_bad_one_does_not_stop_the_rest(talk, question, tmp_path):
+    other = str(write_wav(tmp_path / "other.flac", tone(0.2)))
+    (tmp_path / "bad.wav").write_text("no audio")
+    status, out, err = talk(question, "bad.wav", other, "--output_dir", "replies")
+    assert status == 1
+    assert out == f"{question}: hi\n{other}: hi\n"
+    assert "bad.wav" in err and "cannot be read as audio" in err
+    assert sorted(path.name for path in (tmp_path / "replies").iterdir()) == ["other.wav", "question.wav"]
+
+
+def test_json_gives_one_object_per_answer(talk, question):
+    status, out, _ = talk("--json", "--seed", "3", "--steps", "4", question)
+    record = json.loads(out)
+    assert status == 0 and record["text"] == "hi" and record["input"] == question
+    assert record["output"].endswith("question.reply.wav") and record["duration"] == 3.2
+
+
+def test_an_answer_without_speech_is_read_aloud(talk, question, tmp_path, monkeypatch):
+    answers = iter([[{"text": "just text"}], [{"audio": np.zeros(51_200, np.float32), "sampling_rate": 16_000}]])
+    requests = []
+
+    def pipe(self, *inputs, **options):
+        requests.append((inputs, options["text"], options["task"]))
+        return next(answers)
+
+    monkeypatch.setattr(TttAudioToAudioPipeline, "__call__", pipe)
+    status, out, err = talk(question)
+    assert (status, out) == (0, "just text\n") and "reading it aloud" in err
+    assert requests == [((question,), None, None), ((None,), "just text", "tts")]
+    assert_speech(tmp_path / "question.reply.wav")
+
+
+def test_a_player_is_used_where_one_is_installed(talk, question, tmp_path, monkeypatch):
+    played = tmp_path / "played"
+    player = tmp_path / "bin" / "paplay"
+    player.parent.mkdir()
+    player.write_text(f'#!/bin/sh\necho "$@" > {played}\n')
+    player.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{player.parent}:/bin")
+    monkeypatch.setattr(ttt_talk, "PLAYERS", (["no-such-player"], ["paplay"]))
+    assert talk("--play", question)[0] == 0
+    assert played.read_text().strip().endswith("question.reply.wav")
+    monkeypatch.setattr(ttt_talk, "PLAYERS", (["no-such-player"],))
+    status, _, err = talk("--play", question)
+    assert status == 0 and "no player found" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to answer"),
+        (["--task", "tts"], "--task tts needs --text"),
+        (["--task", "tts", "--text", " "], "--text is empty"),
+        (["a.wav", "--steps", "0"], "--steps must be at least 1"),
+        (["--text", "hi", "a.wav", "b.wav"], "--text takes one file at most"),
+        (["a.wav", "reply.mp3"], "ends in .wav"),
+        (["a.wav", "a.wav"], "would be overwritten"),
+        (["x/a.wav", "y/a.wav", "--output_dir", "out"], "would both be written to"),
+        (["--task", "sing", "a.wav"], "invalid choice"),
+        (["--text", "hi", "question.wav"], "question.wav exists"),
+    ],
+)
+def test_wrong_arguments_exit_with_2_before_any_model_is_loaded(talk, question, arguments, message, monkeypatch):
+    monkeypatch.setattr(ttt_talk, "load_pipeline", lambda arguments: pytest.fail("loaded"))
+    status, out, err = talk(*arguments)
+    assert status == 2 and out == "" and message in err and "usage: ttt-talk" in err
+
+
+def test_what_fails_exits_with_1_and_says_why(talk, question, tmp_path, monkeypatch, capsys):
+    for arguments, message in [
+        (["missing.wav"], "there is no file missing.wav"),
+        ([question, "--model", "no/such/model"], "no/such/model"),
+        ([question, "--model", str(tmp_path)], "holds no config.json"),
+        ([question, "--steps", "1000", "--max_new_tokens", "99999"], "max_position_embeddings"),
+    ]:
+        status, out, err = talk(*arguments)
+        assert status == 1 and message in err and "Traceback" not in err, arguments
+    monkeypatch.setattr(ttt_talk, "DEFAULT_MODEL", tmp_path / "gone")
+    assert ttt_talk.main([question]) == 1
+    assert "the default model is not at" in capsys.readouterr().err
+
+
+def test_the_default_model_is_the_one_in_the_repository():
+    assert ttt_talk.DEFAULT_MODEL == Path(__file__).resolve().parent.parent / "model_cards" / "ttt-tiny"
+
+
+def test_help_has_examples_and_does_not_wait_for_torch(tmp_path):
+    program = (
+        "import sys; sys.argv = ['ttt-talk', '--help']\n"
+        "from pipelines.ttt_talk import main\n"
+        "try:\n    main()\n"
+        "except SystemExit as stop:\n    assert stop.code == 0\n"
+        "assert not {'torch', 'transformers', 'librosa'} & set(sys.modules)\n"
+    )
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "ttt-talk question.wav reply.wav" in done.stdout and "Exit status" in done.stdout

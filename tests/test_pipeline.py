@@ -1,0 +1,228 @@
+"""The audio-to-audio pipeline: all forms of request, streams, batches, and a process that has only the model folder."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from builders import build_model, build_processor, tone, write_wav
+from torch.utils.data import Dataset
+from transformers import pipeline
+
+from pipelines import TttAudioToAudioPipeline
+
+PROMPTS = {"spoken_chat": "Chat.", "asr": "Write.", "tts": "Read.", "captioning": "Look.", "text_chat": "Talk."}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    processor = build_processor(system_prompts=PROMPTS)
+    return TttAudioToAudioPipeline(model=build_model(processor), processor=processor, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(pipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def prompts(pipe, monkeypatch):
+    """The prompts, as text, that reach `generate`."""
+    seen = []
+    generate = pipe.model.generate
+
+    def record(input_ids, attention_mask, **options):
+        for row, mask in zip(input_ids, attention_mask, strict=True):
+            seen.append(pipe.tokenizer.decode(row[mask.bool()]))
+        return generate(input_ids=input_ids, attention_mask=attention_mask, **options)
+
+    monkeypatch.setattr(pipe.model, "generate", record)
+    return seen
+
+
+def assert_answer(pipe, answer):
+    assert answer["text"] == "hi" and answer["sampling_rate"] == 16_000
+    assert np.allclose(answer["audio"], pipe.processor.decode_audio([[3] * 40])[0], atol=1e-5)
+    assert set(answer) == {"text", "audio", "sampling_rate"}
+
+
+def test_one_question_gives_one_answer(pipe, prompts, tmp_path):
+    path = write_wav(tmp_path / "question.wav", tone(0.3))
+    for request in (tone(0.3), torch.tensor(tone(0.3)), str(path), path, {"array": tone(0.3), "sampling_rate": 16_000}):
+        assert_answer(pipe, pipe(request))
+    assert all(prompt.startswith("<|im_start|>system\nChat.<|im_end|>") for prompt in prompts)
+    assert len(prompts) == 5
+
+
+def test_lists_give_lists_whatever_the_batch_size(pipe, prompts):
+    requests = [tone(0.3), tone(0.9), tone(0.5)]
+    for batch_size in (1, 2, 3):
+        answers = pipe(requests, batch_size=batch_size, task="asr")
+        assert isinstance(answers, list) and len(answers) == 3
+        for answer in answers:
+            assert_answer(pipe, answer)
+    assert prompts[:3] == prompts[3:6] == prompts[6:] and "Write." in prompts[0]
+    assert pipe([]) == []
+
+
+def test_generators_datasets_and_columns_are_answered_as_they_are_read(pipe):
+    datasets = pytest.importorskip("datasets")
+    read = []
+
+    def generator():
+        for seconds in (0.2, 0.4):
+            read.append(seconds)
+            yield tone(seconds)
+
+    answers = pipe(generator())
+    assert_answer(pipe, next(answers))
+    assert read == [0.2]
+    assert len(list(answers)) == 1
+
+    rows = [{"array": tone(0.2), "sampling_rate": 16_000}] * 2
+    dataset = datasets.Dataset.from_dict({"audio": rows, "text": ["transcript"] * 2})
+    for inputs in (dataset, dataset["audio"]):
+        answers = list(pipe(inputs, batch_size=2))
+        assert len(answers) == 2
+        assert_answer(pipe, answers[0])
+
+    class Sounds(Dataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return [tone(0.2), tone(0.3)][index]
+
+    assert len(list(pipe(Sounds()))) == 2
+
+
+def test_a_datasets_transcript_never_reaches_the_model(pipe, prompts):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"array": tone(0.2), "sampling_rate": 16_000}]
+    dataset = datasets.Dataset.from_dict({"audio": rows, "text": ["the transcript"]})
+    list(pipe(dataset, task="asr"))
+    list(pipe(dataset, task="tts"))
+    assert "transcript" not in prompts[0] and "the transcript" in prompts[1]
+    with pytest.raises(ValueError, match="no column `audio`; it has text"):
+        list(pipe(dataset.remove_columns("audio")))
+
+
+def test_text_requests_are_spoken(pipe, prompts):
+    assert_answer(pipe, pipe("one two", task="tts"))
+    assert_answer(pipe, pipe(text="one two", task="tts"))
+    assert_answer(pipe, pipe(text="how are you"))
+    assert len(pipe(["one", "two"], task="tts", batch_size=2)) == 2
+    assert prompts[0] == prompts[1] and "Read." in prompts[0] and "one two" in prompts[0]
+    assert "Talk." in prompts[2] and "how are you" in prompts[2]
+
+
+def test_text_goes_with_audio(pipe, prompts):
+    pipe(tone(0.2), text="Which sound?", task="captioning")
+    pipe({"audio": tone(0.2), "text": "Which sound?"}, task="captioning")
+    pipe(tone(0.2), task="captioning", system_prompt="Listen.")
+    assert prompts[0] == prompts[1] and "Which sound?<|begin_of_audio|>" in prompts[0]
+    assert prompts[2].startswith("<|im_start|>system\nListen.")
+
+
+def test_conversations_are_answered(pipe, prompts):
+    turn = {"role": "user", "content": [{"type": "audio", "audio": tone(0.2)}]}
+    assert_answer(pipe, pipe([turn]))
+    assert len(pipe([[turn], [turn, {"role": "assistant", "content": "yes"}, turn]], batch_size=2, task="asr")) == 2
+    assert prompts[0].startswith("<|im_start|>user") and prompts[2].startswith("<|im_start|>system\nWrite.")
+    assert "yes<|im_end|>" in prompts[2]
+
+
+def test_a_stream_gives_pieces_that_join_to_the_answer(pipe):
+    pieces = list(pipe(tone(0.3), stream=True))
+    whole = pipe(tone(0.3))
+    waveform = np.concatenate([piece["audio"] for piece in pieces if "audio" in piece])
+    assert "".join(piece.get("text", "") for piece in pieces) == whole["text"]
+    assert len(waveform) == len(whole["audio"])
+    error = np.sqrt(np.mean((waveform - whole["audio"]) ** 2) / np.mean(whole["audio"] ** 2))
+    assert error < 0.01  # -40 dB
+
+
+def test_a_stream_that_is_left_early_stops_generating(pipe):
+    stream = pipe(tone(0.3), stream=True)
+    assert next(stream) == {"text": "h"}
+    stream.close()
+    assert_answer(pipe, pipe(tone(0.3)))
+
+
+def test_an_error_while_streaming_reaches_the_reader(pipe):
+    with pytest.raises(ValueError, match="audio_steps_per_block"):
+        list(pipe(tone(0.3), stream=True, generate_kwargs={"audio_steps_per_block": 0}))
+
+
+def test_generate_kwargs_are_passed_on(pipe):
+    answer = pipe(tone(0.3), generate_kwargs={"max_audio_codes_per_span": 5, "audio_steps_per_block": 4})
+    assert len(answer["audio"]) == 5 * 1280
+    assert pipe(tone(0.3), generate_kwargs={"max_new_tokens": 1})["text"] == "h"
+
+
+def test_unusable_requests_are_named_by_position(pipe):
+    with pytest.raises(ValueError, match="audio part 0 of input 2 is empty"):
+        pipe([tone(0.1), tone(0.1), np.zeros(0)], batch_size=2)
+    with pytest.raises(FileNotFoundError, match="audio part 0 of input 1: there is no file 'hello'"):
+        pipe([tone(0.1), "hello"])
+    with pytest.raises(ValueError, match="input 0: There is no task 'sing'"):
+        pipe(tone(0.1), task="sing")
+    with pytest.raises(ValueError, match="input 1: The task 'tts' takes `text` alone"):
+        pipe(["one", tone(0.1)], task="tts", text="two")
+    with pytest.raises(ValueError, match="one request at a time"):
+        pipe([tone(0.1), tone(0.1)], stream=True)
+    with pytest.raises(ValueError, match="Pass a request"):
+        pipe()
+
+
+def test_pipeline_builds_everything_from_a_path(pipe, folder):
+    loaded = pipeline("audio-to-audio", model=str(folder), trust_remote_code=True, device="cpu")
+    assert_answer(pipe, loaded(tone(0.3)))
+
+
+ALONE = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("modeling_ttt", "processing", "pipelines"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())
+import numpy as np
+from transformers import AutoConfig, AutoModel, AutoModelForAudioTokenization, AutoProcessor, pipeline
+
+folder = sys.argv[1]
+pipe = pipeline("audio-to-audio", model=folder, trust_remote_code=True, device="cpu")
+answer = pipe({"array": np.zeros(8000, dtype=np.float32), "sampling_rate": 8000})
+print(type(pipe).__name__, answer["text"], len(answer["audio"]), answer["sampling_rate"])
+pieces = list(pipe(np.zeros(8000), stream=True))
+print("".join(p.get("text", "") for p in pieces), sum(len(p["audio"]) for p in pieces if "audio" in p))
+for auto in (AutoConfig, AutoModel, AutoProcessor):
+    print(type(auto.from_pretrained(folder, trust_remote_code=True)).__name__)
+for options in ({"subfolder": "audio_tokenizer"}, {}):
+    path = folder if options else folder + "/audio_tokenizer"
+    print(type(AutoModelForAudioTokenization.from_pretrained(path, trust_remote_code=True, **options)).__name__)
+"""
+
+
+def test_the_folder_alone_is_enough(folder, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, str(folder)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:-1] == [
+        "TttAudioToAudioPipeline hi 51200 16000",
+        "hi 51200",
+        "TttConfig",
+        "TttForConditionalGeneration",
+        "TttProcessor",
+        "TttCodecModel",
+        "TttCodecModel",
+    ]
