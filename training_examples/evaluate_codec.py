@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from evaluation import Figure, markdown_table, normalized, read_audio, read_list, write_json
-from recognition import domain_recognizer, word_error_rate
 from tqdm.auto import tqdm
 from transformers import AutoFeatureExtractor, AutoModelForAudioTokenization, HfArgumentParser
 
 import modeling_ttt  # noqa: F401  (registers the audio tokenizer, so that no remote code is needed)
+from recognition import domain_recognizer, word_error_rate
 
 LISTS = {"codec_answers": "held-out answers", "tts": "random word sequences"}
 

@@ -3,8 +3,8 @@
     python training_examples/evaluate_ttt.py --model model_cards/ttt-tiny
     python training_examples/evaluate_ttt.py --model model_cards/ttt-tiny --twin runs/autoregressive_twin
 
-Needs the held-out lists of build_speech.py. Speech is judged by an independent recogniser (recognition.py). Each part is
-kept in --output_dir as soon as it is measured, so a killed run goes on where it stopped; evaluation.json,
+Needs the held-out lists of build_speech.py. Speech is judged by an independent recogniser (recognition.py). Each part
+is kept in --output_dir as soon as it is measured, so a killed run goes on where it stopped; evaluation.json,
 evaluation.md and steps.png are the report. Run it on an idle machine: it measures time too.
 """
 
@@ -15,19 +15,29 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import soundfile
 import torch
-from evaluation import Figure, fingerprint, markdown_table, normalized, read_audio, read_list, remember, share, write_json
-from recognition import SAMPLING_RATE, Recognizer, domain_recognizer, word_error_rate
+from evaluation import (
+    Figure,
+    fingerprint,
+    markdown_table,
+    normalized,
+    read_audio,
+    read_list,
+    remember,
+    share,
+    write_json,
+)
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor, HfArgumentParser
 
 import modeling_ttt  # noqa: F401  (registers the models, so that no remote code is needed)
 import processing  # noqa: F401
+from recognition import SAMPLING_RATE, Recognizer, domain_recognizer, word_error_rate
 
 PROCESSOR_TASKS = {"spoken_qa": "spoken_qa", "asr": "asr", "tts": "tts", "text_qa": "text_chat"}
 SPEECH_LISTS = {"spoken_qa_seen": "QA answers", "tts": "random word sequences"}
@@ -87,7 +97,7 @@ class Talker:
         """Answers `rows`, all of one task, as one batch.
 
         Returns:
-            For each row text, waveform, whether the audio ended by itself, and for the batch forwards and new tokens.
+            What `TttProcessor.post_process` gives for each row, and under `ended` whether its speech ended by itself.
         """
         task = PROCESSOR_TASKS[rows[0]["task"]]
         if rows[0]["audio"] is None:
@@ -109,8 +119,7 @@ class Talker:
     def has_ended(self, ids: list[int], num_codes: int) -> bool:
         """Whether an answer ended its turn after at least one code and no span ran into its limit."""
         return (
-            self.processor.token_ids.end_of_turn_token_id in ids
-            and 0 < num_codes < self.args.max_audio_codes_per_span
+            self.processor.token_ids.end_of_turn_token_id in ids and 0 < num_codes < self.args.max_audio_codes_per_span
         )
 
 
@@ -192,8 +201,7 @@ def figures_of_list(rows: list[dict[str, Any]]) -> dict[str, Figure]:
     if rows[0]["heard"] is not None:
         # Against the model's own text: a wrong answer that is said well is no fault of the speech.
         own, heard = [row["text"] for row in rows], [row["heard"] for row in rows]
-        if any(own):
-            figures["speech_wer"] = Figure(word_error_rate(own, heard), len(rows))
+        figures["speech_wer"] = Figure(word_error_rate(own, heard) if any(own) else math.nan, len(rows))
         figures["spoken_wer"] = Figure(word_error_rate([row["expected"] for row in rows], heard), len(rows))
     return figures
 
@@ -212,24 +220,33 @@ class Evaluation:
 
     def __init__(self, args: EvaluationArguments, recognizer: Recognizer):
         self.args, self.recognizer = args, recognizer
+        self.lists_fingerprint = fingerprint(args.data_dir)
         self.figures: dict[str, Figure] = {}
         self.kinds: dict[str, Figure] = {}
 
     def part(self, talker: Talker | None, name: str, compute: Callable[[], Any], **options: Any) -> Any:
-        limits = {"limit": self.args.limit, "timed": self.args.timed, "max_new_tokens": self.args.max_new_tokens}
-        settings = {"model": talker.fingerprint if talker else None, "options": options, **limits}
+        """The result of `compute`, measured or remembered."""
+        settings = {
+            "model": talker.fingerprint if talker else None,
+            "lists": self.lists_fingerprint,
+            "limit": self.args.limit,
+            "timed": self.args.timed,
+            "max_new_tokens": self.args.max_new_tokens,
+            "options": options,
+        }
         folder = Path(talker.folder).name if talker else "originals"
         suffix = "".join(f"-{key.removeprefix('audio_')}-{value}" for key, value in options.items())
         return remember(self.args.output_dir / "parts" / folder / f"{name}{suffix}.json", settings, compute)
 
-    def lists(self, talker: Talker, names: Sequence[str], listen: Sequence[str], prefix: str = "", **options: Any) -> None:
+    def lists(
+        self, talker: Talker, names: Sequence[str], listen: Sequence[str], prefix: str = "", **options: Any
+    ) -> None:
         """Measures lists and files their figures under `prefix`."""
         ended: list[bool] = []
         for name in names:
             recognizer = self.recognizer if name in listen else None
-            rows = self.part(
-                talker, name, lambda n=name, r=recognizer: measure_list(talker, n, r, options), **options
-            )["rows"]
+            measure = partial(measure_list, talker, name, recognizer, options)
+            rows = self.part(talker, name, measure, **options)["rows"]
             for key, figure in figures_of_list(rows).items():
                 self.figures[f"{prefix}{name}/{key}"] = figure
             if name in SPEECH_LISTS:
@@ -242,15 +259,15 @@ class Evaluation:
 
     def speed(self, talker: Talker, prefix: str = "", **options: Any) -> None:
         if self.args.timed:
-            result = self.part(talker, "speed", lambda: measure_speed(talker, options), **options)
+            result = self.part(talker, "speed", partial(measure_speed, talker, options), **options)
             for key, figure in figures_of_speed(result).items():
                 self.figures[f"{prefix}speed/{key}"] = figure
 
     def run(self) -> None:
-        """Every part. The same answers serve the main table and their row of the comparison."""
+        """Every part, in order. The default steps are measured once and serve both tables."""
         args = self.args
         for name in SPEECH_LISTS:
-            result = self.part(None, name, lambda n=name: measure_originals(args, n, self.recognizer))
+            result = self.part(None, name, partial(measure_originals, args, name, self.recognizer))
             error = word_error_rate(result["expected"], result["heard"])
             self.figures[f"originals/{name}"] = Figure(error, len(result["heard"]))
 
@@ -260,7 +277,7 @@ class Evaluation:
         self.lists(talker, names, list(SPEECH_LISTS), audio_steps_per_block=args.default_steps)
         self.speed(talker, audio_steps_per_block=args.default_steps)
         if args.cold_runs:
-            result = self.part(talker, "cold", lambda: measure_cold_command(talker), runs=args.cold_runs)
+            result = self.part(talker, "cold", partial(measure_cold_command, talker), runs=args.cold_runs)
             self.figures["cold_command"] = Figure(statistics.median(result["seconds"]), len(result["seconds"]), "s")
         for prefix, options in comparison_settings(args):
             self.lists(talker, list(SPEECH_LISTS), list(SPEECH_LISTS), prefix, **options)
@@ -292,12 +309,26 @@ def report(args: EvaluationArguments, figures: dict[str, Figure], kinds: dict[st
     for prefix, _ in [*comparison_settings(args), *twin_rows]:
         cells = [
             figures.get(f"{prefix}{key}", "")
-            for key in ("spoken_qa_seen/speech_wer", "tts/speech_wer", "end_of_audio", "speed/time_by_duration", "speed/median_seconds")
+            for key in (
+                "spoken_qa_seen/speech_wer",
+                "tts/speech_wer",
+                "end_of_audio",
+                "speed/time_by_duration",
+                "speed/median_seconds",
+            )
         ]
         counts = [str(cell.count) for cell in cells if isinstance(cell, Figure)]
         title = "autoregressive twin" if prefix == "twin/" else prefix.rstrip("/")
         rows.append([title, *cells, " / ".join(counts)])
-    header_rows = ["decoding", "QA speech WER", "TTS speech WER", "end found", "time / duration", "median answer", "samples"]
+    header_rows = [
+        "decoding",
+        "QA speech WER",
+        "TTS speech WER",
+        "end found",
+        "time / duration",
+        "median answer",
+        "samples",
+    ]
     return "\n\n".join(
         [
             f"## Figures (at {args.default_steps} steps a block)",
@@ -305,7 +336,9 @@ def report(args: EvaluationArguments, figures: dict[str, Figure], kinds: dict[st
             "## Quality and speed by denoising steps a block",
             markdown_table(header_rows, rows),
             "## Exact spoken answers by kind of question (trained voices)",
-            markdown_table(["kind", "exact", "samples"], [[kind, figure, figure.count] for kind, figure in kinds.items()]),
+            markdown_table(
+                ["kind", "exact", "samples"], [[kind, figure, figure.count] for kind, figure in kinds.items()]
+            ),
         ]
     )
 
@@ -324,7 +357,9 @@ def plot(args: EvaluationArguments, figures: dict[str, Figure], path: Path) -> N
         axes.axhline(100 * figures[f"originals/{name}"].value, color=color, lw=1, ls=":", label=f"{title}: originals")
         if (twin := figures.get(f"twin/{name}/speech_wer")) is not None:
             axes.axhline(100 * twin.value, color=color, lw=1, ls="--", label=f"{title}: autoregressive twin")
-    axes.set(xscale="log", xlabel="denoising steps a block of 26 codes", ylabel="recogniser WER of the reply, %", ylim=0)
+    axes.set(
+        xscale="log", xlabel="denoising steps a block of 26 codes", ylabel="recogniser WER of the reply, %", ylim=0
+    )
     axes.set_xticks(args.steps, [str(steps) for steps in args.steps])
     axes.minorticks_off()
     axes.spines[["top", "right"]].set_visible(False)
@@ -338,7 +373,6 @@ def main() -> None:
     (args,) = HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses()
     torch.set_num_threads(args.num_threads)
     torch.set_grad_enabled(False)
-    np.random.seed(0)
     with domain_recognizer(args.num_workers) as recognizer:
         evaluation = Evaluation(args, recognizer)
         evaluation.run()

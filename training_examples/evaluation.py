@@ -57,10 +57,10 @@ def normalized(text: str) -> str:
 
 
 def fingerprint(folder: str | Path) -> str:
-    """A short hash of a model folder's weights and settings, so that a result is never taken for another model's."""
+    """A short hash of a folder's weights, settings and lists, so that a result is never taken for another's."""
     digest = hashlib.sha256()
     for path in sorted(Path(folder).rglob("*")):
-        if path.is_file() and path.suffix in {".safetensors", ".json"}:
+        if path.is_file() and path.suffix in {".safetensors", ".json", ".jsonl"}:
             digest.update(path.relative_to(folder).as_posix().encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -208,7 +208,6 @@ class _Decoder:
         """The words in 16 kHz 16-bit samples, empty for None."""
         if samples is None:
             return ""
-        self._decoder.start_stream()  # forgets the noise estimated so far
         if self._mean is not None:
             self._decoder.set_cmn(self._mean)
         self._decoder.start_utt()
@@ -258,7 +257,9 @@ def word_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> flo
         ValueError: If the lists differ in length, are empty, or hold no reference word at all.
     """
     if len(references) != len(hypotheses) or not references:
-        raise ValueError(f"need as many references as hypotheses, at least one; got {len(references)}, {len(hypotheses)}")
+        raise ValueError(
+            f"need as many references as hypotheses, at least one; got {len(references)}, {len(hypotheses)}"
+        )
     words = sum(len(text.split()) for text in references)
     if words == 0:
         raise ValueError("`references` holds no word")
@@ -269,8 +270,20 @@ def word_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> flo
     return (counts.substitutions + counts.deletions + counts.insertions + extra) / words
 
 
+# The assistant voice of ttt-tiny (flite's slt): its mean cepstrum at this warp, over 200 sentences. On 100 answers
+# and 100 random sequences in that voice the word error rate is 1.4 % and 10.5 %; with neither, 2.6 % and 14.5 %.
+VOICE_WARP = 1.1
+VOICE_MEAN = (44.72, 4.1, 14.9, 17.51, 0.29, 0.36, 0.23, 0.44, 0.25, 5.24, 0.42, 7.4, 7.62)
+
+
 def domain_recognizer(num_workers: int = 2) -> Recognizer:
-    """The recogniser of ttt-tiny's domain, as every figure of its model card uses it."""
+    """The recogniser of ttt-tiny's domain and voice, as every figure of its model card uses it."""
     import domain
 
-    return Recognizer(domain.vocabulary(), domain.lm_sentences(seed=0, n=20_000), num_workers=num_workers)
+    return Recognizer(
+        domain.vocabulary(),
+        domain.lm_sentences(seed=0, n=20_000),
+        num_workers=num_workers,
+        frequency_warp=VOICE_WARP,
+        cepstral_mean=VOICE_MEAN,
+    )

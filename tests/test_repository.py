@@ -1,0 +1,128 @@
+"""Promises of the repository itself: README, pinned versions, direction of imports, the layout of model folders."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TALK = "pip install -c constraints.txt -e . && ttt-talk tests/fixtures/question.wav reply.wav"
+TEST = 'pip install -c constraints.txt -e ".[test]" && pytest'
+PACKAGES = ["modeling_ttt", "processing", "pipelines"]  # each may import those before it
+REMOTE_CODE = ("configuration_", "modeling_", "generation_", "objective_", "processing_", "pipeline_", "interleaving_")
+MODEL_FOLDERS = [path.parent for path in sorted((ROOT / "model_cards").glob("*/README.md"))]
+TINY = ROOT / "model_cards" / "ttt-tiny"
+
+
+def test_readme_gives_the_two_commands_and_ci_takes_them_from_there():
+    lines = README.splitlines()
+    assert TALK in lines and TEST in lines
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "README.md" in script and os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_links_and_pictures_of_the_readme_exist():
+    targets = re.findall(r"\]\(([^)]+)\)", README)
+    local = [target for target in targets if not target.startswith("http")]
+    if not TINY.exists():
+        local = [target for target in local if "ttt-tiny" not in target]
+    assert local and [target for target in local if not (ROOT / target).exists()] == []
+
+
+def test_constraints_pin_every_direct_dependency_within_its_range():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            name, _, version = line.partition("==")
+            assert version and "+" not in version, f"{line!r} does not pin a public version"
+            pins[canonicalize_name(name)] = version
+    extras = project["optional-dependencies"]
+    assert {"train", "test"} <= set(extras)
+    for text in [*project["dependencies"], *extras["train"], *extras["test"]]:
+        requirement = Requirement(text)
+        if requirement.name == project["name"]:
+            continue
+        assert requirement.specifier, f"{text!r} has no range"
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), text
+
+
+def imports_of(path: Path) -> list[tuple[int, str]]:
+    """(level, module) of each import in a file; level 0 is absolute."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(0, name.name) for name in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append((node.level, node.module or ""))
+    return found
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_run_one_way(package):
+    later = PACKAGES[PACKAGES.index(package) + 1 :] + ["training_examples", "tests"]
+    wrong = [
+        (path.name, module)
+        for path in (ROOT / package).rglob("*.py")
+        for level, module in imports_of(path)
+        if level == 0 and module.split(".")[0] in later
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_remote_code_imports_only_flat_siblings_and_public_packages(package):
+    wrong = []
+    for path in (ROOT / package).rglob("*.py"):
+        if not path.name.startswith(REMOTE_CODE):
+            continue
+        for level, module in imports_of(path):
+            is_sibling = level == 1 and "." not in module and (path.parent / f"{module}.py").exists()
+            if not (is_sibling or (level == 0 and module.split(".")[0] not in PACKAGES)):
+                wrong.append((path.name, level, module))
+    assert wrong == []
+
+
+@pytest.mark.parametrize("folder", MODEL_FOLDERS, ids=lambda folder: folder.name)
+def test_code_in_a_model_folder_is_the_packages_own(folder):
+    sources = {path.name: path for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
+    drifted = [path.name for path in folder.rglob("*.py") if path.read_bytes() != sources[path.name].read_bytes()]
+    assert drifted == []
+
+
+@pytest.mark.skipif(not TINY.exists(), reason="the default model is not there")
+def test_the_default_model_stays_small():
+    size = sum(path.stat().st_size for path in TINY.rglob("*") if path.is_file())
+    assert size <= 40 * 2**20
+
+
+@pytest.mark.skipif(not TINY.exists(), reason="the default model is not there")
+def test_the_readmes_tour_runs_as_written(tmp_path, monkeypatch):
+    for name in ("model_cards", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name, target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(snippets) >= 5
+    namespace: dict = {}
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), namespace)
+    assert namespace["answer"]["text"].strip() and len(namespace["spoken"]["audio"]) > 8000
+    assert len(namespace["messages"]) == 4 and sum(map(len, namespace["chunks"])) > 8000
+
+
+def test_nothing_large_is_tracked_outside_model_folders():
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    paths = [ROOT / name for name in names.split("\0") if name]
+    large = [str(p) for p in paths if p.exists() and p.stat().st_size > 2 * 2**20 and "model_cards" not in p.parts]
+    assert large == []
