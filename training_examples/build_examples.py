@@ -11,6 +11,7 @@ import json
 import random
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from train_codec import augment, pad
 from transformers import HfArgumentParser, set_seed
 
 from modeling_ttt.ttt_codec import TttCodecModel
-from processing import TttProcessor
+from processing import TttProcessor, interleave
 
 
 @dataclass
@@ -141,15 +142,45 @@ def held_out(args: ExampleArguments, codec: TttCodecModel) -> list[tuple[str, li
     return conversations
 
 
+class ExampleWriter:
+    """`TttProcessor.build_conversation_example` for many short conversations: every text is tokenised once."""
+
+    def __init__(self, processor: TttProcessor):
+        self.processor, self.ids = processor, processor.token_ids
+        self.tokenize = cache(lambda text: processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def __call__(self, task: str, messages: list[dict]) -> dict:
+        """Token ids of one conversation: `input_ids`, `labels`, `length`, `task`."""
+        ids = list(self.tokenize(f"<|im_start|>system\n{self.processor.system_prompts[task]}<|im_end|>\n"))
+        labels = [-100] * len(ids)
+        for index, message in enumerate(messages):
+            head = self.tokenize(f"<|im_start|>{message['role']}\n")
+            parts = {part["type"]: part for part in message["content"]}
+            text = self.tokenize(parts["text"]["text"]) if "text" in parts else []
+            codes = parts["audio"]["audio_codes"] if "audio" in parts else []
+            if message["role"] == "assistant":
+                body = interleave(text, codes, self.ids, end_of_turn=True)
+                scored = body
+            else:
+                speech = self.ids.codes_to_ids(codes)
+                body = [*text, self.ids.begin_of_audio_token_id, *speech, self.ids.end_of_prompt_audio_token_id]
+                body = [*(body if codes else text), self.ids.end_of_turn_token_id]
+                scored = [-100] * len(body)
+            line_break = self.tokenize("\n") if index + 1 < len(messages) else []
+            ids += [*head, *body, *line_break]
+            labels += [-100] * len(head) + scored + [-100] * len(line_break)
+        return {"input_ids": ids, "labels": labels, "length": len(ids), "task": task}
+
+
 def write_examples(processor: TttProcessor, conversations: list[tuple[str, list[dict]]]) -> Dataset:
-    """Token ids of the conversations: `input_ids`, `prompt_length` where one turn is scored, else `labels`, `length`."""
-
-    def build(task: str, messages: list[dict]) -> dict:
+    """All conversations as token ids; the first are checked against the processor's own way of writing them."""
+    write = ExampleWriter(processor)
+    for task, messages in conversations[:20]:
         system = {"role": "system", "content": processor.system_prompts[task]}
-        example = processor.build_conversation_example([system, *messages])
-        return {**example, "length": len(example["input_ids"]), "task": task}
-
-    return Dataset.from_list([build(*conversation) for conversation in tqdm(conversations, desc="writing examples")])
+        expected = processor.build_conversation_example([system, *messages])
+        if {key: write(task, messages)[key] for key in expected} != expected:
+            raise RuntimeError(f"ExampleWriter and TttProcessor disagree on {messages}")
+    return Dataset.from_list([write(*conversation) for conversation in tqdm(conversations, desc="writing examples")])
 
 
 def main() -> None:
@@ -159,14 +190,8 @@ def main() -> None:
     rows = encode_all(args)
     conversations = mixture(rows, args)
     print(f"{len(conversations)} conversations from {sum(map(len, rows.values()))} sentences")
-    with ProcessPoolExecutor(args.workers) as pool:
-        size = -(-len(conversations) // (8 * args.workers))
-        parts = [conversations[start : start + size] for start in range(0, len(conversations), size)]
-        datasets = list(pool.map(write_examples, [processor] * len(parts), parts))
-    from datasets import concatenate_datasets
-
+    train = write_examples(processor, conversations)
     evaluation = write_examples(processor, held_out(args, processor.audio_tokenizer.eval()))
-    train = concatenate_datasets(datasets)
     DatasetDict({"train": train, "eval": evaluation}).save_to_disk(str(args.output_dir / "dataset"))
     lengths = np.array(train["length"])
     print(f"{len(train)} examples, {lengths.sum() / 1e6:.1f} M tokens, mean {lengths.mean():.0f}, longest {lengths.max()}")

@@ -101,6 +101,7 @@ class Speech:
         while True:
             self.refresh()
             order = self.rng.sample(range(len(self.sentences)), min(len(self.sentences), 64 * size))
+            size = min(size, len(order))
             order.sort(key=lambda index: len(self.sentences[index][1]))
             groups = [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
             self.rng.shuffle(groups)

@@ -1,0 +1,83 @@
+"""Lays a trained model out as its Hub repository, in half precision, with this package's own files as its code.
+
+    python training_examples/export_tiny.py --model runs/tiny/ttt --audio_tokenizer runs/codec/decoder \
+        --output_dir model_cards/ttt-tiny
+
+Weights are stored in float16 and computed in float32. The code files are relative symbolic links to the package, so
+the folder never drifts from it; `push_to_hub` and `--copy_code` follow them.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import HfArgumentParser
+
+from modeling_ttt import TttForConditionalGeneration
+from modeling_ttt.ttt_codec import TttCodecModel
+from pipelines import TttAudioToAudioPipeline
+from processing import TttProcessor
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("modeling_ttt", "modeling_ttt/ttt_codec", "processing", "pipelines")
+
+
+@dataclass
+class ExportArguments:
+    model: Path = field(default=Path("runs/tiny/ttt"), metadata={"help": "Trained model with its processor."})
+    audio_tokenizer: Path | None = field(default=None, metadata={"help": "Audio tokenizer in place of the model's own."})
+    output_dir: Path = field(default=Path("model_cards/ttt-tiny"), metadata={"help": "The folder to write."})
+    copy_code: bool = field(default=False, metadata={"help": "Copy code files instead of linking them."})
+    steps: int = field(default=8, metadata={"help": "Default denoising steps per block."})
+
+
+def halve(folder: Path) -> None:
+    """Stores a folder's weights in float16; its configuration still asks for float32."""
+    weights = load_file(folder / "model.safetensors")
+    halved = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
+    save_file(halved, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["dtype"] = "float32"
+    if "text_config" in config:
+        config["text_config"]["dtype"] = "float32"
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def link_code(folder: Path) -> None:
+    """Replaces every copied code file by a relative link to the package's file of the same name."""
+    sources = {path.name: path for package in PACKAGES for path in (ROOT / package).glob("*.py")}
+    for copy in folder.rglob("*.py"):
+        source = sources[copy.name]
+        copy.unlink()
+        copy.symlink_to(os.path.relpath(source, copy.parent.resolve()))
+
+
+def main() -> None:
+    (args,) = HfArgumentParser(ExportArguments).parse_args_into_dataclasses()
+    model = TttForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32).eval()
+    model.generation_config.audio_steps_per_block = args.steps
+    processor = TttProcessor.from_pretrained(args.model)
+    if args.audio_tokenizer is not None:
+        processor.audio_tokenizer = TttCodecModel.from_pretrained(args.audio_tokenizer).eval()
+    card = args.output_dir / "README.md"
+    kept = card.read_text() if card.exists() else None
+    for path in args.output_dir.glob("**/*.py"):
+        path.unlink()
+    TttAudioToAudioPipeline(model=model, processor=processor).save_pretrained(args.output_dir)
+    if kept is not None:
+        card.write_text(kept)
+    for folder in (args.output_dir, args.output_dir / "audio_tokenizer"):
+        halve(folder)
+        shutil.rmtree(folder / "__pycache__", ignore_errors=True)
+    if not args.copy_code:
+        link_code(args.output_dir)
+    size = sum(path.stat().st_size for path in args.output_dir.rglob("*.safetensors"))
+    print(f"{args.output_dir}: {size / 1e6:.1f} MB of weights")
+
+
+if __name__ == "__main__":
+    main()
