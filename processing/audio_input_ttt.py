@@ -169,6 +169,8 @@ def _to_mono(samples: np.ndarray, name: str) -> np.ndarray:
         raise ValueError(
             f"{name} holds values of type {samples.dtype}, not samples. Pass numbers, or a path to an audio file."
         )
+    if samples.size == 0:
+        return np.zeros(0, dtype=np.float32)
     if samples.ndim == 2:
         # Recordings have far fewer channels than samples, so the shorter side is taken for the channels.
         samples = samples.T if samples.shape[0] > samples.shape[1] else samples

@@ -114,11 +114,13 @@ class TttStreamer(BaseStreamer):
 
 
 class _TextDecoder:
-    """Text ids to text, held back while a character is incomplete."""
+    """Text ids to text, held back while a character is incomplete, for four ids at most: a character has at most four
+    bytes and every id at least one."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
         self.ids: list[int] = []
+        self.held = 0
         self.printed = ""
 
     def push(self, ids: list[int]) -> str:
@@ -126,14 +128,15 @@ class _TextDecoder:
             return ""
         self.ids += ids
         text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        return "" if text.endswith("\ufffd") else self._emit(text)
+        self.held += len(ids)
+        return "" if text.endswith("\ufffd") and self.held < 4 else self._emit(text)
 
     def flush(self) -> str:
         return self._emit(self.tokenizer.decode(self.ids, skip_special_tokens=True)) if self.ids else ""
 
     def _emit(self, text: str) -> str:
         piece = text[len(self.printed) :]
-        self.printed = text
+        self.printed, self.held = text, 0
         return piece
 
 

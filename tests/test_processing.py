@@ -67,8 +67,12 @@ def sound(tmp_path_factory):
 @pytest.fixture(scope="module")
 def address(sound):
     """http address of the file, served from this machine."""
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=sound[1].parent)
-    handler.log_message = lambda *args: None
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    handler = functools.partial(Handler, directory=sound[1].parent)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/{quote(sound[1].name)}"

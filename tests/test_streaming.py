@@ -59,6 +59,15 @@ def test_a_character_is_held_back_until_it_is_complete(processor):
     assert [piece["text"] for piece in streamer] == ["☃", "é"]
 
 
+def test_bytes_that_are_no_character_do_not_hold_the_stream_back(processor):
+    broken = processor.tokenizer("☃")["input_ids"][1]  # a continuation byte
+    streamer = processor.streamer(timeout=10)
+    streamer.put(torch.tensor([[1]]))
+    for _ in range(8):
+        streamer.put(torch.tensor([broken]))
+    assert "\ufffd" in next(iter(streamer))["text"]
+
+
 def test_a_piece_is_there_before_the_answer_ends(processor):
     streamer = processor.streamer(timeout=10)
     pieces = iter(streamer)
@@ -98,11 +107,12 @@ def test_a_failure_while_generating_is_raised_where_the_stream_is_read(processor
 def test_generation_stops_when_the_reader_has_left(processor):
     streamer = processor.streamer()
     stopped = threading.Event()
+    token = torch.tensor(processor.tokenizer("a")["input_ids"])
 
     def generate():
         try:
             while True:
-                streamer.put(torch.tensor([97]))
+                streamer.put(token)
         except TttStreamCancelled:
             stopped.set()
 
