@@ -60,6 +60,7 @@ class TttConfig(PreTrainedConfig):
         pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): the backbone's values if not given.
 
     Raises:
+        TypeError: if `text_config` is neither a config nor a dictionary.
         ValueError: if an id lies on the wrong side, outside the vocabulary or on top of another, or a probability,
             noise level or objective is out of range. The message names the argument.
     """
@@ -106,6 +107,8 @@ class TttConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
+        if not isinstance(self.text_config, dict | PreTrainedConfig | None):
+            raise TypeError(f"`text_config` is a {type(self.text_config).__name__}; give a config or a dictionary.")
         super().__post_init__(**kwargs)
         # Backbone and head read these from different configs: keep both the same.
         for name in ("tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"):

@@ -69,7 +69,7 @@ def tiny_model() -> Callable[..., TttForConditionalGeneration]:
 
 @pytest.fixture
 def batch() -> dict[str, torch.Tensor]:
-    """Two right-padded rows: spoken question and answer with two spans; text answer with one span cut off at its end."""
+    """Two right-padded rows: spoken question, answer with two spans; text question, answer whose span is cut off."""
     rows = [
         # prompt with user audio (bidirectional), then: text, span, text, last span, text
         ([1, 2, 100, 111, 112, 113, 101, 3], [10, 11, 100, 120, 121, 122, 123, 176, 12, 102, 130, 131, 177, 104]),

@@ -1,0 +1,253 @@
+"""The loss of the model: noise while training, a fixed bound in evaluation, and gradients that fit the Trainer."""
+
+import copy
+
+import pytest
+import torch
+from conftest import make_model
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+from modeling_ttt.objective_ttt import diffusion_targets, mask_tokens, next_token_targets, sample_weights
+
+AUDIO = 110
+NO_TRICKS = {"clean_batch_probability": 0.0, "prefix_preservation_probability": 0.0}
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def full_loss(logits, targets, weights):
+    """The loss from the logits of every position, the long way."""
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=-100)
+    return (losses * weights).sum()
+
+
+def gradients(model, **inputs):
+    model.zero_grad()
+    model(**inputs).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def rows(batch, start, stop):
+    return {name: tensor[start:stop] for name, tensor in batch.items()}
+
+
+def test_training_loss_is_text_plus_audio_of_one_noisy_forward(batch, monkeypatch):
+    """Against logits of all positions, with the noise that the model drew."""
+    model = make_model(**NO_TRICKS).train()
+    drawn = {}
+
+    def spy(input_ids, maskable, noise_levels, *args, **kwargs):
+        noisy, masked = mask_tokens(input_ids, maskable, noise_levels, *args, **kwargs)
+        drawn.update(noisy=noisy, masked=masked, levels=noise_levels, maskable=maskable)
+        return noisy, masked
+
+    monkeypatch.setattr("modeling_ttt.modeling_ttt.mask_tokens", spy)
+    outputs = model(**batch, generator=generator())
+    labels, weight = batch["labels"], sample_weights(batch["labels"])
+    assert torch.equal(drawn["maskable"], labels >= AUDIO) and drawn["masked"].any()
+    span_ids = model.model.get_span_ids(batch["input_ids"], batch["attention_mask"])
+    logits = model(drawn["noisy"], attention_mask=batch["attention_mask"], span_ids=span_ids).logits
+    text = next_token_targets(labels, (labels != -100) & (labels < AUDIO), weight)
+    audio = diffusion_targets(labels, drawn["masked"], drawn["levels"], drawn["maskable"].sum(-1), weight)
+    torch.testing.assert_close(outputs.text_loss, full_loss(logits, *text))
+    torch.testing.assert_close(outputs.audio_loss, full_loss(logits, *audio))
+    assert outputs.loss == outputs.text_loss + outputs.audio_loss
+    assert outputs.logits is None and outputs.past_key_values is None
+
+
+def test_a_generator_makes_the_training_loss_reproducible(batch):
+    model = make_model().train()
+    losses = {seed: [model(**batch, generator=generator(seed)).loss.item() for _ in range(2)] for seed in (1, 2)}
+    assert losses[1][0] == losses[1][1] != losses[2][0] == losses[2][1]
+
+
+def test_a_clean_batch_scores_text_only(batch):
+    model = make_model(clean_batch_probability=1.0)
+    trained, evaluated = model.train()(**batch), model.eval()(**batch)
+    assert trained.audio_loss.item() == 0.0
+    torch.testing.assert_close(trained.text_loss, evaluated.text_loss)
+
+
+def test_prefix_preservation_scores_the_later_spans_only(batch, monkeypatch):
+    seen = []
+
+    def spy(input_ids, maskable, *args, **kwargs):
+        seen.append(maskable)
+        return mask_tokens(input_ids, maskable, *args, **kwargs)
+
+    monkeypatch.setattr("modeling_ttt.modeling_ttt.mask_tokens", spy)
+    model = make_model(clean_batch_probability=0.0, prefix_preservation_probability=1.0).train()
+    for seed in range(8):
+        model(**batch, generator=generator(seed))
+    assert {tuple(maskable.sum(-1).tolist()) for maskable in seen} == {(7, 5), (3, 5)}
+
+
+def test_evaluation_is_the_same_to_the_bit_and_leaves_the_random_state(batch):
+    model = make_model()
+    state = torch.get_rng_state()
+    first, second = model(**batch), model(**batch)
+    assert torch.equal(first.loss, second.loss) and torch.equal(first.audio_loss, second.audio_loss)
+    assert first.audio_loss > 0 and first.text_loss > 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_evaluation_of_a_sample_depends_on_neither_neighbours_nor_padding(batch):
+    model = make_model()
+    together = model(**batch)
+    alone = [model(**rows(batch, index, index + 1)) for index in range(2)]
+    unpadded = model(input_ids=batch["input_ids"][1:, :12], labels=batch["labels"][1:, :12])
+    for part in ("text_loss", "audio_loss"):
+        torch.testing.assert_close(together[part], (alone[0][part] + alone[1][part]) / 2)
+        torch.testing.assert_close(unpadded[part], alone[1][part])
+
+
+def test_evaluation_estimates_what_training_averages(batch):
+    model = make_model(eval_noise_levels=[(k + 0.5) / 64 for k in range(64)], **NO_TRICKS)
+    with torch.no_grad():
+        bound = model(**batch).audio_loss
+        model.train()
+        samples = torch.stack([model(**batch, generator=generator(seed)).audio_loss for seed in range(300)])
+    assert abs(samples.mean() - bound) < 0.15 * bound
+
+
+def test_only_scored_positions_reach_the_vocabulary(batch):
+    projected = []
+    for objective in ("diffusion", "autoregressive"):
+        model = make_model(audio_objective=objective, clean_batch_probability=1.0).train()
+        model.lm_head.register_forward_pre_hook(lambda _, inputs: projected.append(inputs[0].shape[0]))
+        model(**batch)
+    labels = batch["labels"]
+    text = ((labels != -100) & (labels < AUDIO)).sum().item()
+    assert projected == [text, text + (labels >= AUDIO).sum().item()]
+
+
+@pytest.mark.parametrize("objective", ["diffusion", "autoregressive"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("missing", ["audio", "text", "everything"])
+def test_loss_and_gradient_are_finite_whatever_is_missing(batch, missing, training, objective):
+    labels = batch["labels"].clone()
+    if missing != "text":
+        labels[labels >= AUDIO] = -100
+    if missing != "audio":
+        labels[labels < AUDIO] = -100
+    model = make_model(audio_objective=objective, clean_batch_probability=0.0).train(training)
+    outputs = model(**{**batch, "labels": labels}, num_items_in_batch=(labels != -100).sum())
+    outputs.loss.backward()
+    assert outputs.loss.isfinite()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert (outputs.audio_loss == 0) == (missing != "text")
+    assert (outputs.text_loss == 0) == (missing != "audio")
+
+
+def test_sequences_without_any_audio_token():
+    model = make_model().train()
+    ids = torch.tensor([[1, 2, 3, 4]])
+    assert model(ids, labels=ids).loss.isfinite()
+
+
+def test_micro_batches_of_any_sizes_add_up_to_the_large_batch(batch):
+    model = make_model()  # the evaluation loss: audio and text, no fresh noise
+    whole = {name: torch.cat([tensor, tensor.flip(0)[:1]]) for name, tensor in batch.items()}  # three rows
+    items = (whole["labels"][:, 1:] != -100).sum()
+    expected = gradients(model, **whole, num_items_in_batch=items)
+    first = gradients(model, **rows(whole, 0, 1), num_items_in_batch=items)
+    second = gradients(model, **rows(whole, 1, 3), num_items_in_batch=items)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(first[name] + second[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+class Rows(Dataset):
+    def __init__(self, batch):
+        self.batch = batch
+
+    def __len__(self):
+        return len(self.batch["labels"])
+
+    def __getitem__(self, index):
+        return {name: tensor[index] for name, tensor in self.batch.items()}
+
+
+@pytest.mark.parametrize("objective", ["diffusion", "autoregressive"])
+def test_accumulation_in_the_plain_trainer_equals_one_large_batch(batch, objective, tmp_path):
+    """Three samples with different numbers of labels: at once, and as micro-batches of two and one."""
+    whole = {name: torch.cat([tensor, tensor[:1]]) for name, tensor in batch.items()}
+    start = make_model(audio_objective=objective, clean_batch_probability=1.0)
+    updated = []
+    for size, accumulation in ((3, 1), (2, 2)):
+        arguments = TrainingArguments(
+            output_dir=tmp_path,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+            learning_rate=1.0,
+            lr_scheduler_type="constant",
+            optim="sgd",
+            max_grad_norm=0.0,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        model = copy.deepcopy(start)
+        trainer = Trainer(model, arguments, train_dataset=Rows(whole))
+        assert trainer.model_accepts_loss_kwargs
+        trainer.train()
+        updated.append(dict(model.named_parameters()))
+    for (name, once), before in zip(updated[0].items(), start.parameters(), strict=True):
+        torch.testing.assert_close(updated[1][name], once, atol=1e-5, rtol=1e-4)
+        if "embed_tokens" in name:
+            assert not torch.equal(once, before)
+
+
+def test_the_plain_trainer_evaluates_and_hands_the_parts_to_metrics(batch, tmp_path):
+    arguments = TrainingArguments(output_dir=tmp_path, report_to=[], use_cpu=True, disable_tqdm=True)
+    model = make_model()
+    plain = Trainer(model, arguments, eval_dataset=Rows(batch)).evaluate()
+    parts = Trainer(
+        model,
+        arguments,
+        eval_dataset=Rows(batch),
+        compute_metrics=lambda prediction: {
+            "text": float(prediction.predictions[0].mean()),
+            "audio": float(prediction.predictions[1].mean()),
+        },
+    ).evaluate()
+    assert plain["eval_loss"] == parts["eval_loss"]
+    assert parts["eval_text"] + parts["eval_audio"] == pytest.approx(plain["eval_loss"], rel=1e-5)
+
+
+def test_gradient_checkpointing_changes_no_gradient(batch):
+    model = make_model(clean_batch_probability=0.0).train()
+    expected = gradients(model, **batch, generator=generator())
+    model.gradient_checkpointing_enable()
+    assert model.is_gradient_checkpointing
+    actual = gradients(model, **batch, generator=generator())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient)
+
+
+def test_loss_under_bfloat16_autocast_is_float32(batch):
+    model = make_model().train()
+    expected = model(**batch, generator=generator()).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**batch, generator=generator()).loss
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, atol=0.1, rtol=0.02)
+
+
+def test_lora_adapters_train_through_peft(batch):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(make_model(), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])).train()
+    model(**batch).loss.backward()
+    assert all((parameter.grad is not None) == parameter.requires_grad for parameter in model.parameters())
+
+
+def test_bad_labels_are_refused(batch):
+    model = make_model()
+    with pytest.raises(ValueError, match="`labels` has shape"):
+        model(batch["input_ids"], labels=batch["labels"][:, 1:])
+    with pytest.raises(ValueError, match="needs `input_ids`"):
+        model(inputs_embeds=model.get_input_embeddings()(batch["input_ids"]), labels=batch["labels"])
