@@ -4,11 +4,10 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
+import domain
 import numpy as np
 import pytest
 import soundfile
-
-import domain
 from recognition import (
     MEAN_SEQUENCE_LENGTH,
     Recognizer,

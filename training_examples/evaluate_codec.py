@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from evaluation import Figure, markdown_table, normalized, read_audio, read_list, write_json
+from recognition import domain_recognizer, word_error_rate
 from tqdm.auto import tqdm
-from transformers import AutoFeatureExtractor, AutoModelForAudioTokenization, HfArgumentParser
+from transformers import AutoModelForAudioTokenization, EncodecFeatureExtractor, HfArgumentParser
 
 import modeling_ttt  # noqa: F401  (registers the audio tokenizer, so that no remote code is needed)
-from recognition import domain_recognizer, word_error_rate
 
 LISTS = {"codec_answers": "held-out answers", "tts": "random word sequences"}
 
@@ -66,11 +66,7 @@ def main() -> None:
     torch.set_num_threads(args.num_threads)
     torch.set_grad_enabled(False)
     model = AutoModelForAudioTokenization.from_pretrained(args.model).to(args.device).eval()
-    try:
-        feature_extractor = AutoFeatureExtractor.from_pretrained(args.model)
-    except OSError:  # in a published folder it lies beside the model, one level up
-        feature_extractor = AutoFeatureExtractor.from_pretrained(Path(args.model).parent)
-
+    feature_extractor = EncodecFeatureExtractor(feature_size=1, sampling_rate=model.config.sampling_rate)
     report: dict[str, dict] = {}
     table = []
     with domain_recognizer(args.num_workers) as recognizer:

@@ -11,6 +11,7 @@ evaluation.md and steps.png are the report. Run it on an idle machine: it measur
 import math
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -32,12 +33,12 @@ from evaluation import (
     share,
     write_json,
 )
+from recognition import SAMPLING_RATE, Recognizer, domain_recognizer, word_error_rate
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor, HfArgumentParser
 
 import modeling_ttt  # noqa: F401  (registers the models, so that no remote code is needed)
 import processing  # noqa: F401
-from recognition import SAMPLING_RATE, Recognizer, domain_recognizer, word_error_rate
 
 PROCESSOR_TASKS = {"spoken_qa": "spoken_qa", "asr": "asr", "tts": "tts", "text_qa": "text_chat"}
 SPEECH_LISTS = {"spoken_qa_seen": "QA answers", "tts": "random word sequences"}
@@ -173,13 +174,14 @@ def measure_cold_command(talker: Talker) -> dict[str, Any]:
     rows = read_list(talker.args.data_dir, "spoken_qa_seen")
     questions = [read_audio(talker.args.data_dir, row["audio"]) for row in rows]
     question = min(questions, key=lambda samples: abs(len(samples) - 3 * SAMPLING_RATE))
+    command = str(Path(sys.executable).with_name("ttt-talk"))
     seconds = []
     with tempfile.TemporaryDirectory() as folder:
         source, reply = str(Path(folder, "question.wav")), str(Path(folder, "reply.wav"))
         soundfile.write(source, question, SAMPLING_RATE)
         for _ in range(talker.args.cold_runs):
             begin = time.perf_counter()
-            subprocess.run(["ttt-talk", source, reply, "--model", talker.folder], check=True, capture_output=True)
+            subprocess.run([command, source, reply, "--model", talker.folder], check=True, capture_output=True)
             seconds.append(time.perf_counter() - begin)
     return {"seconds": seconds, "question_seconds": len(question) / SAMPLING_RATE}
 

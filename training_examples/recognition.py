@@ -8,7 +8,7 @@ import math
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
 from multiprocessing import get_context
@@ -164,6 +164,7 @@ class Recognizer:
             One lower-case sentence a waveform; empty where nothing was recognised.
         """
         samples = (prepare_waveform(waveform, sampling_rate) for waveform in waveforms)
+        texts: Iterator[str]
         if self._pool is not None:
             texts = self._pool.map(_decode_in_worker, samples, chunksize=4)
         else:
