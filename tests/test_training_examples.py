@@ -106,7 +106,10 @@ def conversations(count):
         codes = [rng.randrange(16) for _ in range(30)]
         turn = [
             {"role": "user", "content": [{"type": "audio", "audio_codes": codes[:7]}]},
-            {"role": "assistant", "content": [{"type": "text", "text": "a b"}, {"type": "audio", "audio_codes": codes}]},
+            {
+                "role": "assistant",
+                "content": [{"type": "text", "text": "a b"}, {"type": "audio", "audio_codes": codes}],
+            },
         ]
         text = [{"role": "user", "content": [{"type": "text", "text": "c d"}]}]
         written = [{"role": "assistant", "content": [{"type": "text", "text": "e"}]}]

@@ -35,7 +35,9 @@ class ExampleArguments:
     data_dir: Path = field(default=Path("data/ttt_tiny"), metadata={"help": "Output of build_speech.py."})
     output_dir: Path = field(default=Path("data/ttt_tiny/examples"), metadata={"help": "Where the examples go."})
     text_share: float = field(default=0.15, metadata={"help": "Share of the questions that are also asked in text."})
-    two_turn_share: float = field(default=0.06, metadata={"help": "Examples of two turns, as a share of the questions."})
+    two_turn_share: float = field(
+        default=0.06, metadata={"help": "Examples of two turns, as a share of the questions."}
+    )
     tts_copies: int = field(default=2, metadata={"help": "How often each assistant sentence occurs."})
     workers: int = field(default=2, metadata={"help": "Processes side by side."})
     seed: int = field(default=0, metadata={"help": "Seed of noise and mixture."})
@@ -97,7 +99,7 @@ def mixture(rows: dict[str, list[dict]], args: ExampleArguments) -> list[tuple[s
     questions = [row for row in rows["questions"] if row["answer"] is not None]
 
     def turn(content: list[dict], text: str, speech: list[int] | None) -> list[dict]:
-        answer = [{"type": "text", "text": text}]
+        answer: list[dict] = [{"type": "text", "text": text}]
         if speech is not None:
             answer.append({"type": "audio", "audio_codes": speech})
         return [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
@@ -138,7 +140,9 @@ def held_out(args: ExampleArguments, codec: TttCodecModel) -> list[tuple[str, li
             contents = [[{"type": "audio", "audio_codes": codes}] for codes in heard]
         for row, content, codes in zip(lines, contents, speech, strict=True):
             answer = [{"type": "text", "text": row["answer"]}, {"type": "audio", "audio_codes": codes}]
-            conversations.append((task, [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]))
+            conversations.append(
+                (task, [{"role": "user", "content": content}, {"role": "assistant", "content": answer}])
+            )
     return conversations
 
 
@@ -194,7 +198,9 @@ def main() -> None:
     evaluation = write_examples(processor, held_out(args, processor.audio_tokenizer.eval()))
     DatasetDict({"train": train, "eval": evaluation}).save_to_disk(str(args.output_dir / "dataset"))
     lengths = np.array(train["length"])
-    print(f"{len(train)} examples, {lengths.sum() / 1e6:.1f} M tokens, mean {lengths.mean():.0f}, longest {lengths.max()}")
+    print(
+        f"{len(train)} examples, {lengths.sum() / 1e6:.1f} M tokens, mean {lengths.mean():.0f}, longest {lengths.max()}"
+    )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python training_examples/build_speech.py --output_dir data/ttt_tiny
 
-Needs eSpeak NG and Flite (`apt-get install libespeak-ng1 espeak-ng-data libflite1`). About 30,000 assistant sentences and
-55,000 questions and dictations take 12 minutes on two cores. A shard is written whole or not at all, so a killed
+Needs eSpeak NG and Flite (`apt-get install libespeak-ng1 espeak-ng-data libflite1`). About 30,000 assistant sentences
+and 55,000 questions and dictations take 12 minutes on two cores. A shard is written whole or not at all, so a killed
 run goes on where it stopped. Everything is drawn from `--seed`: the same command speaks the same data.
 """
 
@@ -45,21 +45,31 @@ class BuildArguments:
 
 
 def plan_training(args: BuildArguments) -> dict[str, list[dict]]:
-    """Lists every training utterance: `assistant` rows (text, delivery), `questions` rows (text, answer, kind, delivery)."""
+    """Lists every training utterance: `assistant` rows (text, delivery), `questions` rows (with answer and kind)."""
     rng = random.Random(args.seed)
     items = domain.sample_items(rng, args.questions, held_out=False)
     questions = [
-        {"text": item.question, "answer": item.answer, "kind": item.kind, **asdict(random_delivery(rng, TRAINED_VOICES))}
+        {
+            "text": item.question,
+            "answer": item.answer,
+            "kind": item.kind,
+            **asdict(random_delivery(rng, TRAINED_VOICES)),
+        }
         for item in items
     ]
     for words in domain.sample_sequences(rng, args.dictations, held_out=False, shortest=1, longest=7):
-        questions.append({"text": words, "answer": None, "kind": "dictation", **asdict(random_delivery(rng, TRAINED_VOICES))})
+        questions.append(
+            {"text": words, "answer": None, "kind": "dictation", **asdict(random_delivery(rng, TRAINED_VOICES))}
+        )
     rng.shuffle(questions)
     answers = {item.answer for item in domain.fixed_items()} | {item.answer for item in items}
     sequences = domain.sample_sequences(rng, args.sequences, held_out=False, shortest=1, longest=9)
     texts = sorted(answers | set(sequences))
     rng.shuffle(texts)
-    return {"questions": questions, "assistant": [{"text": text, **asdict(Delivery(ASSISTANT_VOICE))} for text in texts]}
+    return {
+        "questions": questions,
+        "assistant": [{"text": text, **asdict(Delivery(ASSISTANT_VOICE))} for text in texts],
+    }
 
 
 def plan_evaluation(args: BuildArguments) -> dict[str, list[dict]]:
@@ -78,7 +88,12 @@ def plan_evaluation(args: BuildArguments) -> dict[str, list[dict]]:
             *domain.sample_sequences(rng, args.eval_items - args.eval_items * 2 // 3, held_out=True, longest=6),
         ]
         plan[f"asr_{name}"] = [
-            {"task": "asr", "question": "", "answer": text, "kind": "question" if index < args.eval_items * 2 // 3 else "random"}
+            {
+                "task": "asr",
+                "question": "",
+                "answer": text,
+                "kind": "question" if index < args.eval_items * 2 // 3 else "random",
+            }
             | {"seen_voice": name == "seen", **asdict(random_delivery(rng, voices))}
             for index, text in enumerate(sentences)
         ]
@@ -130,7 +145,9 @@ def speak_list(folder: Path, name: str, rows: list[dict]) -> Path:
         if "rate" in row:
             row["audio"] = f"{name}/{index:04d}.flac"
             spoken = row["question"] or row["answer"]
-            soundfile.write(folder / row["audio"], speak(spoken, Delivery(row["voice"], row["rate"], row["pitch"])), SAMPLING_RATE)
+            soundfile.write(
+                folder / row["audio"], speak(spoken, Delivery(row["voice"], row["rate"], row["pitch"])), SAMPLING_RATE
+            )
         soundfile.write(folder / row["answer_audio"], speak(row["answer"], ASSISTANT_VOICE), SAMPLING_RATE)
         lines.append(json.dumps(row))
     target.write_text("\n".join(lines) + "\n")
@@ -149,7 +166,13 @@ def main() -> None:
     jobs = []
     for name, rows in plan_training(args).items():
         for index in range(0, len(rows), args.shard_size):
-            jobs.append((index, speech / f"{name}-{index // args.shard_size:04d}.safetensors", rows[index : index + args.shard_size]))
+            jobs.append(
+                (
+                    index,
+                    speech / f"{name}-{index // args.shard_size:04d}.safetensors",
+                    rows[index : index + args.shard_size],
+                )
+            )
     jobs.sort(key=lambda job: job[0])  # both kinds grow together, so training may begin before all is spoken
     with ProcessPoolExecutor(args.workers) as pool:
         pending = [pool.submit(speak_shard, path, rows) for _, path, rows in jobs if not path.exists()]

@@ -20,7 +20,7 @@ from modeling_ttt import TttConfig, TttForConditionalGeneration, TttGenerationCo
 from modeling_ttt.ttt_codec import TttCodecModel
 from processing import TttProcessor
 
-# A prompt of one word leaves the short sequences of this domain to speech; TttProcessor's defaults are the published ones.
+# One word of prompt leaves this domain's short sequences to speech; TttProcessor's defaults are the published ones.
 SYSTEM_PROMPTS = {
     "spoken_chat": "answer",
     "spoken_qa": "answer",
@@ -86,7 +86,7 @@ def build_tokenizer(num_codes: int) -> PreTrainedTokenizerFast:
 def initialise_code_embeddings(model: TttForConditionalGeneration, codec: TttCodecModel) -> None:
     """Writes a random projection of each code's one-hot quantiser digits into its embedding row."""
     levels, start = codec.config.fsq_levels, model.config.audio_code_id_start
-    weight = model.get_input_embeddings().weight.data
+    weight: torch.Tensor = model.get_input_embeddings().weight.data  # type: ignore[assignment]
     tables = [torch.randn(level, weight.shape[1]) for level in levels]
     for code in range(codec.config.codebook_size):
         rest, row = code, torch.zeros(weight.shape[1])

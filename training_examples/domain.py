@@ -1,9 +1,9 @@
-"""The closed English domain of ttt-tiny: its words, questions, answers and the split into training and held-out sentences.
+"""The closed English domain of ttt-tiny: its words, questions and answers, split into training and held-out sentences.
 
 Everything is lower case without punctuation. A sentence is held out by a hash of its text, so the split is the same in
 every script and on every machine. A held-out question is a new combination: its template and its fact each occur in
-training, the sentence never does. Random word sequences (text-to-speech and "repeat after me") are drawn with a seed and
-split by the same hash.
+training, the sentence never does. Random word sequences (text-to-speech and "repeat after me") are drawn with a seed
+and split by the same hash.
 """
 
 import random
@@ -17,9 +17,7 @@ NUMBERS = (
 ).split()
 TENS = "thirty forty fifty sixty seventy eighty ninety".split()
 DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
-MONTHS = (
-    "january february march april may june july august september october november december"
-).split()
+MONTHS = ("january february march april may june july august september october november december").split()
 OPPOSITES = [
     pair.split("-")
     for pair in (
@@ -146,7 +144,10 @@ def _counting() -> Iterator[Item]:
     for a in range(21):
         for b in range(a + 1, 21):
             up = " ".join(NUMBERS[a : b + 1])
-            for question in (f"count from {NUMBERS[a]} to {NUMBERS[b]}", f"please count from {NUMBERS[a]} to {NUMBERS[b]}"):
+            for question in (
+                f"count from {NUMBERS[a]} to {NUMBERS[b]}",
+                f"please count from {NUMBERS[a]} to {NUMBERS[b]}",
+            ):
                 yield Item("counting", question, up)
             if b <= 12:
                 down = " ".join(reversed(NUMBERS[a : b + 1]))
@@ -186,7 +187,19 @@ def fixed_items() -> list[Item]:
 
 def vocabulary() -> list[str]:
     """All words of the domain, sorted: every word the model can hear, read, write or say."""
-    words = {"repeat", "after", "me", "say", "please", "hundred", *OBJECTS, *NUMBERS, *TENS, *CAPITALS, *CAPITALS.values()}
+    words = {
+        "repeat",
+        "after",
+        "me",
+        "say",
+        "please",
+        "hundred",
+        *OBJECTS,
+        *NUMBERS,
+        *TENS,
+        *CAPITALS,
+        *CAPITALS.values(),
+    }
     for item in fixed_items():
         words.update(item.question.split(), item.answer.split())
     return sorted(words)

@@ -29,7 +29,9 @@ PACKAGES = ("modeling_ttt", "modeling_ttt/ttt_codec", "processing", "pipelines")
 @dataclass
 class ExportArguments:
     model: Path = field(default=Path("runs/tiny/ttt"), metadata={"help": "Trained model with its processor."})
-    audio_tokenizer: Path | None = field(default=None, metadata={"help": "Audio tokenizer in place of the model's own."})
+    audio_tokenizer: Path | None = field(
+        default=None, metadata={"help": "Audio tokenizer in place of the model's own."}
+    )
     output_dir: Path = field(default=Path("model_cards/ttt-tiny"), metadata={"help": "The folder to write."})
     copy_code: bool = field(default=False, metadata={"help": "Copy code files instead of linking them."})
     steps: int = field(default=8, metadata={"help": "Default denoising steps per block."})

@@ -1,7 +1,7 @@
 """In-process speech synthesis with eSpeak NG and Flite: text and a voice in, a 16 kHz waveform out.
 
-Both are called through their C libraries (Debian packages `libespeak-ng1` with `espeak-ng-data`, and `libflite1`), which
-is many times faster than one process per sentence. Only the data scripts need them; a trained model does not.
+Both are called through their C libraries (Debian packages `libespeak-ng1` with `espeak-ng-data`, and `libflite1`),
+which is many times faster than one process per sentence. Only the data scripts need them; a trained model does not.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ from scipy.signal import resample_poly
 
 SAMPLING_RATE = 16_000
 ASSISTANT_VOICE = "flite:slt"
-# Voices of the questions. The held-out ones are never heard in training, neither by the audio tokenizer nor by the model.
+# Voices of the questions. The held-out ones are never heard in training, not even by the audio tokenizer.
 TRAINED_VOICES = (
     "espeak:en-us espeak:en-us+m2 espeak:en-us+m3 espeak:en-us+m4 espeak:en-us+m5 espeak:en-us+m7 espeak:en-us+f1 "
     "espeak:en-us+f2 espeak:en-us+f4 espeak:en-us+f5 espeak:en-us+Andrea espeak:en-us+anikaRobot espeak:en-us+linda "

@@ -1,8 +1,8 @@
 """Trains the audio tokenizer of ttt-tiny on the speech of build_speech.py, in three resumable stages.
 
     python training_examples/train_codec.py --stage tokenizer   # encoder, codes and mel decoder
-    python training_examples/train_codec.py --stage vocoder     # vocoder on real log-mels; may run side by side with the first
-    python training_examples/train_codec.py --stage decoder     # decoder and vocoder together on the frozen, clean codes
+    python training_examples/train_codec.py --stage vocoder     # vocoder on real log-mels; may run beside the first
+    python training_examples/train_codec.py --stage decoder     # decoder and vocoder together on the frozen codes
 
 `tokenizer` joins a phoneme head (CTC on all voices: the codes must carry what is said) with a log-mel decoder that is
 trained on the assistant's voice only (so every voice comes back in that one). Held-out sentences are left out. Each
@@ -31,7 +31,9 @@ from modeling_ttt.ttt_codec import TttCodecConfig, TttCodecModel
 
 @dataclass
 class CodecArguments:
-    stage: str = field(metadata={"help": "tokenizer, vocoder or decoder.", "choices": ["tokenizer", "vocoder", "decoder"]})
+    stage: str = field(
+        metadata={"help": "tokenizer, vocoder or decoder.", "choices": ["tokenizer", "vocoder", "decoder"]}
+    )
     speech_dir: Path = field(default=Path("data/ttt_tiny/speech"), metadata={"help": "Shards of build_speech.py."})
     output_dir: Path = field(default=Path("runs/codec"), metadata={"help": "One folder per stage."})
     max_steps: int = field(default=3000, metadata={"help": "Optimiser steps of the stage."})
@@ -69,7 +71,7 @@ class PhonemeHead(nn.Module):
 
 
 def pronunciations() -> tuple[dict[str, list[int]], int]:
-    """Phoneme ids (from 1) of every dictionary word, and how many phonemes there are; from pocketsphinx's dictionary."""
+    """Phoneme ids (from 1) of every word of pocketsphinx's dictionary, and how many phonemes there are."""
     import pocketsphinx
 
     words: dict[str, list[str]] = {}
@@ -279,7 +281,11 @@ def main() -> None:
             running[name] = 0.98 * running.get(name, value.item()) + 0.02 * value.item()
         progress.update()
         if step % 50 == 0:
-            line = {"step": step, "seconds": round(time.time() - started), **{k: round(v, 4) for k, v in running.items()}}
+            line = {
+                "step": step,
+                "seconds": round(time.time() - started),
+                **{k: round(v, 4) for k, v in running.items()},
+            }
             progress.set_postfix({k: v for k, v in line.items() if k in running})
             with (folder / "log.jsonl").open("a") as log:
                 log.write(json.dumps(line) + "\n")

@@ -71,7 +71,9 @@ class TttCodecConfig(PreTrainedConfig):
         self.vocoder = vocoder
         self.griffin_lim_iterations = griffin_lim_iterations
         if hop_length % (2 * mel_hop_length):
-            raise ValueError(f"hop_length ({hop_length}) must be a multiple of 2 * mel_hop_length ({2 * mel_hop_length})")
+            raise ValueError(
+                f"hop_length ({hop_length}) must be a multiple of 2 * mel_hop_length ({2 * mel_hop_length})"
+            )
         if n_fft != 4 * mel_hop_length:
             raise ValueError(f"n_fft ({n_fft}) must be 4 * mel_hop_length ({4 * mel_hop_length})")
         if vocoder not in ("neural", "griffin_lim"):

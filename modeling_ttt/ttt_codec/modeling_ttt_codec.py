@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForAudioTokenization
 from transformers.audio_utils import mel_filter_bank
 from transformers.modeling_utils import PreTrainedAudioTokenizerBase
 from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
 
 from .configuration_ttt_codec import TttCodecConfig
 
@@ -25,12 +26,12 @@ LOG_FLOOR = 1e-4
 class TttCodecEncoderOutput(ModelOutput):
     """
     Args:
-        audio_codes (`torch.LongTensor` of shape `(batch, 1, codes)`): Codes; 0 where `audio_codes_mask` is 0.
-        audio_codes_mask (`torch.LongTensor` of shape `(batch, codes)`): 1 for each of a row's `ceil(samples / hop)` codes.
+        audio_codes (`torch.LongTensor` of shape `(batch, 1, codes)`): 0 where `audio_codes_mask` is 0.
+        audio_codes_mask (`torch.LongTensor` of shape `(batch, codes)`): 1 for a row's ceil(samples / hop) codes.
     """
 
-    audio_codes: torch.LongTensor | None = None
-    audio_codes_mask: torch.LongTensor | None = None
+    audio_codes: torch.Tensor | None = None
+    audio_codes_mask: torch.Tensor | None = None
 
 
 @dataclass
@@ -40,7 +41,7 @@ class TttCodecDecoderOutput(ModelOutput):
         audio_values (`torch.FloatTensor` of shape `(batch, 1, codes * hop_length)`): Waveform, zero past a row's end.
     """
 
-    audio_values: torch.FloatTensor | None = None
+    audio_values: torch.Tensor | None = None
 
 
 @dataclass
@@ -51,8 +52,8 @@ class TttCodecOutput(ModelOutput):
         audio_values (`torch.FloatTensor` of shape `(batch, 1, samples)`): The same speech in the decoder's voice.
     """
 
-    audio_codes: torch.LongTensor | None = None
-    audio_values: torch.FloatTensor | None = None
+    audio_codes: torch.Tensor | None = None
+    audio_values: torch.Tensor | None = None
 
 
 class TttCodecFiniteScalarQuantizer(nn.Module):
@@ -135,7 +136,9 @@ class TttCodecEncoder(nn.Module):
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """Pools `extract_features` to one point per code: (batch, codes, dims)."""
-        pooled = features.reshape(len(features), -1, features.shape[-1] * self.stride)  # (batch, codes, stride * hidden)
+        pooled = features.reshape(
+            len(features), -1, features.shape[-1] * self.stride
+        )  # (batch, codes, stride * hidden)
         return self.proj_out(F.gelu(self.pool(pooled)))
 
 
@@ -152,12 +155,14 @@ class TttCodecDecoder(nn.Module):
             TttCodecBlock(size, config.code_kernel_size) for _ in range(config.num_code_blocks)
         )
         self.upsample = nn.Linear(size, size * self.frames_per_code)
-        self.mel_blocks = nn.ModuleList(TttCodecBlock(size, config.mel_kernel_size) for _ in range(config.num_mel_blocks))
+        self.mel_blocks = nn.ModuleList(
+            TttCodecBlock(size, config.mel_kernel_size) for _ in range(config.num_mel_blocks)
+        )
         self.norm = nn.LayerNorm(size)
         self.proj_out = nn.Linear(size, config.num_mel_bins)
 
     def forward(self, grid: torch.Tensor, codes: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """grid (batch, codes, dims), codes and mask (batch, codes) -> log-mel (batch, codes * frames_per_code, bins)."""
+        """grid (batch, codes, dims), codes, mask (batch, codes) -> log-mel (batch, codes * frames_per_code, bins)."""
         batch, length = mask.shape
         code_mask = mask[..., None].to(grid.dtype)
         hidden = self.proj_in(grid) + self.embedding(codes)
@@ -171,7 +176,7 @@ class TttCodecDecoder(nn.Module):
 
 
 class TttCodecVocoder(nn.Module):
-    """Log-mel frames to waveform: predicts magnitude and phase of a short-time Fourier transform (after Vocos, 2023)."""
+    """Log-mel frames to waveform: predicts magnitude and phase of a short-time spectrum (after Vocos, 2023)."""
 
     def __init__(self, config: TttCodecConfig):
         super().__init__()
@@ -221,7 +226,9 @@ class TttCodecPreTrainedModel(PreTrainedAudioTokenizerBase):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, nn.Conv1d):
-            nn.init.trunc_normal_(module.weight, std=(module.in_channels // module.groups * module.kernel_size[0]) ** -0.5)
+            nn.init.trunc_normal_(
+                module.weight, std=(module.in_channels // module.groups * module.kernel_size[0]) ** -0.5
+            )
             nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5)
@@ -254,7 +261,13 @@ class TttCodecModel(TttCodecPreTrainedModel):
         """Mel filter bank, shape (n_fft // 2 + 1, num_mel_bins)."""
         config = self.config
         filters = mel_filter_bank(
-            config.n_fft // 2 + 1, config.num_mel_bins, 0.0, config.sampling_rate / 2, config.sampling_rate, "slaney", "slaney"
+            config.n_fft // 2 + 1,
+            config.num_mel_bins,
+            0.0,
+            config.sampling_rate / 2,
+            config.sampling_rate,
+            "slaney",
+            "slaney",
         )
         return torch.from_numpy(filters).float()
 
@@ -266,9 +279,10 @@ class TttCodecModel(TttCodecPreTrainedModel):
         magnitude = torch.fft.rfft(frames * self.mel_window).abs()
         return (torch.log((magnitude @ self.mel_filters).clamp(min=LOG_FLOOR)) + 4.0) / 3.0
 
+    @can_return_tuple
     def encode(
-        self, input_values: torch.Tensor, padding_mask: torch.Tensor | None = None, return_dict: bool = True, **kwargs
-    ) -> TttCodecEncoderOutput | tuple:
+        self, input_values: torch.Tensor, padding_mask: torch.Tensor | None = None, **kwargs
+    ) -> TttCodecEncoderOutput:
         """Turns speech into codes. A row's codes do not depend on its neighbours or on padding.
 
         Args:
@@ -284,8 +298,7 @@ class TttCodecModel(TttCodecPreTrainedModel):
         waveform, codes_mask = self._pad_waveform(input_values, padding_mask)
         grid = self.quantizer(self.encoder(self.log_mel(waveform).to(self.dtype), codes_mask))
         codes = self.quantizer.to_codes(grid) * codes_mask
-        output = TttCodecEncoderOutput(audio_codes=codes[:, None], audio_codes_mask=codes_mask)
-        return output if return_dict else output.to_tuple()
+        return TttCodecEncoderOutput(audio_codes=codes[:, None], audio_codes_mask=codes_mask)
 
     def _pad_waveform(self, input_values: torch.Tensor, padding_mask: torch.Tensor | None):
         """Zero-pads to whole codes: waveform (batch, codes * hop_length) and code mask (batch, codes)."""
@@ -305,14 +318,14 @@ class TttCodecModel(TttCodecPreTrainedModel):
         positions = torch.arange(waveform.shape[-1] // hop, device=waveform.device)
         return waveform, (positions * hop < lengths[:, None]).long()
 
+    @can_return_tuple
     def decode(
         self,
         audio_codes: torch.Tensor,
         audio_codes_mask: torch.Tensor | None = None,
         vocoder: str | None = None,
-        return_dict: bool = True,
         **kwargs,
-    ) -> TttCodecDecoderOutput | tuple:
+    ) -> TttCodecDecoderOutput:
         """Turns codes into speech of the fixed voice. A row's speech does not depend on its neighbours or on padding.
 
         Args:
@@ -329,10 +342,12 @@ class TttCodecModel(TttCodecPreTrainedModel):
         codes = audio_codes[:, 0] if audio_codes.ndim == 3 else audio_codes
         mask = torch.ones_like(codes) if audio_codes_mask is None else audio_codes_mask.long()
         codes = codes * mask
-        if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < self.config.codebook_size):
-            raise ValueError(
-                f"audio_codes must lie in [0, {self.config.codebook_size}), found {int(codes.min())} to {int(codes.max())}"
-            )
+        if codes.numel():
+            lowest, highest = int(codes.min()), int(codes.max())
+            if lowest < 0 or highest >= self.config.codebook_size:
+                raise ValueError(
+                    f"audio_codes must lie in [0, {self.config.codebook_size}), found {lowest} to {highest}"
+                )
         vocoder = vocoder or self.config.vocoder
         mel = self.decode_mel(codes, mask)
         frame_mask = mask.repeat_interleave(self.config.frames_per_code, 1)
@@ -343,8 +358,7 @@ class TttCodecModel(TttCodecPreTrainedModel):
         else:
             raise ValueError(f"vocoder must be 'neural' or 'griffin_lim', not {vocoder!r}")
         waveform = waveform * frame_mask.repeat_interleave(self.config.mel_hop_length, 1)
-        output = TttCodecDecoderOutput(audio_values=waveform.clamp(-1, 1)[:, None])
-        return output if return_dict else output.to_tuple()
+        return TttCodecDecoderOutput(audio_values=waveform.clamp(-1, 1)[:, None])
 
     def decode_mel(self, codes: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Codes (batch, codes) to scaled log-mel frames (batch, codes * frames_per_code, bins)."""
@@ -375,14 +389,12 @@ class TttCodecModel(TttCodecPreTrainedModel):
         """A decoder that takes codes bit by bit; its chunks joined equal `decode` of all codes (neural vocoder)."""
         return TttCodecStreamingDecoder(self)
 
-    def forward(
-        self, input_values: torch.Tensor, padding_mask: torch.Tensor | None = None, return_dict: bool = True, **kwargs
-    ) -> TttCodecOutput | tuple:
+    @can_return_tuple
+    def forward(self, input_values: torch.Tensor, padding_mask: torch.Tensor | None = None, **kwargs) -> TttCodecOutput:
         """Encodes and decodes: `encode`'s arguments, the speech in the decoder's voice as the result."""
         encoded = self.encode(input_values, padding_mask)
         values = self.decode(encoded.audio_codes, encoded.audio_codes_mask).audio_values
-        output = TttCodecOutput(audio_codes=encoded.audio_codes, audio_values=values[..., : input_values.shape[-1]])
-        return output if return_dict else output.to_tuple()
+        return TttCodecOutput(audio_codes=encoded.audio_codes, audio_values=values[..., : input_values.shape[-1]])
 
 
 class TttCodecStreamingDecoder:
