@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -13,7 +12,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 from modeling_ttt import TttConfig, TttForConditionalGeneration
-from modeling_ttt.convert_ttt_to_hf import TOKENS, convert, ids_from_file, ids_from_tokenizer
+from modeling_ttt.convert_ttt_to_hf import TOKENS, convert, ids_from_file, ids_from_tokenizer, main
 
 GOLDENS = FIXTURES / "ttt_published"
 
@@ -98,14 +97,17 @@ def test_config_takes_over_the_published_settings(golden):
     assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (104, 105)
 
 
-def test_command_writes_a_folder_that_remote_code_loads(tmp_path):
+def test_command_writes_weights_and_code(tmp_path, monkeypatch, capsys):
     folder = GOLDENS / "c"
-    command = [sys.executable, "-m", "modeling_ttt.convert_ttt_to_hf", "--checkpoint", str(folder)]
-    command += ["--output", str(tmp_path), "--token_ids", str(folder / "generation.json")]
-    subprocess.run(command, check=True, capture_output=True)
-    model = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
-    assert type(model).__module__.startswith("transformers_modules")
-    assert "auto_map" in json.loads((tmp_path / "config.json").read_text())
+    command = ["convert_ttt_to_hf", "--checkpoint", str(folder), "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [*command, "--token_ids", str(folder / "generation.json")])
+    main()
+    assert str(tmp_path) in capsys.readouterr().out
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["auto_map"]["AutoModel"] == "modeling_ttt.TttForConditionalGeneration"
+    code = {path.name for path in tmp_path.glob("*.py")}
+    assert {"configuration_ttt.py", "modeling_ttt.py", "objective_ttt.py", "generation_ttt.py"} <= code
+    assert (tmp_path / "model.safetensors").exists()
 
 
 def test_shards_are_read(tmp_path):
@@ -159,7 +161,7 @@ def test_ids_come_from_the_tokenizer_where_there_is_one(tmp_path):
 
     model = convert(checkpoint, tmp_path / "out")
     assert model.config.mask_token_id == 26
-    assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == tokenizer.get_vocab()
+    assert ids_from_tokenizer(AutoTokenizer.from_pretrained(tmp_path / "out")) == ids
     config["mask_token"] = 27
     (checkpoint / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="`mask_token_id` is 27, the tokens say 26"):

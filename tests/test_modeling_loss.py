@@ -82,7 +82,7 @@ def test_prefix_preservation_scores_the_later_spans_only(batch, monkeypatch):
     model = make_model(clean_batch_probability=0.0, prefix_preservation_probability=1.0).train()
     for seed in range(8):
         model(**batch, generator=generator(seed))
-    assert {tuple(maskable.sum(-1).tolist()) for maskable in seen} == {(7, 5), (3, 5)}
+    assert {tuple(maskable.sum(-1).tolist()) for maskable in seen} == {(8, 5), (3, 5)}
 
 
 def test_evaluation_is_the_same_to_the_bit_and_leaves_the_random_state(batch):
