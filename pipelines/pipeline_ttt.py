@@ -214,7 +214,7 @@ def _is_conversation(request: Any) -> bool:
     )
 
 
-def _rows(inputs: Iterable[Any], column: str) -> Iterator[Any]:
+def _rows(inputs: Any, column: str) -> Iterator[Any]:
     """Requests one by one. Of a dataset's rows one column is taken: others, such as the transcript of a recording, are
     not part of the request."""
     is_dataset = hasattr(inputs, "features") and hasattr(inputs, "column_names")

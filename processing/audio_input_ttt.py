@@ -124,14 +124,13 @@ def _fetch(address: str, name: str) -> bytes:
             return base64.b64decode(address.partition(",")[2], validate=True)
         except ValueError as error:
             raise ValueError(f"{name}: the `data:` address is not valid base64.") from error
-    import httpx
+    import urllib.request
 
     try:
-        response = httpx.get(address, follow_redirects=True, timeout=30.0)
-        response.raise_for_status()
-    except httpx.HTTPError as error:
+        with urllib.request.urlopen(address, timeout=30.0) as response:
+            return response.read()
+    except OSError as error:  # connection refused, timeout, HTTP status
         raise ValueError(f"{name}: could not fetch {address!r} ({error}).") from error
-    return response.content
 
 
 def _read_file(file: str | io.BytesIO, name: str) -> tuple[np.ndarray, float]:

@@ -163,7 +163,7 @@ class TttProcessor(ProcessorMixin):
         task: str = "spoken_chat",
         text: str | None = None,
         audio: Any | None = None,
-        audio_codes: Sequence[int] | None = None,
+        audio_codes: Any | None = None,
         system_prompt: str | None = None,
     ) -> list[dict[str, Any]]:
         """The chat messages of one request: the task's system prompt, then a user turn with its text before its audio.
@@ -203,7 +203,7 @@ class TttProcessor(ProcessorMixin):
 
     def apply_chat_template(
         self,
-        conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        conversation: Any,
         chat_template: str | None = None,
         *,
         add_generation_prompt: bool = False,
@@ -242,7 +242,7 @@ class TttProcessor(ProcessorMixin):
             ValueError: more audio parts than audios or the reverse, or an audio that cannot be used.
         """
         batched = len(conversation) > 0 and isinstance(conversation[0], (list, tuple))
-        conversations = [list(messages) for messages in (conversation if batched else [conversation])]
+        conversations: list[list[dict[str, Any]]] = [list(m) for m in (conversation if batched else [conversation])]
         names = names or [f"conversation {index}" for index in range(len(conversations))]
         for index, messages in enumerate(conversations):
             check_messages(messages, names[index])
@@ -250,24 +250,18 @@ class TttProcessor(ProcessorMixin):
                 self._check_task(task)
                 if messages[0]["role"] != "system":
                     conversations[index] = [*self._system_turn(task or "spoken_chat", system_prompt), *messages]
+        rendered = [self._render(m, chat_template, add_generation_prompt, **template_kwargs) for m in conversations]
         if not tokenize:
-            rendered = [
-                self._render(messages, chat_template, add_generation_prompt, **template_kwargs)
-                for messages in conversations
-            ]
             return rendered if batched else rendered[0]
         codes = self._encode_parts(conversations, names, audio, sampling_rate)
-        rows = []
-        for messages, name in zip(conversations, names, strict=True):
-            rendered = self._render(messages, chat_template, add_generation_prompt, **template_kwargs)
-            rows.append(self._encode_rendered(rendered, codes, name)[0])
+        rows = [self._encode_rendered(text, codes, name)[0] for text, name in zip(rendered, names, strict=True)]
         self._check_all_used(codes, "conversation")
         features = self._pad(rows, padding, padding_side, pad_to_multiple_of, return_tensors)
         return features if return_dict else features["input_ids"]
 
     # ------------------------------------------------------------------ training examples
 
-    def build_response(self, text: str, audio_codes: Sequence[int] | None = None) -> list[int]:
+    def build_response(self, text: str, audio_codes: Any | None = None) -> list[int]:
         """Ids of an answer: its text and codes interleaved, `<|im_end|>` at the end. No codes give a written answer."""
         codes = [] if audio_codes is None else audio_codes
         return interleave(
@@ -277,12 +271,12 @@ class TttProcessor(ProcessorMixin):
     def build_example(
         self,
         response_text: str,
-        response_codes: Sequence[int] | None = None,
+        response_codes: Any | None = None,
         *,
         task: str = "spoken_chat",
         text: str | None = None,
         audio: Any | None = None,
-        audio_codes: Sequence[int] | None = None,
+        audio_codes: Any | None = None,
         system_prompt: str | None = None,
     ) -> dict[str, list[int]]:
         """A training example of one request and its answer: `input_ids`, and `labels` that are -100 on the prompt.
@@ -459,18 +453,21 @@ class TttProcessor(ProcessorMixin):
             kwargs["trust_remote_code"] = trust_remote_code
         processor = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if audio_tokenizer is None and load_audio_tokenizer:
-            try:
-                audio_tokenizer = AutoModelForAudioTokenization.from_pretrained(
-                    pretrained_model_name_or_path,
-                    subfolder=f"{subfolder}/{AUDIO_TOKENIZER_FOLDER}".lstrip("/"),
-                    trust_remote_code=trust_remote_code,
-                    **located,
-                ).eval()
-            except OSError as error:
+            audio_subfolder = f"{subfolder}/{AUDIO_TOKENIZER_FOLDER}".lstrip("/")
+            local = os.path.isdir(pretrained_model_name_or_path)
+            if local and not os.path.isfile(
+                os.path.join(pretrained_model_name_or_path, audio_subfolder, "config.json")
+            ):
                 raise OSError(
-                    f"{pretrained_model_name_or_path} has no audio tokenizer in `{AUDIO_TOKENIZER_FOLDER}/` ({error}). "
-                    "Pass `audio_tokenizer`, or `load_audio_tokenizer=False` where audio only comes as codes."
-                ) from error
+                    f"{pretrained_model_name_or_path} has no audio tokenizer in `{audio_subfolder}/`. Pass "
+                    "`audio_tokenizer`, or `load_audio_tokenizer=False` where audio only comes as codes."
+                )
+            audio_tokenizer = AutoModelForAudioTokenization.from_pretrained(
+                pretrained_model_name_or_path,
+                subfolder=audio_subfolder,
+                trust_remote_code=trust_remote_code,
+                **located,
+            ).eval()
         if audio_tokenizer is not None:
             processor._check_audio_tokenizer(audio_tokenizer)
             processor.audio_tokenizer = audio_tokenizer
