@@ -45,13 +45,13 @@ class TttCausalLMOutputWithPast(ModelOutput):
         hidden_states, attentions (`tuple(torch.FloatTensor)`, *optional*): as any model returns them, on request.
     """
 
-    loss: torch.FloatTensor | None = None
-    text_loss: torch.FloatTensor | None = None
-    audio_loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    text_loss: torch.Tensor | None = None
+    audio_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class TttPreTrainedModel(PreTrainedModel):
@@ -123,12 +123,12 @@ class TttModel(TttPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | dict | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        span_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        span_ids: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
@@ -226,13 +226,13 @@ class TttForConditionalGeneration(TttPreTrainedModel, TttGenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | dict | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        span_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        span_ids: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         generator: torch.Generator | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -285,6 +285,7 @@ class TttForConditionalGeneration(TttPreTrainedModel, TttGenerationMixin):
             )
 
         # The mask is that of the clean sequence, whatever the noise.
+        assert input_ids is not None
         if span_ids is None and self.config.audio_objective == "diffusion":
             padding_mask = attention_mask if torch.is_tensor(attention_mask) and attention_mask.ndim == 2 else None
             span_ids = self.model.get_span_ids(input_ids, padding_mask, position_ids)

@@ -84,12 +84,13 @@ class TttRunner:
     def _forward(
         self, ids: torch.Tensor, start: torch.Tensor, allowed: Callable, keys: int, **kwargs: Any
     ) -> torch.Tensor:
+        rows, queries = ids.shape
         self.num_forwards += 1
         self.num_token_positions += ids.numel()
         hidden = self.backbone(
             input_ids=ids,
-            attention_mask=self._mask(allowed, *ids.shape, keys),
-            position_ids=start[:, None] + torch.arange(ids.shape[1], device=self.device),
+            attention_mask=self._mask(allowed, rows, queries, keys),
+            position_ids=start[:, None] + torch.arange(queries, device=self.device),
             **kwargs,
         ).last_hidden_state
         return hidden.to(self.device)

@@ -247,8 +247,8 @@ def prepare_waveform(waveform: np.ndarray, sampling_rate: int) -> np.ndarray | N
         samples = librosa.resample(samples, orig_sr=sampling_rate, target_sr=SAMPLING_RATE)
     samples = samples * (LEVEL_RMS / np.sqrt(np.mean(samples**2)))
     samples = np.pad(samples, int(PADDING_SECONDS * SAMPLING_RATE))
-    samples = samples + np.random.default_rng(0).normal(0.0, NOISE_RMS, samples.shape)
-    return (np.clip(samples, -1.0, 1.0) * 32767).astype(np.int16)
+    noisy = samples + np.random.default_rng(0).normal(0.0, NOISE_RMS, samples.shape)
+    return (np.clip(noisy, -1.0, 1.0) * 32767).astype(np.int16)
 
 
 def word_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:

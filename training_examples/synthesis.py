@@ -7,6 +7,7 @@ which is many times faster than one process per sentence. Only the data scripts 
 import ctypes
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -39,7 +40,7 @@ class Delivery:
     pitch: float = 1.0
 
 
-def random_delivery(rng: random.Random, voices: list[str] | tuple[str, ...]) -> Delivery:
+def random_delivery(rng: random.Random, voices: Sequence[str]) -> Delivery:
     """Draws a voice with a speed and a pitch around its own."""
     voice = rng.choices(voices, weights=[VOICE_WEIGHTS.get(name, 1.0) for name in voices])[0]
     spread = 0.12 if voice.startswith("flite") else 0.2

@@ -238,12 +238,12 @@ def main() -> None:
     words, num_phonemes = pronunciations()
     model = load_for_stage(args, folder)
     head = PhonemeHead(len(model.config.fsq_levels), model.config.hidden_size, num_phonemes)
-    trained = {
+    stages: dict[str, list[torch.nn.Module]] = {
         "tokenizer": [model.encoder, model.decoder, head],
         "vocoder": [model.vocoder],
         "decoder": [model.decoder, model.vocoder],
-    }[args.stage]
-    parameters = [p for module in trained for p in module.parameters()]
+    }
+    parameters = [p for module in stages[args.stage] for p in module.parameters()]
     for p in model.parameters():
         p.requires_grad_(any(p is q for q in parameters))
     optimizer = torch.optim.AdamW(parameters, args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)

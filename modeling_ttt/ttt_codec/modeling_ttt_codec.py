@@ -178,6 +178,8 @@ class TttCodecDecoder(nn.Module):
 class TttCodecVocoder(nn.Module):
     """Log-mel frames to waveform: predicts magnitude and phase of a short-time spectrum (after Vocos, 2023)."""
 
+    window: torch.Tensor
+
     def __init__(self, config: TttCodecConfig):
         super().__init__()
         size, kernel_size = config.vocoder_hidden_size, config.vocoder_kernel_size
@@ -229,7 +231,8 @@ class TttCodecPreTrainedModel(PreTrainedAudioTokenizerBase):
             nn.init.trunc_normal_(
                 module.weight, std=(module.in_channels // module.groups * module.kernel_size[0]) ** -0.5
             )
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5)
             nn.init.zeros_(module.bias)
