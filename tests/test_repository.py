@@ -5,12 +5,16 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from recognition import domain_recognizer, word_error_rate
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,6 +24,9 @@ PACKAGES = ["modeling_ttt", "processing", "pipelines"]  # each may import those 
 LOCAL_CODE = ("__init__", "convert_", "ttt_talk")  # everything else may travel with a model's weights
 MODEL_FOLDERS = [path.parent for path in sorted((ROOT / "model_cards").glob("*/README.md"))]
 TINY = ROOT / "model_cards" / "ttt-tiny"
+needs_tiny = pytest.mark.skipif(not (TINY / "model.safetensors").exists(), reason="the default model is not there")
+QUESTION = ROOT / "tests" / "fixtures" / "question.wav"  # "what is seven plus eight"
+ANSWER = "seven plus eight is fifteen"
 
 
 def test_readme_gives_the_two_commands_and_ci_takes_them_from_there():
@@ -98,13 +105,13 @@ def test_code_in_a_model_folder_is_the_packages_own(folder):
     assert drifted == []
 
 
-@pytest.mark.skipif(not TINY.exists(), reason="the default model is not there")
+@needs_tiny
 def test_the_default_model_stays_small():
     size = sum(path.stat().st_size for path in TINY.rglob("*") if path.is_file())
     assert size <= 40 * 2**20
 
 
-@pytest.mark.skipif(not TINY.exists(), reason="the default model is not there")
+@needs_tiny
 def test_the_readmes_tour_runs_as_written(tmp_path, monkeypatch):
     for name in ("model_cards", "tests"):
         (tmp_path / name).symlink_to(ROOT / name, target_is_directory=True)
@@ -117,6 +124,26 @@ def test_the_readmes_tour_runs_as_written(tmp_path, monkeypatch):
         exec(compile(snippet, "README.md", "exec"), namespace)
     assert namespace["answer"]["text"].strip() and len(namespace["spoken"]["audio"]) > 8000
     assert len(namespace["messages"]) == 4 and sum(map(len, namespace["chunks"])) > 8000
+
+
+def test_the_question_is_a_short_recording():
+    info = soundfile.info(QUESTION)
+    assert (info.samplerate, info.channels) == (16_000, 1) and 1 <= info.duration <= 4
+    samples, _ = soundfile.read(QUESTION)
+    assert np.sqrt(np.mean(samples**2)) > 0.01 and np.abs(samples).max() <= 1
+
+
+@needs_tiny
+def test_the_first_command_answers_the_question_in_text_and_in_speech(tmp_path):
+    command = [sys.executable, "-m", "pipelines.ttt_talk", str(QUESTION), "reply.wav", "--device", "cpu"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == ANSWER
+    reply, rate = soundfile.read(tmp_path / "reply.wav", dtype="float32")
+    with domain_recognizer(num_workers=1) as recognizer:
+        (heard,) = recognizer.transcribe([reply], rate)
+    assert word_error_rate([ANSWER], [heard]) <= 0.34, heard
 
 
 def test_nothing_large_is_tracked_outside_model_folders():
