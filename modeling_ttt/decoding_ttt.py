@@ -68,7 +68,7 @@ class TttDecoder:
     def __init__(
         self,
         model: Any,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         generation_config: Any,
         logits_processor: LogitsProcessorList,
@@ -111,8 +111,8 @@ class TttDecoder:
             else:
                 self.criteria.append(criterion)
         wants = generation_config.return_dict_in_generate
-        self.scores = [] if wants and generation_config.output_scores else None
-        self.logits = [] if wants and generation_config.output_logits else None
+        self.scores: list[torch.Tensor] | None = [] if wants and generation_config.output_scores else None
+        self.logits: list[torch.Tensor] | None = [] if wants and generation_config.output_logits else None
 
         # Rows and cache.
         if attention_mask is None:
@@ -128,6 +128,10 @@ class TttDecoder:
         longest = max(row.prompt_length for row in self.rows) + self.max_new_tokens + 1
         self.runner = TttRunner(model, cache, self.mask_token, longest)
         self.unconditional_starts: dict[tuple[int, int], torch.Tensor] = {}
+        # Rows do not see each other, so which go first changes no token, only the cost. A CPU pays for every position:
+        # text, one position a row, is written first, and rows meet at the start of their spans. Accelerators pay for
+        # every forward: each advances all rows.
+        self.text_first = self.device.type == "cpu"
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
@@ -138,13 +142,8 @@ class TttDecoder:
             self._prefill()
             self._retire(self.rows)
             while live := [row for row in self.rows if not row.done]:
-                # Rows that write text go first, a token each; so rows meet at the start of their spans and share the
-                # costly forwards. Rows do not see each other, so the order changes no token.
-                text = [row for row in live if row.span_start is None]
-                if text:
-                    self._text_step(text)
-                else:
-                    self._span_step(live)
+                text = [row for row in live if row.span_start is None] if self.text_first else []
+                self._advance(text or live)
                 self._retire(live)
         except BaseException:
             self.cache.reset()  # interrupted half-way: the caller's cache holds nothing rather than something wrong
@@ -186,28 +185,24 @@ class TttDecoder:
             if row.done and self.cache.rows_held > 1:
                 self.cache.drop_row(row.index, row.cached if self.keep_cache else None)
 
-    def _text_step(self, rows: list[Row]) -> None:
-        """Step 2: one token of text for each of the rows."""
-        hidden = self._step(rows)
-        for row in rows:
-            row.cached = len(row.ids)
-        self._append_text(rows, hidden[:, -1])
-
-    def _span_step(self, rows: list[Row]) -> None:
-        """Steps 3 and 4: a denoising step of each row's block; or, its span finished, commit it and write text."""
+    def _advance(self, rows: list[Row]) -> None:
+        """
+        One forward for some rows: a denoising step where a block is open (step 3); otherwise a text token, after text
+        (step 2) or after a finished span, which this forward commits (step 4).
+        """
         lengths = [len(row.ids) - row.cached + len(row.block) for row in rows]
         hidden = self._step(rows)
-        writing = [i for i, row in enumerate(rows) if row.block]
-        finished = [i for i, row in enumerate(rows) if not row.block]
+        denoising = [i for i, row in enumerate(rows) if row.block]
+        writing = [i for i, row in enumerate(rows) if not row.block]
         for row in rows:
-            row.cached = row.span_start if row.block else len(row.ids)
+            row.cached = len(row.ids) if row.span_start is None or not row.block else row.span_start
+        if denoising:
+            self._denoise([rows[i] for i in denoising], [hidden[i, : lengths[i]] for i in denoising])
         if writing:
-            self._denoise([rows[i] for i in writing], [hidden[i, : lengths[i]] for i in writing])
-        if finished:
-            last = torch.stack([hidden[i, lengths[i] - 1] for i in finished])
-            for i in finished:
+            for i in writing:
                 rows[i].span_start = None
-            self._append_text([rows[i] for i in finished], last)
+            last = torch.stack([hidden[i, lengths[i] - 1] for i in writing])
+            self._append_text([rows[i] for i in writing], last)
 
     def _step(self, rows: list[Row]) -> torch.Tensor:
         """One forward over what the rows have beyond the cache, (rows, longest, hidden_size)."""
@@ -278,7 +273,7 @@ class TttDecoder:
     def _widen(self, logits: torch.Tensor) -> torch.Tensor:
         return nn.functional.pad(logits, (0, self.vocab_size - logits.shape[1]), value=-torch.inf)
 
-    def _shown_ids(self, new_tokens: int) -> torch.LongTensor:
+    def _shown_ids(self, new_tokens: int) -> torch.Tensor:
         """Every row with exactly `new_tokens` new tokens, (batch, prompt width + new tokens), cut or filled to that."""
         width = self.input_ids.shape[1] + new_tokens
         shown = []
@@ -361,6 +356,7 @@ class TttDecoder:
         end = next((i for i, token in enumerate(row.block) if token in self.end_tokens or token == UNDECIDED), None)
         if end is not None and row.block[end] == UNDECIDED:
             return
+        assert row.span_start is not None
         codes, row.block = row.block, []
         closing = None
         if end is not None:
@@ -426,7 +422,7 @@ class TttDecoder:
 
     # ---- prompt and cache --------------------------------------------------------------------------------------------
 
-    def _prompt_span_ids(self, model: Any) -> torch.LongTensor:
+    def _prompt_span_ids(self, model: Any) -> torch.Tensor:
         """Span ids of the prompts without their padding, (rows, longest prompt), -1 outside spans."""
         longest = max(row.prompt_length for row in self.rows)
         ids = torch.tensor([row.ids + [0] * (longest - len(row.ids)) for row in self.rows], device=self.device)

@@ -63,14 +63,14 @@ class TttGenerateOutput(ModelOutput):
             before the logits processors, one `(1, vocab)` entry per new text token, audio-side ids at -inf.
     """
 
-    sequences: torch.LongTensor | None = None
+    sequences: torch.Tensor | None = None
     past_key_values: TttCache | None = None
     num_forwards: int | None = None
     num_token_positions: int | None = None
-    forwards_per_row: torch.LongTensor | None = None
-    tokens_per_forward: torch.FloatTensor | None = None
-    scores: tuple[torch.FloatTensor, ...] | None = None
-    logits: tuple[torch.FloatTensor, ...] | None = None
+    forwards_per_row: torch.Tensor | None = None
+    tokens_per_forward: torch.Tensor | None = None
+    scores: tuple[torch.Tensor, ...] | None = None
+    logits: tuple[torch.Tensor, ...] | None = None
 
 
 class TttGenerationMixin(GenerationMixin):
@@ -108,14 +108,14 @@ class TttGenerationMixin(GenerationMixin):
     @torch.no_grad()
     def generate(
         self,
-        inputs: torch.LongTensor | None = None,
+        inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
         streamer: BaseStreamer | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
-    ) -> TttGenerateOutput | torch.LongTensor:
+    ) -> TttGenerateOutput | torch.Tensor:
         r"""
         Writes text and audio after the prompts, each row of the batch as if it were alone.
 
@@ -136,8 +136,8 @@ class TttGenerationMixin(GenerationMixin):
         4. Commit: a forward over the finished span stores its keys and values and gives the next text token's logits.
 
         Steps 3 and 4 recompute the span because its tokens see each other; nothing before it changes, so the tokens are
-        those of the uncached published sampler. Rows that write text are advanced first and wait at their next span, so
-        that rows share the forwards over spans.
+        those of the uncached published sampler. Rows of a batch share forwards: on an accelerator each one advances
+        every row; on a CPU rows that write text go first and wait at their next span, so that spans are run together.
 
         Limits. `max_new_tokens` counts all new tokens and is never exceeded. A span that meets it, or
         `max_audio_codes_per_span`, keeps the codes that fit beside the end token of its kind and is closed with it (a
@@ -221,14 +221,14 @@ class TttGenerationMixin(GenerationMixin):
 
     def _decode(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         generation_config: TttGenerationConfig,
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         streamer: BaseStreamer | None,
         past_key_values: Cache | None,
-    ) -> TttGenerateOutput | torch.LongTensor:
+    ) -> TttGenerateOutput | torch.Tensor:
         """Runs the decoding loop on what GenerationMixin prepared, and packs its result."""
         batch_size, as_dict = input_ids.shape[0], bool(generation_config.return_dict_in_generate)
         if isinstance(generation_config.seed, list | tuple) and len(generation_config.seed) != batch_size:
@@ -282,7 +282,7 @@ class TttGenerationMixin(GenerationMixin):
 
     def _refuse_calls(
         self,
-        input_ids: torch.LongTensor | None,
+        input_ids: torch.Tensor | None,
         options: TttGenerationConfig,
         streamer: BaseStreamer | None,
         kwargs: dict[str, Any],
@@ -327,13 +327,13 @@ class TttGenerationMixin(GenerationMixin):
             raise ValueError(f"Backbone layers of type {sorted(kinds)} are not supported; use full attention.")
 
 
-def _longest_prompt(input_ids: torch.LongTensor, kwargs: dict[str, Any]) -> int:
+def _longest_prompt(input_ids: torch.Tensor, kwargs: dict[str, Any]) -> int:
     mask = kwargs.get("attention_mask")
     return input_ids.shape[1] if mask is None else int(mask.sum(dim=1).max())
 
 
 def _import_cache(
-    past_key_values: Cache | None, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None
+    past_key_values: Cache | None, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
 ) -> TttCache | None:
     """The caller's cache as one that the decoding loop can use."""
     batch_size, width = input_ids.shape

@@ -66,9 +66,9 @@ def reference_generate(
     trace: Trace | None = None,
 ) -> list[int]:
     """
-    The whole sequence, prompt included. Blocks are always written whole, so compare the common prefix where a span
-    meets the limit. Noise, where there is any: per text token one Exp(1) draw over the text side; per denoising step
-    one over (block, codes and end tokens), then one uniform draw over the block.
+    The whole sequence, prompt included (a prompt may end with a begin token). Blocks are always written whole, so
+    compare the common prefix where a span meets the limit. Noise, where there is any: per text token one Exp(1) draw
+    over the text side; per denoising step one over (block, codes and end tokens), then one uniform draw over the block.
     """
     config, trace = model.config, trace if trace is not None else Trace()
     ids, generator = list(prompt), None if seed is None else torch.Generator().manual_seed(seed)
@@ -87,14 +87,16 @@ def reference_generate(
         noise = torch.empty(logits.shape).exponential_(generator=generator)
         return (logits.softmax(-1) / noise).argmax(-1)
 
+    begins = (config.begin_of_audio_token_id, config.begin_of_last_audio_token_id)
     while len(ids) - len(prompt) < max_new_tokens:
-        logits = forward(ids)[-1, : config.audio_token_id_start]
-        if process_text is not None:
-            logits = process_text(ids, logits)
-        ids.append(int(pick(logits) if do_sample else logits.argmax()))
+        if len(ids) > len(prompt) or ids[-1] not in begins:
+            logits = forward(ids)[-1, : config.audio_token_id_start]
+            if process_text is not None:
+                logits = process_text(ids, logits)
+            ids.append(int(pick(logits) if do_sample else logits.argmax()))
         if ids[-1] == eos:
             break
-        if ids[-1] not in (config.begin_of_audio_token_id, config.begin_of_last_audio_token_id):
+        if ids[-1] not in begins:
             continue
         closed = False
         while not closed and len(ids) - len(prompt) < max_new_tokens:

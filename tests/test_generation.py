@@ -4,6 +4,8 @@ import pytest
 import torch
 from reference_sampler import Trace, golden_cases, golden_prompts, load_published, reference_generate
 
+from modeling_ttt.decoding_ttt import TttDecoder
+
 MODELS: dict = {}
 
 
@@ -137,6 +139,18 @@ def test_rows_in_different_phases_share_forwards():
     assert together.forwards_per_row.tolist() == [output.num_forwards for output in alone]
 
 
+@pytest.mark.parametrize("options", [{}, {"audio_guidance_scale": 0.5}, {"do_sample": True, "seed": 1}])
+def test_the_order_of_rows_changes_no_token(monkeypatch, options):
+    model, prompts = model_of("b"), golden_prompts("b")[:5]
+    options = {"max_new_tokens": 60, "audio_block_size": 10, "return_dict_in_generate": True, **options}
+    text_first = model.generate(**pad_left(prompts), **options)
+    monkeypatch.setattr(TttDecoder, "text_first", property(lambda self: False, lambda self, value: None), raising=False)
+    all_at_once = model.generate(**pad_left(prompts), **options)
+    assert torch.equal(text_first.sequences, all_at_once.sequences)
+    if "audio_guidance_scale" not in options:
+        assert all_at_once.num_forwards == all_at_once.forwards_per_row.max()
+
+
 def test_a_cut_prompt_goes_on_inside_its_span():
     model = model_of("a")
     case = golden_cases("a")[0]
@@ -187,3 +201,49 @@ def test_only_codes_and_end_tokens_stand_in_spans_and_only_text_outside():
         for token in answer:
             assert (111 <= token <= 174 or token in (176, 177)) if inside else token < 110
             inside = token in (100, 102) or (inside and token not in (176, 177))
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "llama"])
+def test_other_backbones_write_the_reference_tokens(tiny_model, model_type):
+    model = tiny_model(text_config={"model_type": model_type})
+    for prompt in ([1, 2, 100, 120, 121, 101, 3, 102], [5, 6, 7]):
+        options = {"max_new_tokens": 31, "audio_block_size": 6, "audio_steps_per_block": 3, "eos_token_id": [104]}
+        ours = model.generate(torch.tensor([prompt]), **options)[0].tolist()
+        theirs = reference_generate(model, prompt, 30, block_size=6, steps=3)
+        assert common_prefix_holds(ours, theirs, len(prompt), 30)
+
+
+def test_a_causal_prompt_stays_causal_and_answers_stay_bidirectional():
+    model, causal = load_published("c"), load_published("c")
+    causal.config.causal_prompt_audio = True
+    differ = False
+    for prompt in golden_prompts("c")[:3]:
+        theirs = reference_generate(causal, prompt, 40, 10, 5)
+        options = {"max_new_tokens": 41, "audio_block_size": 10, "audio_steps_per_block": 5}
+        ours = causal.generate(torch.tensor([prompt]), **options)
+        assert common_prefix_holds(ours[0].tolist(), theirs, len(prompt), 40)
+        differ |= not torch.equal(ours, model.generate(torch.tensor([prompt]), **options))
+    assert differ
+
+
+def test_a_head_that_cannot_be_sliced_gives_the_same_tokens():
+    model, prompt = load_published("b"), torch.tensor([golden_prompts("b")[0]])
+    options = {"max_new_tokens": 60, "audio_block_size": 10}
+    sliced = model.generate(prompt, **options)
+    calls = []
+    model.lm_head.register_forward_hook(lambda *args: calls.append(1))
+    assert torch.equal(model.generate(prompt, **options), sliced) and calls
+
+
+def test_a_resized_vocabulary_does_not_widen_what_can_be_written(tiny_model):
+    model, prompt = tiny_model(), torch.tensor([[1, 2, 100]])
+    options = {"max_new_tokens": 40, "audio_block_size": 6, "do_sample": True, "audio_temperature": 4.0, "seed": 0}
+    model.resize_token_embeddings(256)
+    written = model.generate(prompt, temperature=4.0, top_k=0, **options)[0, 3:]
+    assert written.max() <= 177 and not (written == 175).any() and not (written == 110).any()
+
+
+def test_half_precision_writes_legal_tokens_in_batches():
+    model, prompts = load_published("b").to(torch.bfloat16), golden_prompts("b")[:3]
+    output = model.generate(**pad_left(prompts), max_new_tokens=30, audio_block_size=10, audio_guidance_scale=0.2)
+    assert output.shape[1] <= 38 + 30 and not (output == 175).any()

@@ -95,17 +95,26 @@ def test_an_interrupted_call_leaves_an_empty_cache_that_still_serves():
     assert torch.equal(model.generate(prompt, past_key_values=cache, **options), model.generate(prompt, **options))
 
 
-def test_a_cache_that_only_partly_fits_gives_the_same_tokens():
+def test_a_cache_that_only_partly_fits_gives_the_same_tokens_and_logits():
     model, prompt = model_of("b"), list(golden_prompts("b")[0])
-    options = {"max_new_tokens": 40, "audio_block_size": 10, "return_dict_in_generate": True}
-    first = model.generate(torch.tensor([prompt]), **options)
-    whole = first.sequences[0].tolist()
+    options = {"max_new_tokens": 40, "audio_block_size": 10, "return_dict_in_generate": True, "output_logits": True}
+    whole = model.generate(torch.tensor([prompt]), **options).sequences[0].tolist()
     code = next(i for i, token in enumerate(whole) if i > len(prompt) + 2 and token >= 110) + 2
-    for changed in (prompt[:7] + [3] + prompt[8:], whole[:code] + [5, 6], prompt, whole[:-3]):
+    changes = {
+        "inside the user's audio": prompt[:7] + [3] + prompt[8:],
+        "inside a written span": whole[:code] + [5, 6],
+        "the prompt again": prompt,
+        "not the end": whole[:-3],
+        "nothing in common": [5, *prompt],
+    }
+    for change, prompt_after in changes.items():
         cache = model.generate(torch.tensor([prompt]), **options).past_key_values
-        cached = model.generate(torch.tensor([changed]), past_key_values=cache, **options)
-        fresh = model.generate(torch.tensor([changed]), **options)
-        assert torch.equal(cached.sequences, fresh.sequences)
+        cached = model.generate(torch.tensor([prompt_after]), past_key_values=cache, **options)
+        fresh = model.generate(torch.tensor([prompt_after]), **options)
+        assert torch.equal(cached.sequences, fresh.sequences), change
+        torch.testing.assert_close(
+            torch.cat(cached.logits)[:, :110], torch.cat(fresh.logits)[:, :110], atol=1e-4, rtol=1e-4, msg=change
+        )
 
 
 def test_a_dynamic_cache_of_the_prompts_start_is_taken_over():
