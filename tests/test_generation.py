@@ -247,3 +247,13 @@ def test_half_precision_writes_legal_tokens_in_batches():
     model, prompts = load_published("b").to(torch.bfloat16), golden_prompts("b")[:3]
     output = model.generate(**pad_left(prompts), max_new_tokens=30, audio_block_size=10, audio_guidance_scale=0.2)
     assert output.shape[1] <= 38 + 30 and not (output == 175).any()
+
+
+@pytest.mark.parametrize("guidance", [0.0, 0.5])
+def test_flex_attention_writes_the_same_tokens_in_batches(guidance):
+    model, inputs = load_published("b"), pad_left(golden_prompts("b")[:2])
+    options = {"max_new_tokens": 25, "audio_block_size": 10, "audio_guidance_scale": guidance}
+    sdpa = model.generate(**inputs, **options)
+    model.set_attn_implementation("flex_attention")
+    with torch.compiler.set_stance("force_eager"):  # compiling its kernel takes long on a CPU
+        assert torch.equal(model.generate(**inputs, **options), sdpa)
