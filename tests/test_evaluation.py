@@ -115,6 +115,7 @@ def arguments(tmp_path_factory):
         output_dir=folder / "report",
         steps=[2, 8],
         thresholds=[0.9],
+        comparison_limit=1,
         timed=1,
         cold_runs=0,
         max_new_tokens=12,
@@ -142,6 +143,7 @@ def test_the_whole_evaluation_runs_and_goes_on_where_it_stopped(arguments, monke
     figures = evaluation.figures
     for key in ("spoken_qa_seen/exact", "asr_unheard/wer", "tts/speech_wer", "end_of_audio", "originals/tts"):
         assert figures[key].count == (4 if key == "end_of_audio" else 2), key
+    assert figures["2 steps/tts/speech_wer"].count == figures["8 steps/tts/speech_wer"].count == 1
     assert figures["originals/tts"].value == 0  # "one" was expected and heard
     text = report(arguments, figures, evaluation.kinds)
     assert "2 steps" in text and "threshold 0.9" in text and "| k |" in text
@@ -160,7 +162,7 @@ def test_the_whole_evaluation_runs_and_goes_on_where_it_stopped(arguments, monke
 def test_an_answer_has_ended_when_its_turn_is_over_and_no_span_hit_its_limit(arguments):
     talker = Talker(arguments.model, arguments)
     end = talker.processor.token_ids.end_of_turn_token_id
-    limit = arguments.max_audio_codes_per_span
+    limit = talker.model.generation_config.max_audio_codes_per_span
     assert talker.has_ended([1, 2, end], 5)
     assert not talker.has_ended([1, 2], 5)  # cut off
     assert not talker.has_ended([1, 2, end], 0)  # never spoke

@@ -38,6 +38,7 @@ class CodecEvaluationArguments:
     num_workers: int = field(default=2, metadata={"help": "Processes of the recogniser."})
 
 
+@torch.no_grad()
 def reconstruct(
     model, feature_extractor, waveforms: list[np.ndarray], vocoder: str, batch_size: int
 ) -> tuple[list[np.ndarray], dict[str, float], list[np.ndarray]]:
@@ -64,7 +65,6 @@ def reconstruct(
 def main() -> None:
     (args,) = HfArgumentParser(CodecEvaluationArguments).parse_args_into_dataclasses()
     torch.set_num_threads(args.num_threads)
-    torch.set_grad_enabled(False)
     model = AutoModelForAudioTokenization.from_pretrained(args.model).to(args.device).eval()
     feature_extractor = EncodecFeatureExtractor(feature_size=1, sampling_rate=model.config.sampling_rate)
     report: dict[str, dict] = {}

@@ -5,7 +5,8 @@
 
 Needs the held-out lists of build_speech.py. Speech is judged by an independent recogniser (recognition.py). Each part
 is kept in --output_dir as soon as it is measured, so a killed run goes on where it stopped; evaluation.json,
-evaluation.md and steps.png are the report. Run it on an idle machine: it measures time too.
+evaluation.md and steps.png are the report. Run it on an idle machine: it measures time too. The main figures rest on
+all rows of the lists, the comparison of steps, thresholds and twin on the first --comparison_limit rows of each.
 """
 
 import math
@@ -60,6 +61,14 @@ GOALS: list[tuple[str, str, str, str]] = [
     ("originals/spoken_qa_seen", "recogniser WER on the original answers' speech", "", ""),
     ("originals/tts", "recogniser WER on the original random sequences", "", ""),
 ]
+# Columns of the comparison of steps, thresholds and twin.
+COMPARED = {
+    "spoken_qa_seen/speech_wer": "QA speech WER",
+    "tts/speech_wer": "TTS speech WER",
+    "end_of_audio": "end found",
+    "speed/time_by_duration": "time / duration",
+    "speed/median_seconds": "median answer",
+}
 
 
 @dataclass
@@ -74,24 +83,26 @@ class EvaluationArguments:
         default_factory=lambda: [0.5, 0.7, 0.9], metadata={"help": "Confidence thresholds to compare."}
     )
     limit: int | None = field(default=None, metadata={"help": "Rows per list; all by default."})
+    comparison_limit: int = field(
+        default=100, metadata={"help": "Rows per list for the comparison of steps, thresholds and the twin."}
+    )
     batch_size: int = field(default=32, metadata={"help": "Requests answered at once, where time is not measured."})
     timed: int = field(default=20, metadata={"help": "Answers per speed figure, one at a time; 0 leaves speed out."})
     cold_runs: int = field(default=3, metadata={"help": "Starts of the command; 0 leaves them out."})
-    max_new_tokens: int = field(default=400, metadata={"help": "Limit of an answer."})
-    max_audio_codes_per_span: int = field(default=300, metadata={"help": "Limit of a span; reaching it is a failure."})
+    max_new_tokens: int | None = field(default=None, metadata={"help": "Limit of an answer; the model's by default."})
     device: str = field(default="cpu", metadata={"help": "Device of the model."})
     num_threads: int = field(default=2, metadata={"help": "Threads of PyTorch."})
     num_workers: int = field(default=2, metadata={"help": "Processes of the recogniser."})
 
 
 class Talker:
-    """A model folder that answers rows of the held-out lists."""
+    """A model folder that answers rows of the held-out lists, with its own processor or that of `other`."""
 
-    def __init__(self, folder: str, args: EvaluationArguments):
+    def __init__(self, folder: str, args: EvaluationArguments, other: "Talker | None" = None):
         self.folder, self.args = folder, args
-        self.fingerprint = fingerprint(folder)
+        self.fingerprint: str = fingerprint(folder) + (f" with {other.fingerprint}" if other else "")
         self.model = AutoModel.from_pretrained(folder, dtype=torch.float32).to(args.device).eval()
-        self.processor = AutoProcessor.from_pretrained(folder)
+        self.processor: Any = other.processor if other else AutoProcessor.from_pretrained(folder)
         self.processor.audio_tokenizer.to(args.device)
 
     def answer(self, rows: Sequence[dict[str, Any]], **options: Any) -> list[dict[str, Any]]:
@@ -108,30 +119,30 @@ class Talker:
             audio = [read_audio(self.args.data_dir, row["audio"]) for row in rows]
             inputs = self.processor(audio=audio, sampling_rate=SAMPLING_RATE, task=task)
         prompt_length = inputs["input_ids"].shape[1]
-        limits = {"max_new_tokens": self.args.max_new_tokens, "do_sample": False, "return_dict_in_generate": True}
-        if self.model.config.audio_objective == "diffusion":
-            limits["max_audio_codes_per_span"] = self.args.max_audio_codes_per_span
-        output = self.model.generate(**inputs.to(self.args.device), **limits, **options)
-        answers = self.processor.post_process(output.sequences, prompt_length)
-        for ids, answer in zip(output.sequences[:, prompt_length:].tolist(), answers, strict=True):
+        if self.args.max_new_tokens is not None:
+            options = options | {"max_new_tokens": self.args.max_new_tokens}
+        sequences = self.model.generate(**inputs.to(self.args.device), do_sample=False, **options)
+        answers = self.processor.post_process(sequences, prompt_length)
+        for ids, answer in zip(sequences[:, prompt_length:].tolist(), answers, strict=True):
             answer["ended"] = self.has_ended(ids, len(answer["audio_codes"]))
         return answers
 
     def has_ended(self, ids: list[int], num_codes: int) -> bool:
         """Whether an answer ended its turn after at least one code and no span ran into its limit."""
-        return (
-            self.processor.token_ids.end_of_turn_token_id in ids and 0 < num_codes < self.args.max_audio_codes_per_span
-        )
+        limit = getattr(self.model.generation_config, "max_audio_codes_per_span", math.inf)
+        return self.processor.token_ids.end_of_turn_token_id in ids and 0 < num_codes < limit
 
 
-def measure_list(talker: Talker, name: str, recognizer: Recognizer | None, options: dict[str, Any]) -> dict[str, Any]:
-    """Answers a whole list in batches; with `recognizer`, also listens to the answers.
+def measure_list(
+    talker: Talker, name: str, limit: int | None, recognizer: Recognizer | None, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Answers a list's first `limit` rows in batches; with `recognizer`, also listens to the answers.
 
     Returns:
         Per row `id`, `kind`, `expected`, `text`, `ended`, `seconds` of speech and `heard` (None if not listened to).
     """
     args = talker.args
-    rows = read_list(args.data_dir, name, args.limit)
+    rows = read_list(args.data_dir, name, limit)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]["question"] + rows[index]["answer"]))
     answers: list[dict[str, Any]] = [{} for _ in rows]
     title = " ".join([Path(talker.folder).name, name, *(f"{key}={value}" for key, value in options.items())])
@@ -194,13 +205,13 @@ def measure_originals(args: EvaluationArguments, name: str, recognizer: Recogniz
 
 
 def figures_of_list(rows: list[dict[str, Any]]) -> dict[str, Figure]:
-    """Exact answers, word error rates of text and speech, and ends of audio of one list's rows."""
+    """Exact answers and word error rate of the text; where it was listened to, of the speech too, and its ends."""
     figures = {
         "exact": share(row["text"] == row["expected"] for row in rows),
         "wer": Figure(word_error_rate([row["expected"] for row in rows], [row["text"] for row in rows]), len(rows)),
-        "ended": share(row["ended"] for row in rows),
     }
     if rows[0]["heard"] is not None:
+        figures["ended"] = share(row["ended"] for row in rows)
         # Against the model's own text: a wrong answer that is said well is no fault of the speech.
         own, heard = [row["text"] for row in rows], [row["heard"] for row in rows]
         figures["speech_wer"] = Figure(word_error_rate(own, heard) if any(own) else math.nan, len(rows))
@@ -226,13 +237,14 @@ class Evaluation:
         self.figures: dict[str, Figure] = {}
         self.kinds: dict[str, Figure] = {}
 
-    def part(self, talker: Talker | None, name: str, compute: Callable[[], Any], **options: Any) -> Any:
-        """The result of `compute`, measured or remembered."""
+    def part(
+        self, talker: Talker | None, name: str, count: int | None, compute: Callable[[], Any], options: Any
+    ) -> Any:
+        """The result of `compute` on `count` samples, measured or remembered."""
         settings = {
             "model": talker.fingerprint if talker else None,
             "lists": self.lists_fingerprint,
-            "limit": self.args.limit,
-            "timed": self.args.timed,
+            "count": count,
             "max_new_tokens": self.args.max_new_tokens,
             "options": options,
         }
@@ -241,53 +253,69 @@ class Evaluation:
         return remember(self.args.output_dir / "parts" / folder / f"{name}{suffix}.json", settings, compute)
 
     def lists(
-        self, talker: Talker, names: Sequence[str], listen: Sequence[str], prefix: str = "", **options: Any
-    ) -> None:
-        """Measures lists and files their figures under `prefix`."""
-        ended: list[bool] = []
+        self, talker: Talker, names: Sequence[str], limit: int | None, options: dict[str, Any]
+    ) -> dict[str, list[dict[str, Any]]]:
+        """The answers to the first `limit` rows of each list; those that are to be spoken are listened to."""
+        answers = {}
         for name in names:
-            recognizer = self.recognizer if name in listen else None
-            measure = partial(measure_list, talker, name, recognizer, options)
-            rows = self.part(talker, name, measure, **options)["rows"]
+            recognizer = self.recognizer if name in SPEECH_LISTS else None
+            compute = partial(measure_list, talker, name, limit, recognizer, options)
+            answers[name] = self.part(talker, name, limit, compute, options)["rows"]
+        return answers
+
+    def file(self, prefix: str, answers: dict[str, list[dict[str, Any]]]) -> None:
+        """Keeps the figures of `answers` under `prefix`."""
+        for name, rows in answers.items():
             for key, figure in figures_of_list(rows).items():
                 self.figures[f"{prefix}{name}/{key}"] = figure
-            if name in SPEECH_LISTS:
-                ended += [row["ended"] for row in rows]
-            if name == "spoken_qa_seen" and not prefix:
-                for kind in sorted({row["kind"] for row in rows}):
-                    self.kinds[kind] = share(row["text"] == row["expected"] for row in rows if row["kind"] == kind)
-        if ended:
-            self.figures[f"{prefix}end_of_audio"] = share(ended)
+        ended = [row["ended"] for name in SPEECH_LISTS for row in answers[name]]
+        self.figures[f"{prefix}end_of_audio"] = share(ended)
 
-    def speed(self, talker: Talker, prefix: str = "", **options: Any) -> None:
+    def speed(self, talker: Talker, prefix: str, options: dict[str, Any]) -> None:
+        """Keeps the figures of answers one at a time under `prefix`."""
         if self.args.timed:
-            result = self.part(talker, "speed", partial(measure_speed, talker, options), **options)
+            result = self.part(talker, "speed", self.args.timed, partial(measure_speed, talker, options), options)
             for key, figure in figures_of_speed(result).items():
                 self.figures[f"{prefix}speed/{key}"] = figure
 
     def run(self) -> None:
-        """Every part, in order. The default steps are measured once and serve both tables."""
+        """Every part, in order. What is measured at the default steps serves both tables."""
         args = self.args
+        limit = args.comparison_limit if args.limit is None else min(args.limit, args.comparison_limit)
         for name in SPEECH_LISTS:
-            result = self.part(None, name, partial(measure_originals, args, name, self.recognizer))
-            error = word_error_rate(result["expected"], result["heard"])
-            self.figures[f"originals/{name}"] = Figure(error, len(result["heard"]))
+            compute = partial(measure_originals, args, name, self.recognizer)
+            result = self.part(None, name, args.limit, compute, {})
+            for key, said, heard in (
+                (f"originals/{name}", result["expected"], result["heard"]),
+                (f"original speech/{name}/speech_wer", result["expected"][:limit], result["heard"][:limit]),
+            ):
+                self.figures[key] = Figure(word_error_rate(said, heard), len(heard))
 
         talker = Talker(args.model, args)
+        default = {"audio_steps_per_block": args.default_steps}
         voices = ("seen", "unheard", "unheard_natural")
         names = [*(f"spoken_qa_{v}" for v in voices), *(f"asr_{v}" for v in voices), "text_qa", "tts"]
-        self.lists(talker, names, list(SPEECH_LISTS), audio_steps_per_block=args.default_steps)
-        self.speed(talker, audio_steps_per_block=args.default_steps)
+        answers = self.lists(talker, names, args.limit, default)
+        self.file("", answers)
+        self.speed(talker, "", default)
+        questions = answers["spoken_qa_seen"]
+        for kind in sorted({row["kind"] for row in questions}):
+            self.kinds[kind] = share(row["text"] == row["expected"] for row in questions if row["kind"] == kind)
         if args.cold_runs:
-            result = self.part(talker, "cold", partial(measure_cold_command, talker), runs=args.cold_runs)
+            result = self.part(talker, "cold", args.cold_runs, partial(measure_cold_command, talker), {})
             self.figures["cold_command"] = Figure(statistics.median(result["seconds"]), len(result["seconds"]), "s")
+
         for prefix, options in comparison_settings(args):
-            self.lists(talker, list(SPEECH_LISTS), list(SPEECH_LISTS), prefix, **options)
-            self.speed(talker, prefix, **options)
+            if options == default:
+                self.file(prefix, {name: answers[name][:limit] for name in SPEECH_LISTS})
+            else:
+                self.file(prefix, self.lists(talker, list(SPEECH_LISTS), limit, options))
+            self.speed(talker, prefix, options)
         if args.twin:
-            twin = Talker(args.twin, args)
-            self.lists(twin, names, list(SPEECH_LISTS), "twin/")
-            self.speed(twin, "twin/")
+            # The twin speaks with the model's audio tokenizer, so that only the language models are compared.
+            twin = Talker(args.twin, args, talker)
+            self.file("twin/", self.lists(twin, names, limit, {}))
+            self.speed(twin, "twin/", {})
 
 
 def comparison_settings(args: EvaluationArguments) -> list[tuple[str, dict[str, Any]]]:
@@ -300,43 +328,31 @@ def comparison_settings(args: EvaluationArguments) -> list[tuple[str, dict[str, 
 
 def report(args: EvaluationArguments, figures: dict[str, Figure], kinds: dict[str, Figure]) -> str:
     """The report in Markdown."""
-    header = ["", "at least", "aim", "measured", "samples"] + (["autoregressive twin"] if args.twin else [])
+    header = ["", "at least", "aim", "measured", "samples", *(["autoregressive twin", "samples"] if args.twin else [])]
     main_rows = []
     for key, title, least, aim in GOALS:
         if key in figures:
-            twin = [figures.get(f"twin/{key}", "")] if args.twin else []
-            main_rows.append([title, least, aim, figures[key], figures[key].count, *twin])
-    rows = []
-    twin_rows = [("twin/", {})] if args.twin else []
-    for prefix, _ in [*comparison_settings(args), *twin_rows]:
-        cells = [
-            figures.get(f"{prefix}{key}", "")
-            for key in (
-                "spoken_qa_seen/speech_wer",
-                "tts/speech_wer",
-                "end_of_audio",
-                "speed/time_by_duration",
-                "speed/median_seconds",
-            )
-        ]
-        counts = [str(cell.count) for cell in cells if isinstance(cell, Figure)]
-        title = "autoregressive twin" if prefix == "twin/" else prefix.rstrip("/")
-        rows.append([title, *cells, " / ".join(counts)])
-    header_rows = [
-        "decoding",
-        "QA speech WER",
-        "TTS speech WER",
-        "end found",
-        "time / duration",
-        "median answer",
-        "samples",
+            row: list[object] = [title, least, aim, figures[key], figures[key].count]
+            if args.twin:
+                twin = figures.get(f"twin/{key}")
+                row += [twin, twin.count] if twin else ["", ""]
+            main_rows.append(row)
+    prefixes = [prefix for prefix, _ in comparison_settings(args)]
+    prefixes += [*(["twin/"] if args.twin else []), "original speech/"]
+    titles = {"twin/": "autoregressive twin", "original speech/": "the references' own speech"}
+    # Every row rests on the same samples, so their number stands in the header.
+    counts = {key: next((figures[p + key].count for p in prefixes if p + key in figures), 0) for key in COMPARED}
+    compared_header = ["decoding", *(f"{title} (n = {counts[key]})" for key, title in COMPARED.items())]
+    compared_rows = [
+        [titles.get(prefix, prefix.rstrip("/")), *(figures.get(prefix + key, "") for key in COMPARED)]
+        for prefix in prefixes
     ]
     return "\n\n".join(
         [
             f"## Figures (at {args.default_steps} steps a block)",
             markdown_table(header, main_rows),
             "## Quality and speed by denoising steps a block",
-            markdown_table(header_rows, rows),
+            markdown_table(compared_header, compared_rows),
             "## Exact spoken answers by kind of question (trained voices)",
             markdown_table(
                 ["kind", "exact", "samples"], [[kind, figure, figure.count] for kind, figure in kinds.items()]
@@ -352,13 +368,15 @@ def plot(args: EvaluationArguments, figures: dict[str, Figure], path: Path) -> N
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
     for (name, title), color in zip(SPEECH_LISTS.items(), ("#1f6f8b", "#c8553d"), strict=True):
-        values = [100 * figures[f"{steps} steps/{name}/speech_wer"].value for steps in args.steps]
-        axes.plot(args.steps, values, "o-", color=color, label=f"{title} (n = {figures[f'originals/{name}'].count})")
-        axes.axhline(100 * figures[f"originals/{name}"].value, color=color, lw=1, ls=":", label=f"{title}: originals")
+        chosen = [figures[f"{steps} steps/{name}/speech_wer"] for steps in args.steps]
+        values = [100 * figure.value for figure in chosen]
+        axes.plot(args.steps, values, "o-", color=color, label=f"{title} (n = {chosen[0].count})", clip_on=False)
+        own = 100 * figures[f"original speech/{name}/speech_wer"].value
+        axes.axhline(own, color=color, lw=1.2, ls=":", label="the references' own speech", clip_on=False)
         if (twin := figures.get(f"twin/{name}/speech_wer")) is not None:
-            axes.axhline(100 * twin.value, color=color, lw=1, ls="--", label=f"{title}: autoregressive twin")
+            axes.axhline(100 * twin.value, color=color, lw=1.2, ls="--", label="autoregressive twin")
     axes.set(
         xscale="log", xlabel="denoising steps a block of 26 codes", ylabel="recogniser WER of the reply, %", ylim=0
     )
@@ -366,7 +384,7 @@ def plot(args: EvaluationArguments, figures: dict[str, Figure], path: Path) -> N
     axes.minorticks_off()
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, ncols=2, loc="outside lower center")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
