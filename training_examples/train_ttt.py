@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from datasets import load_from_disk
-from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_ttt import TttForConditionalGeneration
@@ -33,6 +33,13 @@ class ModelArguments:
     noise_epsilon: float = field(default=1e-3, metadata={"help": "Smallest noise level."})
     stratified_noise: bool = field(default=True, metadata={"help": "Spread the noise levels of a batch evenly."})
     threads: int = field(default=0, metadata={"help": "Torch threads; 0 leaves torch's own choice."})
+
+
+class RankSeed(TrainerCallback):
+    """Gives every process its own noise: the Trainer seeds them all alike."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        torch.manual_seed(args.seed + 1000 * args.process_index + state.global_step)
 
 
 def main() -> None:
@@ -62,6 +69,7 @@ def main() -> None:
         eval_dataset=dataset["eval"],
         data_collator=collator,
         processing_class=processor.tokenizer,
+        callbacks=[RankSeed()] if training.world_size > 1 else None,
     )
     checkpoint = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
     trainer.train(resume_from_checkpoint=checkpoint)
