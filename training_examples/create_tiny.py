@@ -63,7 +63,7 @@ def build_tokenizer(num_codes: int) -> PreTrainedTokenizerFast:
         ]
     )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
+    backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(content=" ", left=1, right=0)])
     trainer = trainers.BpeTrainer(
         vocab_size=20_000,
         min_frequency=1,

@@ -34,6 +34,7 @@ class ExportArguments:
     )
     output_dir: Path = field(default=Path("model_cards/ttt-tiny"), metadata={"help": "The folder to write."})
     copy_code: bool = field(default=False, metadata={"help": "Copy code files instead of linking them."})
+    block_size: int = field(default=13, metadata={"help": "Default codes per block."})
     steps: int = field(default=8, metadata={"help": "Default denoising steps per block."})
 
 
@@ -61,6 +62,7 @@ def link_code(folder: Path) -> None:
 def main() -> None:
     (args,) = HfArgumentParser(ExportArguments).parse_args_into_dataclasses()
     model = TttForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32).eval()
+    model.generation_config.audio_block_size = args.block_size
     model.generation_config.audio_steps_per_block = args.steps
     processor = TttProcessor.from_pretrained(args.model)
     if args.audio_tokenizer is not None:
