@@ -22,7 +22,7 @@ TALK = "pip install -c constraints.txt -e . && ttt-talk tests/fixtures/question.
 TEST = 'pip install -c constraints.txt -e ".[test]" && pytest'
 PACKAGES = ["modeling_ttt", "processing", "pipelines"]  # each may import those before it
 LOCAL_CODE = ("__init__", "convert_", "ttt_talk")  # everything else may travel with a model's weights
-MODEL_FOLDERS = [path.parent for path in sorted((ROOT / "model_cards").glob("*/README.md"))]
+MODEL_FOLDERS = [path.parent for path in sorted((ROOT / "model_cards").glob("*/config.json"))]
 TINY = ROOT / "model_cards" / "ttt-tiny"
 needs_tiny = pytest.mark.skipif(not (TINY / "model.safetensors").exists(), reason="the default model is not there")
 QUESTION = ROOT / "tests" / "fixtures" / "question.wav"  # "what is seven plus eight"
