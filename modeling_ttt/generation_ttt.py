@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput, logging
 
 from .cache_ttt import TttCache
 from .decoding_ttt import TttDecoder
-from .generation_config_ttt import AUDIO_OPTIONS, TttGenerationConfig
+from .generation_config_ttt import AUDIO_DEFAULTS, AUDIO_OPTIONS, TttGenerationConfig
 
 logger = logging.get_logger(__name__)
 
@@ -102,6 +102,8 @@ class TttGenerationMixin(GenerationMixin):
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> tuple[TttGenerationConfig, dict[str, Any]]:
+        # None asks for the default, as it does in a generation configuration.
+        kwargs = {name: value for name, value in kwargs.items() if value is not None or name not in AUDIO_DEFAULTS}
         prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         return TttGenerationConfig.upgrade(prepared), model_kwargs
 

@@ -105,3 +105,10 @@ def test_the_caller_overrides_the_checkpoint_and_the_checkpoint_the_default(tiny
     assert forwards(generation_config=TttGenerationConfig(audio_steps_per_block=4)) > least
     assert forwards(generation_config=GenerationConfig(temperature=1.0)) == least
     assert model.generation_config.audio_steps_per_block == 1
+
+
+def test_none_as_a_keyword_asks_for_the_default(tiny_model):
+    prompt = torch.tensor([[1, 2, 102]])  # ends with a begin token: a span follows
+    model = tiny_model()
+    default = model.generate(prompt, max_new_tokens=20)
+    assert torch.equal(default, model.generate(prompt, max_new_tokens=20, audio_block_size=None, audio_remasking=None))

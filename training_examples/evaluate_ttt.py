@@ -78,7 +78,11 @@ class EvaluationArguments:
     data_dir: Path = field(default=Path("data/ttt_tiny/eval"), metadata={"help": "Folder of the held-out lists."})
     output_dir: Path = field(default=Path("runs/evaluate_ttt"), metadata={"help": "Where parts and report go."})
     steps: list[int] = field(default_factory=lambda: [2, 4, 8, 13, 26], metadata={"help": "Steps a block to compare."})
+    steps_block_size: int = field(default=26, metadata={"help": "Codes a block in that comparison, as published."})
     default_steps: int = field(default=8, metadata={"help": "Steps a block of every other figure."})
+    block_sizes: list[int] = field(
+        default_factory=lambda: [8, 13], metadata={"help": "Codes a block to compare at the default steps."}
+    )
     thresholds: list[float] = field(
         default_factory=lambda: [0.5, 0.7, 0.9], metadata={"help": "Confidence thresholds to compare."}
     )
@@ -292,7 +296,10 @@ class Evaluation:
                 self.figures[key] = Figure(word_error_rate(said, heard), len(heard))
 
         talker = Talker(args.model, args)
-        default = {"audio_steps_per_block": args.default_steps}
+        default = {
+            "audio_block_size": talker.model.generation_config.audio_block_size or args.steps_block_size,
+            "audio_steps_per_block": args.default_steps,
+        }
         voices = ("seen", "unheard", "unheard_natural")
         names = [*(f"spoken_qa_{v}" for v in voices), *(f"asr_{v}" for v in voices), "text_qa", "tts"]
         answers = self.lists(talker, names, args.limit, default)
@@ -321,8 +328,16 @@ class Evaluation:
 def comparison_settings(args: EvaluationArguments) -> list[tuple[str, dict[str, Any]]]:
     """Prefix and generation options of each row of the comparison."""
     settings: list[tuple[str, dict[str, Any]]] = []
-    settings += [(f"{steps} steps/", {"audio_steps_per_block": steps}) for steps in args.steps]
-    settings += [(f"threshold {value}/", {"audio_confidence_threshold": value}) for value in args.thresholds]
+    block = {"audio_block_size": args.steps_block_size}
+    settings += [(f"{steps} steps/", {**block, "audio_steps_per_block": steps}) for steps in args.steps]
+    settings += [
+        (
+            f"{args.default_steps} steps, blocks of {size}/",
+            {"audio_block_size": size, "audio_steps_per_block": args.default_steps},
+        )
+        for size in args.block_sizes
+    ]
+    settings += [(f"threshold {value}/", {**block, "audio_confidence_threshold": value}) for value in args.thresholds]
     return settings
 
 
@@ -349,9 +364,9 @@ def report(args: EvaluationArguments, figures: dict[str, Figure], kinds: dict[st
     ]
     return "\n\n".join(
         [
-            f"## Figures (at {args.default_steps} steps a block)",
+            f"## Figures (at {args.default_steps} steps a block, in the model's own blocks)",
             markdown_table(header, main_rows),
-            "## Quality and speed by denoising steps a block",
+            f"## Quality and speed by denoising steps, in blocks of {args.steps_block_size} codes",
             markdown_table(compared_header, compared_rows),
             "## Exact spoken answers by kind of question (trained voices)",
             markdown_table(
@@ -378,7 +393,10 @@ def plot(args: EvaluationArguments, figures: dict[str, Figure], path: Path) -> N
         if (twin := figures.get(f"twin/{name}/speech_wer")) is not None:
             axes.axhline(100 * twin.value, color=color, lw=1.2, ls="--", label="autoregressive twin")
     axes.set(
-        xscale="log", xlabel="denoising steps a block of 26 codes", ylabel="recogniser WER of the reply, %", ylim=0
+        xscale="log",
+        xlabel=f"denoising steps a block of {args.steps_block_size} codes",
+        ylabel="recogniser WER of the reply, %",
+        ylim=0,
     )
     axes.set_xticks(args.steps, [str(steps) for steps in args.steps])
     axes.minorticks_off()
