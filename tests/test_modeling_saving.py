@@ -94,9 +94,9 @@ def test_push_to_hub_uploads_a_folder_that_loads(tmp_path, monkeypatch):
 
 
 REMOTE = """
-import sys, torch
+import json, sys, torch
 from transformers import AutoModel, AutoModelForCausalLM
-folder, ids = sys.argv[1], torch.tensor(eval(sys.argv[2]))
+folder, ids = sys.argv[1], torch.tensor(json.loads(sys.argv[2]))
 models = [c.from_pretrained(folder, trust_remote_code=True) for c in (AutoModel, AutoModelForCausalLM)]
 assert "modeling_ttt" not in sys.modules, "the installed package was used"
 assert {type(model).__name__ for model in models} == {"TttForConditionalGeneration"}
@@ -114,7 +114,7 @@ def test_the_folder_alone_is_enough_without_this_package(tmp_path):
     command = [sys.executable, "-c", REMOTE, str(folder), str(IDS.tolist())]
     process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
-    assert torch.equal(torch.load(folder / "logits.pt"), logits_of(model))
+    assert torch.equal(torch.load(folder / "logits.pt", weights_only=True), logits_of(model))
     saved_again = json.loads((folder / "again/config.json").read_text())
     assert saved_again["auto_map"]["AutoModelForCausalLM"] == "modeling_ttt.TttForConditionalGeneration"
     assert {path.name for path in (folder / "again").glob("*.py")} == {path.name for path in folder.glob("*.py")}
