@@ -1,0 +1,1 @@
+../../processing/audio_codes_ttt.py

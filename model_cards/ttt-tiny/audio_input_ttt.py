@@ -1,0 +1,1 @@
+../../processing/audio_input_ttt.py

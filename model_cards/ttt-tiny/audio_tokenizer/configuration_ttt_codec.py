@@ -1,0 +1,1 @@
+../../../modeling_ttt/ttt_codec/configuration_ttt_codec.py

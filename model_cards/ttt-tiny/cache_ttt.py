@@ -1,0 +1,1 @@
+../../modeling_ttt/cache_ttt.py

@@ -1,0 +1,1 @@
+../../modeling_ttt/configuration_ttt.py

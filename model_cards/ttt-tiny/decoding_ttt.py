@@ -1,0 +1,1 @@
+../../modeling_ttt/decoding_ttt.py

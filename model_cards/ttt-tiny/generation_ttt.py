@@ -1,0 +1,1 @@
+../../modeling_ttt/generation_ttt.py

@@ -1,0 +1,1 @@
+../../processing/interleaving_ttt.py

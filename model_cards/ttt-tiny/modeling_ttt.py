@@ -1,0 +1,1 @@
+../../modeling_ttt/modeling_ttt.py

@@ -1,0 +1,1 @@
+../../modeling_ttt/ttt_codec/modeling_ttt_codec.py

@@ -1,0 +1,1 @@
+../../modeling_ttt/objective_ttt.py

@@ -1,0 +1,1 @@
+../../modeling_ttt/runner_ttt.py

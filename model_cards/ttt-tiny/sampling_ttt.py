@@ -1,0 +1,1 @@
+../../modeling_ttt/sampling_ttt.py

@@ -1,0 +1,1 @@
+../../processing/tasks_ttt.py
