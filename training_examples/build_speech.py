@@ -3,9 +3,9 @@
     python training_examples/build_speech.py --output_dir data/ttt_tiny
 
 Needs eSpeak NG and Flite (`apt-get install libespeak-ng1 espeak-ng-data libflite1`). About 30,000 assistant sentences
-and 55,000 questions and dictations took 27 minutes on two busy cores; `--evaluation_only` speaks the
-held-out lists alone. A shard is written whole or not at all, so a killed
-run goes on where it stopped. Everything is drawn from `--seed`: the same command speaks the same data.
+and 55,000 questions and dictations took 27 minutes on two busy cores; `--evaluation_only` speaks the held-out lists
+alone. A shard is written whole or not at all, so a killed run goes on where it stopped. Sentences, voices, speeds and
+pitches are drawn from `--seed`; the synthesisers add noise of their own, so samples differ from run to run.
 """
 
 import json
