@@ -1,5 +1,6 @@
 """The evaluation scripts: their figures, that a killed run goes on, and that they run on a whole (random) model."""
 
+import dataclasses
 import json
 import math
 
@@ -58,6 +59,10 @@ def test_a_fingerprint_follows_weights_and_settings(tmp_path):
     assert fingerprint(tmp_path) == before
     (tmp_path / "model.safetensors").write_bytes(b"2")
     assert fingerprint(tmp_path) != before
+    (tmp_path / "tts.jsonl").write_text("{}")
+    of_lists = fingerprint(tmp_path / "tts.jsonl")
+    (tmp_path / "asr.jsonl").write_text("{}")
+    assert fingerprint(tmp_path / "tts.jsonl") == of_lists != fingerprint(tmp_path / "asr.jsonl")
 
 
 def test_a_missing_list_says_which_script_makes_it(tmp_path):
@@ -107,6 +112,9 @@ def arguments(tmp_path_factory):
     for task, suffixes in (("spoken_qa", "seen unheard unheard_natural"), ("asr", "seen unheard unheard_natural")):
         for suffix in suffixes.split():
             write_list(lists, f"{task}_{suffix}", task, "speech.wav")
+    write_list(lists, "development_spoken_qa_seen", "spoken_qa", "speech.wav", count=3)
+    write_list(lists, "development_asr_seen", "asr", "speech.wav", count=3)
+    write_list(lists, "development_tts", "tts", None, count=3)
     write_list(lists, "text_qa", "text_qa", None)
     write_list(lists, "tts", "tts", None)
     return EvaluationArguments(
@@ -123,7 +131,7 @@ def arguments(tmp_path_factory):
     )
 
 
-def write_list(folder, name, task, audio):
+def write_list(folder, name, task, audio, count=2):
     question = "" if task in ("asr", "tts") else "one plus one"
     row = {
         "task": task,
@@ -133,7 +141,7 @@ def write_list(folder, name, task, audio):
         "audio": audio,
         "answer_audio": "speech.wav",
     }
-    lines = [json.dumps({"id": f"{name}-{index}", **row}) for index in range(2)]
+    lines = [json.dumps({"id": f"{name}-{index}", **row}) for index in range(count)]
     (folder / f"{name}.jsonl").write_text("\n".join(lines))
 
 
@@ -157,6 +165,19 @@ def test_the_whole_evaluation_runs_and_goes_on_where_it_stopped(arguments, monke
     again = Evaluation(arguments, DeafRecognizer())
     again.run()
     assert again.figures.keys() == figures.keys()
+
+
+def test_the_development_split_reads_and_writes_files_of_its_own(arguments):
+    arguments = dataclasses.replace(arguments, split="development", output_dir=arguments.output_dir.parent / "choices")
+    evaluation = Evaluation(arguments, DeafRecognizer())
+    evaluation.run()
+    for name in ("spoken_qa_seen/exact", "asr_seen/wer", "tts/speech_wer"):
+        assert evaluation.figures[name].count == 3
+    assert "asr_unheard/wer" not in evaluation.figures
+    assert "development lists" in report(arguments, evaluation.figures, evaluation.kinds)
+    parts = list(arguments.output_dir.rglob("*.json"))
+    assert parts and all(path.name.startswith("development_") for path in parts)
+    assert EvaluationArguments().in_split("tts") == "tts"
 
 
 def test_an_answer_has_ended_when_its_turn_is_over_and_no_span_hit_its_limit(arguments):

@@ -1,5 +1,6 @@
 """The scripts that made ttt-tiny, on data small enough to print: the domain's split, shards, examples and training."""
 
+import hashlib
 import json
 import random
 import sys
@@ -31,6 +32,34 @@ def test_no_held_out_sentence_is_ever_drawn_for_training():
     dictated = {row["text"] for row in plan["questions"]} | {row["text"] for row in plan["assistant"]}
     assert not dictated & {row["answer"] for row in held_out["tts"]}
     assert {row["voice"] for row in plan["questions"]}.isdisjoint(row["voice"] for row in held_out["asr_unheard"])
+
+
+def sentences(rows):
+    return {row["question"] or row["answer"] for row in rows}
+
+
+def test_development_lists_are_held_out_and_share_no_sentence_with_the_evaluation_list_they_stand_for():
+    plan = build_speech.plan_evaluation(build_speech.BuildArguments())
+    for name in ("spoken_qa_seen", "asr_seen", "tts"):
+        rows = plan[f"development_{name}"]
+        assert len(rows) == 100
+        assert all(domain.is_held_out(sentence) for sentence in sentences(rows))
+        assert not sentences(rows) & sentences(plan[name])
+        assert [row.keys() for row in rows] == [plan[name][0].keys()] * 100
+    # Every kind of question is left, in about the evaluation's proportions.
+    assert {row["kind"] for row in plan["development_spoken_qa_seen"]} == {
+        row["kind"] for row in plan["spoken_qa_seen"]
+    }
+
+
+def test_evaluation_lists_do_not_depend_on_the_development_lists():
+    few = build_speech.plan_evaluation(build_speech.BuildArguments(development_items=3))
+    many = build_speech.plan_evaluation(build_speech.BuildArguments(development_items=30))
+    for name in few:
+        assert (few[name] == many[name]) != name.startswith("development_"), name
+    # Published figures rest on these very draws.
+    digest = hashlib.sha256(json.dumps([rows for name, rows in few.items() if "development" not in name]).encode())
+    assert digest.hexdigest()[:16] == "9a01384e56ac8a28"
 
 
 def test_the_same_seed_plans_the_same_speech():

@@ -10,6 +10,7 @@ pitches are drawn from `--seed`; the synthesisers add noise of their own, so sam
 
 import json
 import random
+from collections.abc import Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -40,6 +41,7 @@ class BuildArguments:
     questions: int = field(default=40_000, metadata={"help": "Spoken questions in many voices."})
     dictations: int = field(default=15_000, metadata={"help": "Random word sequences in many voices, for recognition."})
     eval_items: int = field(default=300, metadata={"help": "Held-out items per evaluation list."})
+    development_items: int = field(default=100, metadata={"help": "Held-out items per development list."})
     shard_size: int = field(default=500, metadata={"help": "Sentences per shard."})
     evaluation_only: bool = field(default=False, metadata={"help": "Speak the held-out lists, not the training data."})
     workers: int = field(default=2, metadata={"help": "Processes that speak side by side."})
@@ -75,38 +77,23 @@ def plan_training(args: BuildArguments) -> dict[str, list[dict]]:
 
 
 def plan_evaluation(args: BuildArguments) -> dict[str, list[dict]]:
-    """Lists the held-out items: none of their sentences is in the training plan."""
+    """Lists the held-out items: none of their sentences is in the training plan.
+
+    The evaluation lists give the figures that are published. Choices (of a checkpoint, of decoding options) are made on
+    the `development_*` lists, drawn from a seed of their own: none shares a sentence with the evaluation list it
+    stands for. The held-out questions are too few to be disjoint from all evaluation lists at once.
+    """
     rng = random.Random(args.seed + 1)
     heard = {"seen": TRAINED_VOICES, "unheard": UNHEARD_VOICES, "unheard_natural": [UNHEARD_NATURAL_VOICE]}
     plan: dict[str, list[dict]] = {}
     for name, voices in heard.items():
-        plan[f"spoken_qa_{name}"] = [
-            {"task": "spoken_qa", "question": item.question, "answer": item.answer, "kind": item.kind}
-            | {"seen_voice": name == "seen", **asdict(random_delivery(rng, voices))}
-            for item in domain.sample_items(rng, args.eval_items, held_out=True)
-        ]
-        sentences = [
-            *(item.question for item in domain.sample_items(rng, args.eval_items * 2 // 3, held_out=True)),
-            *domain.sample_sequences(rng, args.eval_items - args.eval_items * 2 // 3, held_out=True, longest=6),
-        ]
-        plan[f"asr_{name}"] = [
-            {
-                "task": "asr",
-                "question": "",
-                "answer": text,
-                "kind": "question" if index < args.eval_items * 2 // 3 else "random",
-            }
-            | {"seen_voice": name == "seen", **asdict(random_delivery(rng, voices))}
-            for index, text in enumerate(sentences)
-        ]
+        plan[f"spoken_qa_{name}"] = _spoken_questions(rng, args.eval_items, voices)
+        plan[f"asr_{name}"] = _dictations(rng, args.eval_items, voices)
     plan["text_qa"] = [
         {"task": "text_qa", "question": item.question, "answer": item.answer, "kind": item.kind, "seen_voice": True}
         for item in domain.sample_items(rng, args.eval_items, held_out=True)
     ]
-    plan["tts"] = [
-        {"task": "tts", "question": "", "answer": words, "kind": "random", "seen_voice": True}
-        for words in domain.sample_sequences(rng, args.eval_items, held_out=True)
-    ]
+    plan["tts"] = _texts_to_read(rng, args.eval_items)
     # Answers whose text the audio tokenizer never heard: train_codec.py leaves out every held-out sentence.
     answers = sorted({item.answer for item in domain.fixed_items() if domain.is_held_out(item.answer)})
     repeats = domain.sample_sequences(rng, args.eval_items - len(answers), held_out=True, shortest=2, longest=5)
@@ -114,7 +101,43 @@ def plan_evaluation(args: BuildArguments) -> dict[str, list[dict]]:
         {"task": "codec", "question": "", "answer": text, "kind": "answer", "seen_voice": True}
         for text in [*answers, *repeats[: args.eval_items // 10]]
     ]
+
+    rng = random.Random(args.seed + 2)
+    taken = {name: {row["question"] or row["answer"] for row in rows} for name, rows in plan.items()}
+    count = args.development_items
+    plan["development_spoken_qa_seen"] = _spoken_questions(rng, count, TRAINED_VOICES, taken["spoken_qa_seen"])
+    plan["development_asr_seen"] = _dictations(rng, count, TRAINED_VOICES, taken["asr_seen"])
+    plan["development_tts"] = _texts_to_read(rng, count, taken["tts"])
     return plan
+
+
+def _spoken_questions(
+    rng: random.Random, count: int, voices: Sequence[str], excluded: Collection[str] = ()
+) -> list[dict]:
+    return [
+        {"task": "spoken_qa", "question": item.question, "answer": item.answer, "kind": item.kind}
+        | {"seen_voice": voices == TRAINED_VOICES, **asdict(random_delivery(rng, voices))}
+        for item in domain.sample_items(rng, count, held_out=True, excluded=excluded)
+    ]
+
+
+def _dictations(rng: random.Random, count: int, voices: Sequence[str], excluded: Collection[str] = ()) -> list[dict]:
+    """Two thirds questions of the domain, one third random word sequences."""
+    questions = domain.sample_items(rng, count * 2 // 3, held_out=True, excluded=excluded)
+    sequences = domain.sample_sequences(rng, count - len(questions), held_out=True, longest=6, excluded=excluded)
+    sentences = [*(("question", item.question) for item in questions), *(("random", words) for words in sequences)]
+    return [
+        {"task": "asr", "question": "", "answer": text, "kind": kind}
+        | {"seen_voice": voices == TRAINED_VOICES, **asdict(random_delivery(rng, voices))}
+        for kind, text in sentences
+    ]
+
+
+def _texts_to_read(rng: random.Random, count: int, excluded: Collection[str] = ()) -> list[dict]:
+    return [
+        {"task": "tts", "question": "", "answer": words, "kind": "random", "seen_voice": True}
+        for words in domain.sample_sequences(rng, count, held_out=True, excluded=excluded)
+    ]
 
 
 def speak_shard(path: Path, rows: list[dict]) -> Path:

@@ -8,7 +8,7 @@ and split by the same hash.
 
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 NUMBERS = (
@@ -223,28 +223,39 @@ KIND_WEIGHTS = {
 }  # fmt: skip
 
 
-def sample_items(rng: random.Random, count: int, held_out: bool) -> list[Item]:
-    """Draws `count` items by KIND_WEIGHTS, all of them held out or none of them."""
+def sample_items(rng: random.Random, count: int, held_out: bool, excluded: Collection[str] = ()) -> list[Item]:
+    """Draws `count` items by KIND_WEIGHTS, all of them held out or none of them, no question among `excluded`.
+
+    A kind is left out when all its questions are excluded.
+    """
     pools: dict[str, list[Item]] = {}
     for item in fixed_items():
-        if is_held_out(item.question) == held_out:
+        if is_held_out(item.question) == held_out and item.question not in excluded:
             pools.setdefault(item.kind, []).append(item)
-    kinds = rng.choices(list(KIND_WEIGHTS), weights=list(KIND_WEIGHTS.values()), k=count)
-    return [_draw_repeat(rng, held_out) if kind == "repeat" else rng.choice(pools[kind]) for kind in kinds]
+    weights = {kind: weight for kind, weight in KIND_WEIGHTS.items() if kind in pools or kind == "repeat"}
+    kinds = rng.choices(list(weights), weights=list(weights.values()), k=count)
+    return [_draw_repeat(rng, held_out, excluded) if kind == "repeat" else rng.choice(pools[kind]) for kind in kinds]
 
 
-def _draw_repeat(rng: random.Random, held_out: bool) -> Item:
-    while is_held_out((item := repeat_item(rng)).question) != held_out:
+def _draw_repeat(rng: random.Random, held_out: bool, excluded: Collection[str]) -> Item:
+    while is_held_out((item := repeat_item(rng)).question) != held_out or item.question in excluded:
         pass
     return item
 
 
-def sample_sequences(rng: random.Random, count: int, held_out: bool, shortest: int = 2, longest: int = 8) -> list[str]:
-    """Draws `count` random word sequences for text-to-speech, all of them held out or none of them."""
+def sample_sequences(
+    rng: random.Random,
+    count: int,
+    held_out: bool,
+    shortest: int = 2,
+    longest: int = 8,
+    excluded: Collection[str] = (),
+) -> list[str]:
+    """Draws `count` random word sequences, all of them held out or none of them, none among `excluded`."""
     found: list[str] = []
     while len(found) < count:
         words = random_words(rng, shortest, longest)
-        if is_held_out(words) == held_out:
+        if is_held_out(words) == held_out and words not in excluded:
             found.append(words)
     return found
 

@@ -3,10 +3,12 @@
     python training_examples/evaluate_ttt.py --model model_cards/ttt-tiny
     python training_examples/evaluate_ttt.py --model model_cards/ttt-tiny --twin runs/autoregressive_twin
 
-Needs the held-out lists of build_speech.py. Speech is judged by an independent recogniser (recognition.py). Each part
-is kept in --output_dir as soon as it is measured, so a killed run goes on where it stopped; evaluation.json,
-evaluation.md and steps.png are the report. Run it on an idle machine: it measures time too. The main figures rest on
-all rows of the lists, the comparison of steps, thresholds and twin on the first --comparison_limit rows of each.
+Needs the held-out lists of build_speech.py: choices are made with `--split development`, and what was chosen is then
+measured once on the evaluation lists. Speech is judged by an independent recogniser (recognition.py). Each part is kept
+in --output_dir as soon as it is measured, so a killed run goes on where it stopped; evaluation.json, evaluation.md and
+steps.png are the report (development.json, development.md and development_steps.png that of the other split). Run it on
+an idle machine: it measures time too. The main figures rest on all rows of the lists, the comparison of steps,
+thresholds and twin on the first --comparison_limit rows of each.
 """
 
 import math
@@ -19,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import soundfile
 import torch
@@ -42,6 +44,16 @@ import modeling_ttt  # noqa: F401  (registers the models, so that no remote code
 import processing  # noqa: F401
 
 PROCESSOR_TASKS = {"spoken_qa": "spoken_qa", "asr": "asr", "tts": "tts", "text_qa": "text_chat"}
+VOICES = ("seen", "unheard", "unheard_natural")
+SPLITS = {
+    "evaluation": [
+        *(f"spoken_qa_{voice}" for voice in VOICES),
+        *(f"asr_{voice}" for voice in VOICES),
+        "text_qa",
+        "tts",
+    ],
+    "development": ["spoken_qa_seen", "asr_seen", "tts"],
+}
 SPEECH_LISTS = {"spoken_qa_seen": "QA answers", "tts": "random word sequences"}
 # Rows of the report: key, title, at least, aim (None: no goal).
 GOALS: list[tuple[str, str, str, str]] = [
@@ -75,6 +87,9 @@ COMPARED = {
 class EvaluationArguments:
     model: str = field(default="model_cards/ttt-tiny", metadata={"help": "Folder of the model."})
     twin: str | None = field(default=None, metadata={"help": "Folder of the autoregressive twin, measured beside it."})
+    split: Literal["evaluation", "development"] = field(
+        default="evaluation", metadata={"help": "Which held-out lists: choose on development, report evaluation."}
+    )
     data_dir: Path = field(default=Path("data/ttt_tiny/eval"), metadata={"help": "Folder of the held-out lists."})
     output_dir: Path = field(default=Path("runs/evaluate_ttt"), metadata={"help": "Where parts and report go."})
     steps: list[int] = field(default_factory=lambda: [2, 4, 8, 13, 26], metadata={"help": "Steps a block to compare."})
@@ -97,6 +112,14 @@ class EvaluationArguments:
     device: str = field(default="cpu", metadata={"help": "Device of the model."})
     num_threads: int = field(default=2, metadata={"help": "Threads of PyTorch."})
     num_workers: int = field(default=2, metadata={"help": "Processes of the recogniser."})
+
+    def in_split(self, name: str) -> str:
+        """The name of a list or a part in the chosen split."""
+        return name if self.split == "evaluation" else f"{self.split}_{name}"
+
+    def read_list(self, name: str, limit: int | None = None) -> list[dict[str, Any]]:
+        """The first `limit` rows of a list of the chosen split."""
+        return read_list(self.data_dir, self.in_split(name), limit)
 
 
 class Talker:
@@ -146,7 +169,7 @@ def measure_list(
         Per row `id`, `kind`, `expected`, `text`, `ended`, `seconds` of speech and `heard` (None if not listened to).
     """
     args = talker.args
-    rows = read_list(args.data_dir, name, limit)
+    rows = args.read_list(name, limit)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]["question"] + rows[index]["answer"]))
     answers: list[dict[str, Any]] = [{} for _ in rows]
     title = " ".join([Path(talker.folder).name, name, *(f"{key}={value}" for key, value in options.items())])
@@ -175,7 +198,7 @@ def measure_list(
 
 def measure_speed(talker: Talker, options: dict[str, Any]) -> dict[str, Any]:
     """Answers questions one at a time, from the question's waveform to the reply's; the first is not counted."""
-    rows = read_list(talker.args.data_dir, "spoken_qa_seen", talker.args.timed + 1)
+    rows = talker.args.read_list("spoken_qa_seen", talker.args.timed + 1)
     timed = []
     for row in tqdm(rows, desc=f"{Path(talker.folder).name} one at a time {options}"):
         begin = time.perf_counter()
@@ -186,7 +209,7 @@ def measure_speed(talker: Talker, options: dict[str, Any]) -> dict[str, Any]:
 
 def measure_cold_command(talker: Talker) -> dict[str, Any]:
     """Seconds from starting `ttt-talk` to its exit, with a question of about 3 s, in processes of their own."""
-    rows = read_list(talker.args.data_dir, "spoken_qa_seen")
+    rows = talker.args.read_list("spoken_qa_seen")
     questions = [read_audio(talker.args.data_dir, row["audio"]) for row in rows]
     question = min(questions, key=lambda samples: abs(len(samples) - 3 * SAMPLING_RATE))
     command = str(Path(sys.executable).with_name("ttt-talk"))
@@ -203,7 +226,7 @@ def measure_cold_command(talker: Talker) -> dict[str, Any]:
 
 def measure_originals(args: EvaluationArguments, name: str, recognizer: Recognizer) -> dict[str, Any]:
     """What the recogniser hears in the reference answers' own speech."""
-    rows = read_list(args.data_dir, name, args.limit)
+    rows = args.read_list(name, args.limit)
     heard = recognizer.transcribe([read_audio(args.data_dir, row["answer_audio"]) for row in rows], progress=True)
     return {"expected": [normalized(row["answer"]) for row in rows], "heard": heard}
 
@@ -237,7 +260,8 @@ class Evaluation:
 
     def __init__(self, args: EvaluationArguments, recognizer: Recognizer):
         self.args, self.recognizer = args, recognizer
-        self.lists_fingerprint = fingerprint(args.data_dir)
+        self.names = SPLITS[args.split]
+        self.lists_fingerprint = fingerprint(*(args.data_dir / f"{args.in_split(name)}.jsonl" for name in self.names))
         self.figures: dict[str, Figure] = {}
         self.kinds: dict[str, Figure] = {}
 
@@ -254,7 +278,8 @@ class Evaluation:
         }
         folder = Path(talker.folder).name if talker else "originals"
         suffix = "".join(f"-{key.removeprefix('audio_')}-{value}" for key, value in options.items())
-        return remember(self.args.output_dir / "parts" / folder / f"{name}{suffix}.json", settings, compute)
+        path = self.args.output_dir / "parts" / folder / f"{self.args.in_split(name)}{suffix}.json"
+        return remember(path, settings, compute)
 
     def lists(
         self, talker: Talker, names: Sequence[str], limit: int | None, options: dict[str, Any]
@@ -300,9 +325,7 @@ class Evaluation:
             "audio_block_size": talker.model.generation_config.audio_block_size or args.steps_block_size,
             "audio_steps_per_block": args.default_steps,
         }
-        voices = ("seen", "unheard", "unheard_natural")
-        names = [*(f"spoken_qa_{v}" for v in voices), *(f"asr_{v}" for v in voices), "text_qa", "tts"]
-        answers = self.lists(talker, names, args.limit, default)
+        answers = self.lists(talker, self.names, args.limit, default)
         self.file("", answers)
         self.speed(talker, "", default)
         questions = answers["spoken_qa_seen"]
@@ -321,7 +344,7 @@ class Evaluation:
         if args.twin:
             # The twin speaks with the model's audio tokenizer, so that only the language models are compared.
             twin = Talker(args.twin, args, talker)
-            self.file("twin/", self.lists(twin, names, limit, {}))
+            self.file("twin/", self.lists(twin, self.names, limit, {}))
             self.speed(twin, "twin/", {})
 
 
@@ -364,7 +387,7 @@ def report(args: EvaluationArguments, figures: dict[str, Figure], kinds: dict[st
     ]
     return "\n\n".join(
         [
-            f"## Figures (at {args.default_steps} steps a block, in the model's own blocks)",
+            f"## Figures on the {args.split} lists (at {args.default_steps} steps a block, in the model's own blocks)",
             markdown_table(header, main_rows),
             f"## Quality and speed by denoising steps, in blocks of {args.steps_block_size} codes",
             markdown_table(compared_header, compared_rows),
@@ -415,9 +438,11 @@ def main() -> None:
         evaluation = Evaluation(args, recognizer)
         evaluation.run()
     text = report(args, evaluation.figures, evaluation.kinds)
-    write_json(args.output_dir / "evaluation.json", {"figures": evaluation.figures, "exact_by_kind": evaluation.kinds})
-    (args.output_dir / "evaluation.md").write_text(text + "\n", encoding="utf-8")
-    plot(args, evaluation.figures, args.output_dir / "steps.png")
+    write_json(
+        args.output_dir / f"{args.split}.json", {"figures": evaluation.figures, "exact_by_kind": evaluation.kinds}
+    )
+    (args.output_dir / f"{args.split}.md").write_text(text + "\n", encoding="utf-8")
+    plot(args, evaluation.figures, args.output_dir / f"{args.in_split('steps')}.png")
     print(text)
 
 

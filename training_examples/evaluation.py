@@ -56,13 +56,14 @@ def normalized(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def fingerprint(folder: str | Path) -> str:
-    """A short hash of a folder's weights, settings and lists, so that a result is never taken for another's."""
+def fingerprint(*paths: str | Path) -> str:
+    """A short hash of folders' weights, settings and lists, or of files, so that no result is taken for another's."""
     digest = hashlib.sha256()
-    for path in sorted(Path(folder).rglob("*")):
-        if path.is_file() and path.suffix in {".safetensors", ".json", ".jsonl"}:
-            digest.update(path.relative_to(folder).as_posix().encode())
-            digest.update(path.read_bytes())
+    for root in map(Path, paths):
+        for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
+            if path.is_file() and path.suffix in {".safetensors", ".json", ".jsonl"}:
+                digest.update(path.relative_to(root if root.is_dir() else root.parent).as_posix().encode())
+                digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
