@@ -40,6 +40,9 @@ class CodecArguments:
     batch_size: int = field(default=24, metadata={"help": "Sentences per step (segments of 1 s for the vocoder)."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak; 200 steps of warm-up, then cosine to a 50th."})
     save_every: int = field(default=250, metadata={"help": "Steps between checkpoints."})
+    model: Path | None = field(
+        default=None, metadata={"help": "Audio tokenizer to start from, in place of what earlier stages made."}
+    )
     threads: int = field(default=1, metadata={"help": "Torch threads; two processes with one each beat one with two."})
     seed: int = field(default=0, metadata={"help": "Seed of weights, batches and augmentation."})
 
@@ -213,14 +216,29 @@ def decoder_step(model: TttCodecModel, answers) -> dict[str, torch.Tensor]:
     l1, delta = mel_loss(mel, target, mask.repeat_interleave(frames, 1))
     segments = clean[:, start * hop : (start + 12) * hop]
     spectral = spectral_loss(waveform, segments)
-    spoken = (model.log_mel(waveform) - target[:, frame_slice]).abs().mean()
-    return {"loss": 2 * l1 + delta + spectral + spoken, "mel": l1, "spectral": spectral}
+    spoken = model.log_mel(waveform)
+    sound = (spoken - target[:, frame_slice]).abs().mean()
+    # The frozen encoder hears phonemes: what it hears in the decoded speech shall be what it hears in the original.
+    segment_mask = mask[:, start : start + 12]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        heard = model.encoder.extract_features(spoken, segment_mask)
+        with torch.no_grad():
+            said = model.encoder.extract_features(model.log_mel(segments), segment_mask)
+    content = (heard.float() - said.float()).abs().mean()
+    return {
+        "loss": 2 * l1 + delta + spectral + sound + content,
+        "mel": l1,
+        "spectral": spectral,
+        "content": content,
+    }
 
 
 def load_for_stage(args: CodecArguments, folder: Path) -> TttCodecModel:
     """The stage's own checkpoint; else what earlier stages made; else fresh weights."""
     if (folder / "config.json").exists():
         return TttCodecModel.from_pretrained(folder)
+    if args.model is not None:
+        return TttCodecModel.from_pretrained(args.model)
     if args.stage != "decoder":
         return TttCodecModel(TttCodecConfig())
     model = TttCodecModel.from_pretrained(args.output_dir / "tokenizer")
