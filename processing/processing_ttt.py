@@ -1,33 +1,27 @@
-"""TttProcessor: conversations of text and speech to token ids, generated ids back to text and speech, and the saving
-and loading of both tokenizers in one repository. The order of text and audio lives in interleaving_ttt.py, the reading
-of audio in audio_input_ttt.py, prompts in tasks_ttt.py."""
+"""TttProcessor, the one object between a user and the model. How its methods do their work lives beside it: prompts in
+conversation_ttt.py, audio in audio_input_ttt.py and audio_codes_ttt.py, streams in streaming_ttt.py."""
 
 from __future__ import annotations
 
 import copy
 import os
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.modeling_utils import PreTrainedAudioTokenizerBase
-from transformers.models.auto.modeling_auto import AutoModelForAudioTokenization
 from transformers.processing_utils import AUDIO_TOKENIZER_KWARGS, ProcessorMixin
-from transformers.utils.chat_template_utils import render_jinja_template
 from transformers.utils.hub import hf_api
 
 from .audio_codes_ttt import decode_codes, encode_waveforms
 from .audio_input_ttt import is_single_audio, load_waveform
-from .interleaving_ttt import AUDIO_PLACEHOLDER, END_OF_TURN, TttTokenIds, deinterleave, interleave, to_list
+from .audio_tokenizer_ttt import AUDIO_TOKENIZER_FOLDER, read_audio_tokenizer, write_audio_tokenizer
+from .conversation_ttt import ConversationEncoder, check_all_used, read_audio_parts, render
+from .interleaving_ttt import TttTokenIds, deinterleave, to_list
 from .streaming_ttt import TttStreamer
-from .tasks_ttt import CHAT_TEMPLATE, RESPONSE_AUDIO, START_OF_TURN, TASKS, audio_parts, check_messages
-
-AUDIO_TOKENIZER_FOLDER = "audio_tokenizer"
-_RESPONSE = re.compile(rf"(?<={re.escape(START_OF_TURN)}assistant\n)(.*?)({re.escape(END_OF_TURN)}|\Z)", re.DOTALL)
+from .tasks_ttt import CHAT_TEMPLATE, TASKS, check_messages
 
 
 class TttProcessor(ProcessorMixin):
@@ -134,8 +128,8 @@ class TttProcessor(ProcessorMixin):
         texts = None if text is None else self._check_texts(text)
         if task is None and texts is not None:
             codes = iter([] if audio is None else self.encode_audio(audio, sampling_rate))
-            rows = [self._encode_rendered(rendered, codes, f"text {index}")[0] for index, rendered in enumerate(texts)]
-            self._check_all_used(codes, "text")
+            rows = [self._encoder.encode(rendered, codes, f"text {index}")[0] for index, rendered in enumerate(texts)]
+            check_all_used(codes, "text")
             return self._pad(rows, padding, padding_side, pad_to_multiple_of, return_tensors)
         audios = None if audio is None else self.encode_audio(audio, sampling_rate)
         size = max(len(texts or []), len(audios or []))
@@ -151,10 +145,12 @@ class TttProcessor(ProcessorMixin):
             )
             for index in range(size)
         ]
-        codes = self._encode_parts(conversations, [f"item {index}" for index in range(size)])
+        names = [f"item {index}" for index in range(size)]
+        codes = self._encode_parts(conversations, names)
+        rendered_prompts = [self._render(messages, None, True) for messages in conversations]
         rows = [
-            self._encode_rendered(self._render(messages, None, True), codes, f"item {index}")[0]
-            for index, messages in enumerate(conversations)
+            self._encoder.encode(rendered, codes, name)[0]
+            for rendered, name in zip(rendered_prompts, names, strict=True)
         ]
         return self._pad(rows, padding, padding_side, pad_to_multiple_of, return_tensors)
 
@@ -254,8 +250,8 @@ class TttProcessor(ProcessorMixin):
         if not tokenize:
             return rendered if batched else rendered[0]
         codes = self._encode_parts(conversations, names, audio, sampling_rate)
-        rows = [self._encode_rendered(text, codes, name)[0] for text, name in zip(rendered, names, strict=True)]
-        self._check_all_used(codes, "conversation")
+        rows = [self._encoder.encode(text, codes, name)[0] for text, name in zip(rendered, names, strict=True)]
+        check_all_used(codes, "conversation")
         features = self._pad(rows, padding, padding_side, pad_to_multiple_of, return_tensors)
         return features if return_dict else features["input_ids"]
 
@@ -263,10 +259,7 @@ class TttProcessor(ProcessorMixin):
 
     def build_response(self, text: str, audio_codes: Any | None = None) -> list[int]:
         """Ids of an answer: its text and codes interleaved, `<|im_end|>` at the end. No codes give a written answer."""
-        codes = [] if audio_codes is None else audio_codes
-        return interleave(
-            self._tokenize(text), codes, self.token_ids, self.text_chunk_size, self.audio_chunk_size, end_of_turn=True
-        )
+        return self._encoder.response(text, [] if audio_codes is None else audio_codes, ends=True)
 
     def build_example(
         self,
@@ -294,7 +287,7 @@ class TttProcessor(ProcessorMixin):
         """A training example of a whole conversation, in which every assistant turn is scored."""
         check_messages(messages, "conversation")
         codes = self._encode_parts([messages], ["conversation"])
-        ids, scored = self._encode_rendered(self._render(messages, None, False), codes, "conversation")
+        ids, scored = self._encoder.encode(self._render(messages, None, False), codes, "conversation")
         while scored and not scored[-1] and messages[-1]["role"] == "assistant":
             ids.pop()  # the line break the template writes after the last turn
             scored.pop()
@@ -411,12 +404,7 @@ class TttProcessor(ProcessorMixin):
             timestamps = self._get_files_timestamps(save_directory)
         files = super().save_pretrained(save_directory)
         if self.audio_tokenizer is not None:
-            folder = os.path.join(save_directory, AUDIO_TOKENIZER_FOLDER)
-            self.audio_tokenizer.save_pretrained(folder)
-            if self.audio_tokenizer._auto_class is not None:
-                # Transformers looks for the code of a subfolder's model at the root of the repository.
-                custom_object_save(self.audio_tokenizer, save_directory)
-                custom_object_save(self.audio_tokenizer.config, save_directory)
+            write_audio_tokenizer(self.audio_tokenizer, save_directory)
         if push_to_hub:
             # The folder's own time stamp does not tell which of its files changed: send it whole.
             timestamps.pop(AUDIO_TOKENIZER_FOLDER, None)
@@ -453,21 +441,9 @@ class TttProcessor(ProcessorMixin):
             kwargs["trust_remote_code"] = trust_remote_code
         processor = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if audio_tokenizer is None and load_audio_tokenizer:
-            audio_subfolder = f"{subfolder}/{AUDIO_TOKENIZER_FOLDER}".lstrip("/")
-            local = os.path.isdir(pretrained_model_name_or_path)
-            if local and not os.path.isfile(
-                os.path.join(pretrained_model_name_or_path, audio_subfolder, "config.json")
-            ):
-                raise OSError(
-                    f"{pretrained_model_name_or_path} has no audio tokenizer in `{audio_subfolder}/`. Pass "
-                    "`audio_tokenizer`, or `load_audio_tokenizer=False` where audio only comes as codes."
-                )
-            audio_tokenizer = AutoModelForAudioTokenization.from_pretrained(
-                pretrained_model_name_or_path,
-                subfolder=audio_subfolder,
-                trust_remote_code=trust_remote_code,
-                **located,
-            ).eval()
+            audio_tokenizer = read_audio_tokenizer(
+                pretrained_model_name_or_path, subfolder, trust_remote_code=trust_remote_code, **located
+            )
         if audio_tokenizer is not None:
             processor._check_audio_tokenizer(audio_tokenizer)
             processor.audio_tokenizer = audio_tokenizer
@@ -486,6 +462,10 @@ class TttProcessor(ProcessorMixin):
                 raise ValueError(f"text {index} is a {type(item).__name__}, not a string. Pass audio as `audio`.")
         return texts
 
+    @property
+    def _encoder(self) -> ConversationEncoder:
+        return ConversationEncoder(self.tokenizer, self.token_ids, self.text_chunk_size, self.audio_chunk_size)
+
     def _encode_parts(
         self,
         conversations: list[list[dict[str, Any]]],
@@ -494,115 +474,18 @@ class TttProcessor(ProcessorMixin):
         sampling_rate: int | None = None,
     ) -> Iterator[Any]:
         """Codes of every audio part, in order; those that come as audio are encoded together."""
-        given = iter([] if audio is None else [audio] if is_single_audio(audio) else list(audio))
-        codes: list[Any] = []
-        pending: dict[int, np.ndarray] = {}
-        for messages, name in zip(conversations, names, strict=True):
-            for index, part in enumerate(audio_parts(messages)):
-                if part.get("audio_codes") is None:
-                    pending[len(codes)] = self._load_part(part, given, sampling_rate, f"audio part {index} of {name}")
-                codes.append(part.get("audio_codes"))
-        left = sum(1 for _ in given)
-        if left:
-            raise ValueError(f"`audio` holds {left} more audios than there are audio parts without one of their own.")
-        if pending:
-            for position, row in zip(pending, self.encode_audio(list(pending.values())), strict=True):
+        rate = self.feature_extractor.sampling_rate
+        codes, waveforms = read_audio_parts(conversations, names, rate, audio, sampling_rate)
+        if waveforms:
+            for position, row in zip(waveforms, self.encode_audio(list(waveforms.values())), strict=True):
                 codes[position] = row
         return iter(codes)
-
-    def _load_part(
-        self, part: dict[str, Any], given: Iterator[Any], sampling_rate: int | None, name: str
-    ) -> np.ndarray:
-        source = next((part[key] for key in ("audio", "path", "url") if part.get(key) is not None), None)
-        if source is None:
-            source = part if part.get("array") is not None else next(given, None)
-        if source is None:
-            raise ValueError(
-                f"{name} has no audio; there are more audio parts than audios. Put each audio under its part's "
-                "`audio`, or pass one in `audio` for every part without."
-            )
-        own_rate = part.get("sampling_rate") or sampling_rate
-        return load_waveform(source, self.feature_extractor.sampling_rate, own_rate, name)
 
     def _render(
         self, messages: list[dict[str, Any]], chat_template: str | None, add_generation_prompt: bool, **kwargs: Any
     ) -> str:
-        """Conversation to text; templates see that a part is audio, not the audio itself."""
-        bare = [
-            message
-            if isinstance(message["content"], str)
-            else {**message, "content": [p if p["type"] == "text" else {"type": "audio"} for p in message["content"]]}
-            for message in messages
-        ]
-        rendered, _ = render_jinja_template(
-            conversations=[bare],
-            chat_template=self._resolve_chat_template(chat_template),
-            add_generation_prompt=add_generation_prompt,
-            **{**self.tokenizer.special_tokens_map, **kwargs},
-        )
-        return rendered[0]
-
-    def _encode_rendered(self, rendered: str, codes: Iterator[Any], name: str) -> tuple[list[int], list[bool]]:
-        """Rendered text to ids, and which of them an assistant wrote. Answers are tokenised apart from what precedes
-        them, as in generation."""
-        ids: list[int] = []
-        scored: list[bool] = []
-
-        def append(new: list[int], is_response: bool) -> None:
-            ids.extend(new)
-            scored.extend([is_response] * len(new))
-
-        position = 0
-        for match in _RESPONSE.finditer(rendered):
-            append(self._encode_prompt_text(rendered[position : match.start()], codes, name), False)
-            append(self._encode_response_text(match.group(1), bool(match.group(2)), codes, name), True)
-            position = match.end()
-        append(self._encode_prompt_text(rendered[position:], codes, name), False)
-        return ids, scored
-
-    def _encode_prompt_text(self, text: str, codes: Iterator[Any], name: str) -> list[int]:
-        pieces = text.split(AUDIO_PLACEHOLDER)
-        ids = self._tokenize(pieces[0])
-        for piece in pieces[1:]:
-            ids += self.token_ids.codes_to_ids(self._next_codes(codes, name), name)
-            ids += self._tokenize(piece)
-        return ids
-
-    def _encode_response_text(self, text: str, ends: bool, codes: Iterator[Any], name: str) -> list[int]:
-        spoken = text.endswith(RESPONSE_AUDIO)
-        text = text.removesuffix(RESPONSE_AUDIO)
-        if AUDIO_PLACEHOLDER in text:
-            raise ValueError(f"{name}: an assistant's turn holds its text and then at most one audio.")
-        if not spoken:
-            return self._tokenize(text) + [self.token_ids.end_of_turn_token_id] * ends
-        return interleave(
-            self._tokenize(text),
-            self._next_codes(codes, name),
-            self.token_ids,
-            self.text_chunk_size,
-            self.audio_chunk_size,
-            end_of_turn=ends,
-        )
-
-    def _next_codes(self, codes: Iterator[Any], name: str) -> list[int]:
-        row = next(codes, None)
-        if row is None:
-            raise ValueError(
-                f"{name} has more `{AUDIO_PLACEHOLDER}` placeholders (audio parts) than there are audios. "
-                "Pass one audio for each."
-            )
-        return to_list(row)
-
-    def _check_all_used(self, codes: Iterator[Any], name: str) -> None:
-        left = sum(1 for _ in codes)
-        if left:
-            raise ValueError(
-                f"There are {left} more audios than audio parts (`{AUDIO_PLACEHOLDER}` placeholders) in `{name}`. "
-                "Add a part for each, or pass `task` to have the prompt built around them."
-            )
-
-    def _tokenize(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        template = self._resolve_chat_template(chat_template)
+        return render(messages, template, add_generation_prompt, **{**self.tokenizer.special_tokens_map, **kwargs})
 
     def _pad(
         self,

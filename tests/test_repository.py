@@ -103,6 +103,8 @@ def test_code_in_a_model_folder_is_the_packages_own(folder):
     sources = {path.name: path for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
     drifted = [path.name for path in folder.rglob("*.py") if path.read_bytes() != sources[path.name].read_bytes()]
     assert drifted == []
+    imported = {f"{module}.py" for path in folder.glob("*.py") for level, module in imports_of(path) if level == 1}
+    assert [name for name in sorted(imported) if not (folder / name).exists()] == []
 
 
 @needs_tiny

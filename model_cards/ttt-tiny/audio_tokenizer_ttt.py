@@ -1,0 +1,1 @@
+../../processing/audio_tokenizer_ttt.py

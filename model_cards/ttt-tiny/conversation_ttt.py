@@ -1,0 +1,1 @@
+../../processing/conversation_ttt.py
