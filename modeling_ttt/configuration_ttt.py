@@ -22,6 +22,11 @@ PROBABILITIES = (
     "prefix_preservation_probability",
     "span_truncation_probability",
 )
+CHOICES = {
+    "audio_objective": ("diffusion", "autoregressive"),
+    "text_objective": ("autoregressive", "diffusion"),
+    "prefix_preservation_unit": ("span", "token"),
+}
 
 
 class TttConfig(PreTrainedConfig):
@@ -43,13 +48,19 @@ class TttConfig(PreTrainedConfig):
         begin_of_last_audio_token_id (`int`): `<|begin_of_quad|>`, opens the last span of a response (text side).
         end_of_audio_token_id (`int`): `<|end_of_audio_new|>`, ends a span of a response (audio side).
         end_of_last_audio_token_id (`int`): `<|end_of_audio_span_last|>`, ends the last span (audio side).
-        audio_objective (`str`): `"diffusion"`, or `"autoregressive"` for the twin whose audio is causal, trained on the
-            next code and written by ordinary generation.
+        audio_objective, text_objective (`str`): how each side is trained. TtT is `"diffusion"` and `"autoregressive"`.
+            Its baselines share everything else. `"autoregressive"` for both: the twin whose audio is causal, trained on
+            the next code and written by ordinary generation. `"diffusion"` for both: the response, text and end of turn
+            included, is absorbed and predicted as one bidirectional span. Each side's loss is averaged over its own
+            labels in all three, so that their parts can be compared.
         causal_prompt_audio (`bool`): keep audio closed by `end_of_prompt_audio_token_id` causal, as the paper says;
             by default it is bidirectional, as the released weights were trained.
-        clean_batch_probability (`float`): p_mix, how often a training batch is left unmasked (BANOM).
+        clean_batch_probability (`float`): p_mix, how often a training batch is left unmasked (BANOM). Without effect
+            where text is diffused: nothing would be left to score.
         prefix_preservation_probability (`float`): p_prefix, how often a sample keeps the spans before a random one
             clean and unscored (PPM).
+        prefix_preservation_unit (`str`): where such a prefix may end: `"span"`, before a span, as published, or
+            `"token"`, anywhere in one, which trains what block-wise sampling meets.
         span_truncation_probability (`float`): p_trunc, how often the data collator cuts the last span of a response
             (SST). Recorded here, applied there.
         noise_epsilon (`float`): lower end of the noise level, λ = (1 - ε) t + ε.
@@ -66,7 +77,8 @@ class TttConfig(PreTrainedConfig):
     """
 
     model_type = "ttt"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    # The `Trainer` gathers the other outputs row by row; these are of the whole batch.
+    keys_to_ignore_at_inference = ["past_key_values", "text_loss", "audio_loss"]
     sub_configs_defaults = {
         "text_config": SubConfigSpec(
             config_class=AutoConfig,
@@ -94,9 +106,11 @@ class TttConfig(PreTrainedConfig):
     end_of_audio_token_id: int = 168070
     end_of_last_audio_token_id: int = 168071
     audio_objective: Literal["diffusion", "autoregressive"] = "diffusion"
+    text_objective: Literal["autoregressive", "diffusion"] = "autoregressive"
     causal_prompt_audio: bool = False
     clean_batch_probability: float = 0.3
     prefix_preservation_probability: float = 0.3
+    prefix_preservation_unit: Literal["span", "token"] = "span"
     span_truncation_probability: float = 0.5
     noise_epsilon: float = 1e-3
     stratified_noise: bool = False
@@ -164,8 +178,14 @@ class TttConfig(PreTrainedConfig):
             raise ValueError(f"`noise_epsilon` is {self.noise_epsilon} but must lie between 0 and 1, both excluded.")
         if not self.eval_noise_levels or not all(0.0 < level <= 1.0 for level in self.eval_noise_levels):
             raise ValueError(f"`eval_noise_levels` is {self.eval_noise_levels}; give one or more λ in (0, 1].")
-        if self.audio_objective not in ("diffusion", "autoregressive"):
-            raise ValueError(f"`audio_objective` is {self.audio_objective!r}; choose 'diffusion' or 'autoregressive'.")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; choose {' or '.join(map(repr, choices))}.")
+        if self.text_objective == "diffusion" and self.audio_objective == "autoregressive":
+            raise ValueError(
+                "`text_objective` is 'diffusion' but `audio_objective` is 'autoregressive': text is diffused together "
+                "with audio or not at all."
+            )
 
 
 TttConfig.register_for_auto_class()

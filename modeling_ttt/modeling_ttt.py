@@ -18,16 +18,21 @@ from .generation_config_ttt import TttGenerationConfig
 from .generation_ttt import TttGenerationMixin
 from .objective_ttt import (
     IGNORE_INDEX,
+    NUM_NOISE_BINS,
+    Samples,
     compute_span_ids,
+    cross_entropy,
     diffusion_targets,
     draw_noise_levels,
     drop_for_clean_batch,
+    find_sample_starts,
     fixed_noise,
     mask_tokens,
     next_token_targets,
+    overlay_response_spans,
     preserve_prefixes,
     sample_weights,
-    weighted_cross_entropy,
+    tabulate_scores,
 )
 
 
@@ -40,6 +45,10 @@ class TttCausalLMOutputWithPast(ModelOutput):
         loss (`torch.FloatTensor`, *optional*): text part plus audio part.
         text_loss (`torch.FloatTensor`, *optional*): autoregressive part, L_AR of the paper.
         audio_loss (`torch.FloatTensor`, *optional*): the diffusion bound (or the twin's next-code loss), L_audio.
+        score_table (`torch.FloatTensor` of shape `(batch, groups, 3)`, *optional*):
+            What the losses are made of, without gradient. Group 0 is text; the others are audio by its noise level in
+            equal bins from 0 to 1, or one group if audio is autoregressive. Of each, by row: its loss, scaled so that
+            the mean over rows is that of the batch; the scored positions predicted right; the scored positions.
         logits (`torch.FloatTensor` of shape `(batch, kept, vocab)`, *optional*): absent where labels were given.
         past_key_values (`Cache`, *optional*): keys and values of the tokens seen.
         hidden_states, attentions (`tuple(torch.FloatTensor)`, *optional*): as any model returns them, on request.
@@ -48,6 +57,7 @@ class TttCausalLMOutputWithPast(ModelOutput):
     loss: torch.Tensor | None = None
     text_loss: torch.Tensor | None = None
     audio_loss: torch.Tensor | None = None
+    score_table: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
@@ -105,7 +115,8 @@ class TttModel(TttPreTrainedModel):
     ) -> torch.Tensor | None:
         """
         Span ids of clean token ids by the configuration's rules, see `compute_span_ids`. `None` for the autoregressive
-        twin, which has no bidirectional spans.
+        twin, which has no bidirectional spans. Where text is diffused the response is a span too, but only labels, or
+        whoever generates, know where it lies: see `overlay_response_spans`.
         """
         config = self.config
         if config.audio_objective == "autoregressive":
@@ -246,10 +257,14 @@ class TttForConditionalGeneration(TttPreTrainedModel, TttGenerationMixin):
         the same bound (text on the clean sequence, audio averaged over `config.eval_noise_levels` with fixed noise): it
         costs one forward more than there are levels and never differs between two calls.
 
+        Sequences packed into a row count as samples of their own, with the loss that they have as padded rows: mark
+        them by `position_ids` that start again, and leave `attention_mask` out.
+
         Args:
             labels (`torch.LongTensor` of shape `(batch, length)`, *optional*):
-                Not shifted, -100 where unscored (prompt and padding). Text-side labels are scored as the next token,
-                audio-side ones (codes and end tokens) by diffusion.
+                Not shifted, -100 where unscored (prompt and padding; a sample's first token never is). Text-side labels
+                are scored as the next token, audio-side ones (codes and end tokens) by diffusion, or as the
+                configuration's objectives say.
             span_ids (`torch.LongTensor`, *optional*): see [`TttModel`].
             num_items_in_batch (`torch.Tensor` or `int`, *optional*):
                 Number of labels in all micro-batches of a step, as the `Trainer` passes it, see `sample_weights`.
@@ -284,80 +299,120 @@ class TttForConditionalGeneration(TttPreTrainedModel, TttGenerationMixin):
                 attentions=outputs.attentions,
             )
 
-        # The mask is that of the clean sequence, whatever the noise.
         assert input_ids is not None
-        if span_ids is None and self.config.audio_objective == "diffusion":
-            padding_mask = attention_mask if torch.is_tensor(attention_mask) and attention_mask.ndim == 2 else None
+        padding_mask = attention_mask if torch.is_tensor(attention_mask) and attention_mask.ndim == 2 else None
+        sample_starts = find_sample_starts(labels, position_ids if padding_mask is None else None)
+        labels = labels.masked_fill(sample_starts, IGNORE_INDEX)
+        samples = Samples.from_starts(sample_starts, labels)
+        # The mask is that of the clean sequence, whatever the noise.
+        if span_ids is None:
             span_ids = self.model.get_span_ids(input_ids, padding_mask, position_ids)
+            if span_ids is not None and self.config.text_objective == "diffusion":
+                span_ids = overlay_response_spans(span_ids, labels != IGNORE_INDEX, sample_starts)
         backbone_inputs["span_ids"] = span_ids
-        weight = sample_weights(labels, num_items_in_batch)
-        if self.config.audio_objective == "autoregressive":
-            outputs, text_loss, audio_loss = self._autoregressive_step(input_ids, labels, weight, backbone_inputs)
-        elif self.training:
-            outputs, text_loss, audio_loss = self._training_step(input_ids, labels, weight, generator, backbone_inputs)
+        weight = sample_weights(labels, samples, num_items_in_batch)
+        if self.training:
+            outputs, scores = self._training_step(input_ids, labels, samples, weight, generator, backbone_inputs)
         else:
-            outputs, text_loss, audio_loss = self._evaluation_step(input_ids, labels, weight, backbone_inputs)
+            outputs, scores = self._evaluation_step(input_ids, labels, samples, weight, backbone_inputs)
+        text_loss, audio_loss, score_table = scores
         return TttCausalLMOutputWithPast(
             loss=text_loss + audio_loss,
             text_loss=text_loss,
             audio_loss=audio_loss,
+            score_table=score_table,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 
-    def _training_step(self, input_ids, labels, weight, generator, backbone_inputs):
-        """One draw of the objective: text and masked audio scored in the same forward."""
+    def _training_step(self, input_ids, labels, samples, weight, generator, backbone_inputs):
+        """One draw of the objective: both sides scored in the same forward."""
         config = self.config
-        is_audio = labels >= config.audio_token_id_start  # -100 is below
-        maskable = drop_for_clean_batch(is_audio, config.clean_batch_probability, generator)
-        maskable = preserve_prefixes(maskable, config.prefix_preservation_probability, generator)
-        noise_levels = draw_noise_levels(
-            input_ids.shape[0], config.noise_epsilon, config.stratified_noise, generator, input_ids.device
+        maskable = self._is_diffused(labels)
+        if config.text_objective == "autoregressive":
+            maskable = drop_for_clean_batch(maskable, config.clean_batch_probability, generator)
+        maskable = preserve_prefixes(
+            maskable, samples, config.prefix_preservation_probability, generator, config.prefix_preservation_unit
         )
-        noisy_ids, masked = mask_tokens(input_ids, maskable, noise_levels, config.mask_token_id, generator)
-
+        noise_levels = draw_noise_levels(
+            samples.count, config.noise_epsilon, config.stratified_noise, generator, input_ids.device
+        )
+        noisy_ids, masked = mask_tokens(input_ids, maskable, samples, noise_levels, config.mask_token_id, generator)
         outputs = self.model(input_ids=noisy_ids, **backbone_inputs)
-        text = next_token_targets(labels, (labels != IGNORE_INDEX) & ~is_audio, weight)
-        audio = diffusion_targets(labels, masked, noise_levels, maskable.sum(-1), weight)
-        return outputs, *self._losses(outputs.last_hidden_state, text, audio)
+        noise = maskable, masked, noise_levels
+        return outputs, self._score(outputs.last_hidden_state, labels, samples, weight, noise)
 
-    def _evaluation_step(self, input_ids, labels, weight, backbone_inputs):
-        """The deterministic bound: text given clean audio, audio on a fixed grid of noise levels."""
-        config = self.config
+    def _evaluation_step(self, input_ids, labels, samples, weight, backbone_inputs):
+        """The deterministic bound: autoregressive sides on the clean sequence, diffused ones on a grid of levels."""
+        config, forwards, scores = self.config, [], []
+        diffused, levels = self._is_diffused(labels), config.eval_noise_levels
+        if "autoregressive" in (config.text_objective, config.audio_objective):
+            forwards.append(self.model(input_ids=input_ids, **backbone_inputs))
+            noise = diffused, torch.zeros_like(diffused), torch.ones(samples.count, device=input_ids.device)
+            scores.append(self._score(forwards[0].last_hidden_state, labels, samples, weight, noise))
+        if "diffusion" in (config.text_objective, config.audio_objective):
+            labels = labels.masked_fill(~diffused, IGNORE_INDEX)
+            for level, draws in zip(levels, fixed_noise(diffused, samples, len(levels)), strict=True):
+                noise_levels = torch.full((samples.count,), level, device=input_ids.device)
+                noisy_ids, masked = mask_tokens(
+                    input_ids, diffused, samples, noise_levels, config.mask_token_id, noise=draws
+                )
+                forwards.append(self.model(input_ids=noisy_ids, **backbone_inputs))
+                noise = diffused, masked, noise_levels
+                hidden_states = forwards[-1].last_hidden_state
+                scores.append(self._score(hidden_states, labels, samples, weight / len(levels), noise))
+        return forwards[0], [sum(parts) for parts in zip(*scores, strict=True)]
+
+    def _is_diffused(self, labels) -> torch.Tensor:
+        """Which labels are absorbed and predicted in place, (batch, length) bool; -100 is below both bounds."""
+        if self.config.audio_objective == "autoregressive":
+            return torch.zeros_like(labels, dtype=torch.bool)
+        return labels >= (0 if self.config.text_objective == "diffusion" else self.config.audio_token_id_start)
+
+    def _score(self, hidden_states, labels, samples, weight, noise):
+        """
+        Loss of text, loss of audio and their `score_table`, from one forward. Scored positions of both sides are
+        projected to the vocabulary at once, and no others. `noise`: which labels were maskable, which were masked, and
+        the noise level of each sample.
+        """
+        config, (maskable, masked, noise_levels) = self.config, noise
         is_audio = labels >= config.audio_token_id_start
-        outputs = self.model(input_ids=input_ids, **backbone_inputs)
-        text = next_token_targets(labels, (labels != IGNORE_INDEX) & ~is_audio, weight)
-        (text_loss,) = self._losses(outputs.last_hidden_state, text)
+        is_text = (labels != IGNORE_INDEX) & ~is_audio
+        bins = (noise_levels * NUM_NOISE_BINS).long().clamp(max=NUM_NOISE_BINS - 1)  # (samples,)
+        audio_groups = 1 + bins if config.audio_objective == "diffusion" else torch.ones_like(bins)
+        sides = (
+            (is_text, config.text_objective, torch.zeros_like(bins)),
+            (is_audio, config.audio_objective, audio_groups),
+        )
+        states, targets, weights, rows, groups = [], [], [], [], []
+        for side, objective, side_groups in sides:
+            if objective == "diffusion":
+                num_maskable = samples.total(maskable & side)
+                all_targets, all_weights = diffusion_targets(
+                    labels, masked & side, samples, noise_levels, num_maskable, weight
+                )
+            else:
+                all_targets, all_weights = next_token_targets(labels, side, samples, weight)
+            scored = (all_targets != IGNORE_INDEX).nonzero(as_tuple=True)
+            states.append(hidden_states[scored])
+            targets.append(all_targets[scored])
+            weights.append(all_weights[scored])
+            rows.append(scored[0])
+            groups.append(side_groups[samples.ids[scored]])
 
-        noise = fixed_noise(is_audio, len(config.eval_noise_levels))  # (levels, batch, length)
-        audio_loss = torch.zeros_like(text_loss)
-        for level, level_noise in zip(config.eval_noise_levels, noise, strict=True):
-            noise_levels = torch.full((input_ids.shape[0],), level, device=input_ids.device)
-            noisy_ids, masked = mask_tokens(input_ids, is_audio, noise_levels, config.mask_token_id, noise=level_noise)
-            hidden_states = self.model(input_ids=noisy_ids, **backbone_inputs).last_hidden_state
-            audio = diffusion_targets(labels, masked, noise_levels, is_audio.sum(-1), weight)
-            (level_loss,) = self._losses(hidden_states, audio)
-            audio_loss = audio_loss + level_loss / len(config.eval_noise_levels)
-        return outputs, text_loss, audio_loss
-
-    def _autoregressive_step(self, input_ids, labels, weight, backbone_inputs):
-        """The twin's loss: the next token, each side averaged over its own labels as the objective's parts are."""
-        is_audio = labels >= self.config.audio_token_id_start
-        outputs = self.model(input_ids=input_ids, **backbone_inputs)
-        text = next_token_targets(labels, (labels != IGNORE_INDEX) & ~is_audio, weight)
-        audio = next_token_targets(labels, is_audio, weight)
-        return outputs, *self._losses(outputs.last_hidden_state, text, audio)
-
-    def _losses(self, hidden_states, *parts) -> list[torch.Tensor]:
-        """Project the scored positions of all parts at once, no others, and sum each part's weighted cross-entropy."""
-        scored = [(targets != IGNORE_INDEX).nonzero(as_tuple=True) for targets, _ in parts]
-        logits = self.lm_head(torch.cat([hidden_states[index] for index in scored]))  # (scored, vocab)
-        part_logits = logits.split([len(rows) for rows, _ in scored])
-        return [
-            weighted_cross_entropy(logits, targets[index], weights[index])
-            for logits, (targets, weights), index in zip(part_logits, parts, scored, strict=True)
-        ]
+        logits = self.lm_head(torch.cat(states))  # (scored, vocab)
+        losses = cross_entropy(logits, torch.cat(targets)) * torch.cat(weights)
+        text_loss, audio_loss = (part.sum() for part in losses.split([len(part) for part in targets]))
+        with torch.no_grad():
+            score_table = tabulate_scores(
+                losses.detach() * len(labels),
+                logits.argmax(-1) == torch.cat(targets),
+                torch.cat(rows),
+                torch.cat(groups),
+                (len(labels), 2 if config.audio_objective == "autoregressive" else 1 + NUM_NOISE_BINS),
+            )
+        return text_loss, audio_loss, score_table
 
 
 def _refuse_flash_attention(attn_implementation: str | dict | None) -> None:

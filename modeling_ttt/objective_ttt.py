@@ -1,9 +1,14 @@
-"""The TtT objective as pure functions of tensors: spans, noise, what is scored and with which weight.
+"""The TtT objective as pure functions of tensors: spans, samples, noise, what is scored and with which weight.
 
-A loss is always `weighted_cross_entropy` of the logits at the scored positions. The functions here say which positions
-those are (`targets`, -100 elsewhere) and how much each counts (`weights`), so that a model can gather the hidden states
-it needs and never project the others to the vocabulary. Modules only wire these functions together.
+A loss is always the weighted `cross_entropy` of the logits at the scored positions. The functions here say which
+positions those are (`targets`, -100 elsewhere) and how much each counts (`weights`), so that a model can gather the
+hidden states it needs and never project the others to the vocabulary. Modules only wire these functions together.
+
+Noise level, prefix preservation and normalisation belong to a sample, and a sample is a row of a padded batch or one of
+several sequences packed into a row. `Samples` says which is which; nothing below it knows about rows.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +16,8 @@ import torch.nn.functional as F
 IGNORE_INDEX = -100
 EVAL_NOISE_SEED = 0
 EVAL_NOISE_LENGTH = 4096
+NUM_NOISE_BINS = 4
+CROSS_ENTROPY_ROWS = 256
 
 
 def compute_span_ids(
@@ -63,8 +70,80 @@ def compute_span_ids(
     return span_ids
 
 
+def overlay_response_spans(span_ids: torch.Tensor, scored: torch.Tensor, sample_starts: torch.Tensor) -> torch.Tensor:
+    """
+    Make each maximal run of scored tokens one span, text and audio alike (the purely diffused model, which predicts a
+    response as a whole). Other tokens keep their span.
+
+    Args:
+        span_ids (`torch.Tensor` of shape `(batch, length)`): from `compute_span_ids`.
+        scored, sample_starts (`torch.Tensor` of shape `(batch, length)`, bool).
+
+    Returns:
+        `torch.Tensor` of shape `(batch, length)`.
+    """
+    starts = scored.clone()
+    starts[:, 1:] &= ~scored[:, :-1] | sample_starts[:, 1:]
+    first_free = span_ids.amax(-1, keepdim=True) + 1
+    return torch.where(scored, first_free + starts.long().cumsum(-1) - 1, span_ids)
+
+
+def find_sample_starts(labels: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    Where a sample starts: at each row's first token and, in packed rows, wherever the positions do not go on by one (as
+    `transformers.masking_utils` finds packed sequences).
+
+    Args:
+        labels (`torch.Tensor` of shape `(batch, length)`).
+        position_ids (`torch.Tensor` of shape `(batch or 1, length)`, *optional*): only of rows without padding mask.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, length)`, bool.
+    """
+    starts = torch.zeros_like(labels, dtype=torch.bool)
+    starts[:, 0] = True
+    if position_ids is not None:
+        starts[:, 1:] |= position_ids.diff(dim=-1) != 1
+    return starts
+
+
+@dataclass(frozen=True)
+class Samples:
+    """
+    Which sample each token belongs to.
+
+    Samples are numbered in order of appearance, row by row; those without labels (an example that is all prompt, the
+    filling of a packed row) are none, and their tokens carry the number of a neighbour, which nothing there reads.
+
+    Args:
+        ids (`torch.Tensor` of shape `(batch, length)`): never decreasing when read row by row.
+        count (`int`): number of samples, at least 1.
+    """
+
+    ids: torch.Tensor
+    count: int
+
+    @classmethod
+    def from_starts(cls, starts: torch.Tensor, labels: torch.Tensor) -> "Samples":
+        """From `find_sample_starts` and the labels, both `(batch, length)`."""
+        pieces = starts.flatten().long().cumsum(0) - 1  # (batch * length,)
+        num_labels = torch.zeros_like(pieces).index_add_(0, pieces, (labels != IGNORE_INDEX).flatten().long())
+        numbers = (num_labels > 0).long().cumsum(0)  # of each piece, counted from 1
+        return cls((numbers[pieces] - 1).clamp(min=0).view_as(labels), max(int(numbers[-1]), 1))
+
+    def total(self, flags: torch.Tensor) -> torch.Tensor:
+        """How many tokens of each sample are flagged: (batch, length) to (count,), long."""
+        totals = torch.zeros(self.count, dtype=torch.long, device=flags.device)
+        return totals.index_add_(0, self.ids.flatten(), flags.flatten().long())
+
+    def running_total(self, flags: torch.Tensor) -> torch.Tensor:
+        """How many tokens of the sample are flagged up to and including each one, (batch, length), long."""
+        before = self.total(flags).cumsum(0) - self.total(flags)  # in earlier samples
+        return flags.flatten().long().cumsum(0).view_as(flags) - before[self.ids]
+
+
 def draw_noise_levels(
-    batch_size: int,
+    num_samples: int,
     epsilon: float = 1e-3,
     stratified: bool = False,
     generator: torch.Generator | None = None,
@@ -73,16 +152,16 @@ def draw_noise_levels(
     """
     Draw one noise level λ = (1 - ε) t + ε a sample, t ~ U(0, 1).
 
-    With `stratified`, sample k takes its t from a stratum of width 1 / batch of its own (in random order): every λ is
+    With `stratified`, sample k takes its t from a stratum of width 1 / samples of its own (in random order): every λ is
     still uniform, but the batch covers the range evenly.
 
     Returns:
-        `torch.Tensor` of shape `(batch,)`, float32.
+        `torch.Tensor` of shape `(samples,)`, float32.
     """
-    time = _uniform((batch_size,), generator, device)
+    time = _uniform(num_samples, generator, device)
     if stratified:
-        order = _uniform((batch_size,), generator, device).argsort()
-        time = (order + time) / batch_size
+        order = _uniform(num_samples, generator, device).argsort()
+        time = (order + time) / num_samples
     return (1.0 - epsilon) * time + epsilon
 
 
@@ -99,39 +178,43 @@ def drop_for_clean_batch(
     Returns:
         `torch.Tensor` of shape `(batch, length)`, bool.
     """
-    return maskable & (_uniform((1,), generator, maskable.device) >= probability)
+    return maskable & (_uniform(1, generator, maskable.device) >= probability)
 
 
 def preserve_prefixes(
     maskable: torch.Tensor,
+    samples: Samples,
     probability: float,
     generator: torch.Generator | None = None,
+    unit: str = "span",
 ) -> torch.Tensor:
     """
     Take the spans before a random one out of the maskable tokens (PPM, p_prefix of the paper).
 
     Per sample with the given probability, one start of a maskable span is chosen uniformly; what lies before it stays
-    clean and is not scored.
+    clean and is not scored. With the unit `"token"` the prefix may end at any maskable token, inside a span too: then
+    training shows what block-wise sampling meets in every block but a span's first, clean codes before masked ones.
 
     Args:
         maskable (`torch.Tensor` of shape `(batch, length)`, bool).
+        unit (`str`): `"span"` as published, or `"token"`.
 
     Returns:
         `torch.Tensor` of shape `(batch, length)`, bool.
     """
-    batch_size, length = maskable.shape
     starts = maskable.clone()
-    starts[:, 1:] &= ~maskable[:, :-1]
-    num_starts = starts.sum(-1)  # (batch,)
-    chosen = (_uniform((batch_size,), generator, maskable.device) * num_starts).long()
-    preserve = _uniform((batch_size,), generator, maskable.device) < probability
-    before_chosen = starts.long().cumsum(-1) <= chosen[:, None]  # (batch, length)
-    return maskable & ~(before_chosen & preserve[:, None])
+    if unit == "span":
+        starts[:, 1:] &= ~maskable[:, :-1] | (samples.ids[:, 1:] != samples.ids[:, :-1])
+    chosen = (_uniform(samples.count, generator, maskable.device) * samples.total(starts)).long()
+    preserve = _uniform(samples.count, generator, maskable.device) < probability
+    before_chosen = samples.running_total(starts) <= chosen[samples.ids]
+    return maskable & ~(before_chosen & preserve[samples.ids])
 
 
 def mask_tokens(
     input_ids: torch.Tensor,
     maskable: torch.Tensor,
+    samples: Samples,
     noise_levels: torch.Tensor,
     mask_token_id: int,
     generator: torch.Generator | None = None,
@@ -140,23 +223,27 @@ def mask_tokens(
     """
     Replace each maskable token by the mask token with probability λ of its sample (the forward diffusion process).
 
+    The i-th maskable token of the batch takes the i-th draw, so that on a CPU one seed masks the same tokens whether
+    the samples are padded or packed.
+
     Args:
         input_ids (`torch.Tensor` of shape `(batch, length)`), maskable (the same shape, bool).
-        noise_levels (`torch.Tensor` of shape `(batch,)`): λ.
+        noise_levels (`torch.Tensor` of shape `(samples,)`): λ.
         noise (`torch.Tensor` of shape `(batch, length)`, *optional*): uniform draws to use instead of new ones.
 
     Returns:
         `tuple`: the noisy ids, and which positions were masked (bool), both `(batch, length)`.
     """
     if noise is None:
-        noise = _uniform(tuple(input_ids.shape), generator, input_ids.device)
-    masked = maskable & (noise < noise_levels[:, None])
+        rank = (maskable.flatten().long().cumsum(0) - 1).clamp(min=0)
+        noise = _uniform(input_ids.numel(), generator, input_ids.device)[rank].view_as(input_ids)
+    masked = maskable & (noise < noise_levels[samples.ids])
     return input_ids.masked_fill(masked, mask_token_id), masked
 
 
-def fixed_noise(maskable: torch.Tensor, num_levels: int) -> torch.Tensor:
+def fixed_noise(maskable: torch.Tensor, samples: Samples, num_levels: int) -> torch.Tensor:
     """
-    Uniform noise that is the same in every call: the i-th maskable token of any row always gets the same draws.
+    Uniform noise that is the same in every call: the i-th maskable token of any sample always gets the same draws.
 
     So a sample's evaluation depends neither on its neighbours nor on padding, and the global random state is untouched.
 
@@ -165,50 +252,55 @@ def fixed_noise(maskable: torch.Tensor, num_levels: int) -> torch.Tensor:
     """
     generator = torch.Generator().manual_seed(EVAL_NOISE_SEED)
     table = torch.rand(num_levels, EVAL_NOISE_LENGTH, generator=generator).to(maskable.device)
-    rank = (maskable.long().cumsum(-1) - 1).clamp(min=0) % EVAL_NOISE_LENGTH
+    rank = (samples.running_total(maskable) - 1).clamp(min=0) % EVAL_NOISE_LENGTH
     return table[:, rank]
 
 
-def sample_weights(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+def sample_weights(
+    labels: torch.Tensor, samples: Samples, num_items_in_batch: torch.Tensor | int | None = None
+) -> torch.Tensor:
     """
     How much each sample's loss counts.
 
     Without `num_items_in_batch` all samples count the same, as published: the batch is averaged. With it (the number of
-    labels in all micro-batches of an optimizer step, as the `Trainer` counts it: not -100, first position left out), a
-    sample counts by its share of those labels, so that the micro-batches of any sizes add up to the one large batch.
+    labels in all micro-batches of an optimizer step, as the `Trainer` counts it), a sample counts by its share of those
+    labels, so that the micro-batches of any sizes add up to the one large batch.
+
+    Args:
+        labels (`torch.Tensor` of shape `(batch, length)`): -100 at the first token of each sample.
 
     Returns:
-        `torch.Tensor` of shape `(batch,)`, float32.
+        `torch.Tensor` of shape `(samples,)`, float32.
     """
     if num_items_in_batch is None:
-        return torch.full((labels.shape[0],), 1.0 / max(labels.shape[0], 1), device=labels.device)
-    num_labels = (labels[:, 1:] != IGNORE_INDEX).sum(-1)
+        return torch.full((samples.count,), 1.0 / samples.count, device=labels.device)
     total = torch.as_tensor(num_items_in_batch, device=labels.device, dtype=torch.float32).flatten()[0]
-    return num_labels / total.clamp(min=1.0)
+    return samples.total(labels != IGNORE_INDEX) / total.clamp(min=1.0)
 
 
 def next_token_targets(
-    labels: torch.Tensor, scored: torch.Tensor, weight: torch.Tensor
+    labels: torch.Tensor, scored: torch.Tensor, samples: Samples, weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     What an autoregressive loss scores: position t predicts the label at t + 1; mean per sample over its own labels.
 
     Args:
-        labels (`torch.Tensor` of shape `(batch, length)`).
+        labels (`torch.Tensor` of shape `(batch, length)`): -100 at the first token of each sample, which has no past.
         scored (`torch.Tensor` of shape `(batch, length)`, bool): which labels this loss is about, text-side ones say.
-        weight (`torch.Tensor` of shape `(batch,)`): what each sample counts, see `sample_weights`.
+        weight (`torch.Tensor` of shape `(samples,)`): what each sample counts, see `sample_weights`.
 
     Returns:
         `tuple`: targets (-100 where nothing is scored) and weights, both `(batch, length)`.
     """
     targets = F.pad(labels.masked_fill(~scored, IGNORE_INDEX)[:, 1:], (0, 1), value=IGNORE_INDEX)
-    num_scored = (targets != IGNORE_INDEX).sum(-1).clamp(min=1)
-    return targets, (weight / num_scored)[:, None].expand_as(targets)
+    num_scored = samples.total(targets != IGNORE_INDEX).clamp(min=1)
+    return targets, (weight / num_scored)[samples.ids]
 
 
 def diffusion_targets(
     labels: torch.Tensor,
     masked: torch.Tensor,
+    samples: Samples,
     noise_levels: torch.Tensor,
     num_maskable: torch.Tensor,
     weight: torch.Tensor,
@@ -219,44 +311,83 @@ def diffusion_targets(
 
     Args:
         labels (`torch.Tensor` of shape `(batch, length)`): clean ids. masked: the same shape, bool.
-        noise_levels, num_maskable, weight (`torch.Tensor` of shape `(batch,)`):
+        noise_levels, num_maskable, weight (`torch.Tensor` of shape `(samples,)`):
             λ, number of maskable tokens and `sample_weights`.
 
     Returns:
         `tuple`: targets (-100 where nothing is scored) and weights, both `(batch, length)`.
     """
     targets = labels.masked_fill(~masked, IGNORE_INDEX)
-    return targets, (weight / (noise_levels * num_maskable.clamp(min=1)))[:, None].expand_as(targets)
+    return targets, (weight / (noise_levels * num_maskable.clamp(min=1)))[samples.ids]
 
 
-def weighted_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """
-    Sum of weighted cross-entropies, in float32. Zero, with a zero gradient, where nothing is scored.
+    Cross-entropy of each position in float32, (scored, vocab) and (scored,) to (scored,).
+
+    Large vocabularies make this the peak of a training step, so no float32 copy of the logits is kept: both directions
+    convert `CROSS_ENTROPY_ROWS` positions at a time.
+    """
+    return _CrossEntropy.apply(logits, targets)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, targets):
+        ctx.save_for_backward(logits, targets)
+        pieces = zip(logits.split(CROSS_ENTROPY_ROWS), targets.split(CROSS_ENTROPY_ROWS), strict=True)
+        return torch.cat([F.cross_entropy(rows.float(), target, reduction="none") for rows, target in pieces])
+
+    @staticmethod
+    def backward(ctx, grad_losses):
+        logits, targets = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        for first in range(0, len(logits), CROSS_ENTROPY_ROWS):
+            piece = slice(first, first + CROSS_ENTROPY_ROWS)
+            rows = logits[piece].float().softmax(-1)
+            rows.scatter_add_(1, targets[piece, None], -torch.ones_like(rows[:, :1]))
+            gradient[piece] = rows.mul_(grad_losses[piece, None])
+        return gradient, None
+
+
+def tabulate_scores(
+    losses: torch.Tensor, correct: torch.Tensor, rows: torch.Tensor, groups: torch.Tensor, shape: tuple[int, int]
+) -> torch.Tensor:
+    """
+    Sums of scored positions by row and group: their weighted losses, how many were predicted right, how many there are.
 
     Args:
-        logits (`torch.Tensor` of shape `(scored, vocab)`), targets and weights (`(scored,)`).
+        losses, correct, rows, groups (`torch.Tensor` of shape `(scored,)`): of each scored position.
+        shape (`tuple`): number of rows and of groups.
+
+    Returns:
+        `torch.Tensor` of shape `(rows, groups, 3)`, float32.
     """
-    return (F.cross_entropy(logits.float(), targets, reduction="none") * weights).sum()
+    values = torch.stack([losses, correct.to(losses.dtype), torch.ones_like(losses)], dim=-1)  # (scored, 3)
+    table = values.new_zeros(shape[0] * shape[1], 3)
+    return table.index_add_(0, rows * shape[1] + groups, values).view(*shape, 3)
 
 
-def _uniform(
-    shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device | str | None
-) -> torch.Tensor:
+def _uniform(number: int, generator: torch.Generator | None, device: torch.device | str | None) -> torch.Tensor:
     """U[0, 1) draws; a generator draws on its own device, so that a CPU generator gives the same noise everywhere."""
     if generator is None:
-        return torch.rand(shape, device=device)
-    return torch.rand(shape, generator=generator, device=generator.device).to(device)
+        return torch.rand(number, device=device)
+    return torch.rand(number, generator=generator, device=generator.device).to(device)
 
 
 __all__ = [
+    "Samples",
     "compute_span_ids",
+    "cross_entropy",
     "diffusion_targets",
     "draw_noise_levels",
     "drop_for_clean_batch",
+    "find_sample_starts",
     "fixed_noise",
     "mask_tokens",
     "next_token_targets",
+    "overlay_response_spans",
     "preserve_prefixes",
     "sample_weights",
-    "weighted_cross_entropy",
+    "tabulate_scores",
 ]

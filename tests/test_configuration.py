@@ -67,6 +67,9 @@ def test_ids_and_tying_come_from_the_backbone_unless_given():
         ({"eval_noise_levels": []}, "`eval_noise_levels`"),
         ({"eval_noise_levels": [0.0, 0.5]}, "`eval_noise_levels`"),
         ({"audio_objective": "flow"}, "`audio_objective` is 'flow'"),
+        ({"text_objective": "flow"}, "`text_objective` is 'flow'"),
+        ({"text_objective": "diffusion", "audio_objective": "autoregressive"}, "text is diffused together with audio"),
+        ({"prefix_preservation_unit": "word"}, "`prefix_preservation_unit` is 'word'"),
     ],
 )
 def test_bad_settings_are_refused_by_name(settings, message):

@@ -8,7 +8,7 @@ from conftest import make_model
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from modeling_ttt.objective_ttt import diffusion_targets, mask_tokens, next_token_targets, sample_weights
+from modeling_ttt.objective_ttt import Samples, diffusion_targets, mask_tokens, next_token_targets, sample_weights
 
 AUDIO = 110
 NO_TRICKS = {"clean_batch_probability": 0.0, "prefix_preservation_probability": 0.0}
@@ -39,19 +39,21 @@ def test_training_loss_is_text_plus_audio_of_one_noisy_forward(batch, monkeypatc
     model = make_model(**NO_TRICKS).train()
     drawn = {}
 
-    def spy(input_ids, maskable, noise_levels, *args, **kwargs):
-        noisy, masked = mask_tokens(input_ids, maskable, noise_levels, *args, **kwargs)
+    def spy(input_ids, maskable, samples, noise_levels, *args, **kwargs):
+        noisy, masked = mask_tokens(input_ids, maskable, samples, noise_levels, *args, **kwargs)
         drawn.update(noisy=noisy, masked=masked, levels=noise_levels, maskable=maskable)
         return noisy, masked
 
     monkeypatch.setattr("modeling_ttt.modeling_ttt.mask_tokens", spy)
     outputs = model(**batch, generator=generator())
-    labels, weight = batch["labels"], sample_weights(batch["labels"])
+    labels = batch["labels"]
+    samples = Samples(torch.arange(2)[:, None].expand(labels.shape), 2)
+    weight = sample_weights(labels, samples)
     assert torch.equal(drawn["maskable"], labels >= AUDIO) and drawn["masked"].any()
     span_ids = model.model.get_span_ids(batch["input_ids"], batch["attention_mask"])
     logits = model(drawn["noisy"], attention_mask=batch["attention_mask"], span_ids=span_ids).logits
-    text = next_token_targets(labels, (labels != -100) & (labels < AUDIO), weight)
-    audio = diffusion_targets(labels, drawn["masked"], drawn["levels"], drawn["maskable"].sum(-1), weight)
+    text = next_token_targets(labels, (labels != -100) & (labels < AUDIO), samples, weight)
+    audio = diffusion_targets(labels, drawn["masked"], samples, drawn["levels"], drawn["maskable"].sum(-1), weight)
     torch.testing.assert_close(outputs.text_loss, full_loss(logits, *text))
     torch.testing.assert_close(outputs.audio_loss, full_loss(logits, *audio))
     assert outputs.loss == outputs.text_loss + outputs.audio_loss
@@ -202,21 +204,78 @@ def test_accumulation_in_the_plain_trainer_equals_one_large_batch(batch, objecti
             assert not torch.equal(once, before)
 
 
-def test_the_plain_trainer_evaluates_and_hands_the_parts_to_metrics(batch, tmp_path):
-    arguments = TrainingArguments(output_dir=tmp_path, report_to=[], use_cpu=True, disable_tqdm=True)
+def test_the_plain_trainer_evaluates_and_hands_the_score_table_to_metrics(batch, tmp_path):
+    """In batches of two rows and one: means over rows of the table are the parts of the loss that it reports."""
+    whole = {name: torch.cat([tensor, tensor[:1]]) for name, tensor in batch.items()}
+    arguments = TrainingArguments(
+        output_dir=tmp_path, report_to=[], use_cpu=True, disable_tqdm=True, per_device_eval_batch_size=2
+    )
+    tables = []
+
+    def parts(prediction):
+        tables.append(prediction.predictions)
+        return {"text": prediction.predictions[:, 0, 0].mean(), "audio": prediction.predictions[:, 1:, 0].sum(1).mean()}
+
     model = make_model()
-    plain = Trainer(model, arguments, eval_dataset=Rows(batch)).evaluate()
-    parts = Trainer(
-        model,
-        arguments,
-        eval_dataset=Rows(batch),
-        compute_metrics=lambda prediction: {
-            "text": float(prediction.predictions[0].mean()),
-            "audio": float(prediction.predictions[1].mean()),
-        },
-    ).evaluate()
-    assert plain["eval_loss"] == parts["eval_loss"]
-    assert parts["eval_text"] + parts["eval_audio"] == pytest.approx(plain["eval_loss"], rel=1e-5)
+    plain = Trainer(model, arguments, eval_dataset=Rows(whole)).evaluate()
+    measured = Trainer(model, arguments, eval_dataset=Rows(whole), compute_metrics=parts).evaluate()
+    assert plain["eval_loss"] == measured["eval_loss"]
+    assert measured["eval_text"] + measured["eval_audio"] == pytest.approx(plain["eval_loss"], rel=1e-5)
+    assert tables[0].shape == (3, 5, 3)
+
+
+def test_score_table_counts_what_is_predicted_right_by_side_and_noise_level(batch, monkeypatch):
+    """Against logits of all positions, for a model that has learnt to write one code, but not where audio ends."""
+    for name in ("input_ids", "labels"):
+        is_code = (batch[name] > AUDIO) & (batch[name] < 175)
+        batch[name] = batch[name].masked_fill(is_code, 120)
+    model = make_model(**NO_TRICKS).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for seed in range(8):
+        optimizer.zero_grad()
+        model(**batch, generator=generator(seed)).loss.backward()
+        optimizer.step()
+    drawn = {}
+
+    def spy(input_ids, maskable, samples, noise_levels, *args, **kwargs):
+        noisy, masked = mask_tokens(input_ids, maskable, samples, noise_levels, *args, **kwargs)
+        drawn.update(noisy=noisy, masked=masked, levels=noise_levels)
+        return noisy, masked
+
+    monkeypatch.setattr("modeling_ttt.modeling_ttt.mask_tokens", spy)
+    outputs, labels = model(**batch, generator=generator(1)), batch["labels"]
+    span_ids = model.model.get_span_ids(batch["input_ids"], batch["attention_mask"])
+    predicted = model(drawn["noisy"], attention_mask=batch["attention_mask"], span_ids=span_ids).logits.argmax(-1)
+    is_text = ((labels != -100) & (labels < AUDIO))[:, 1:]
+    text_right = (is_text & (predicted[:, :-1] == labels[:, 1:])).sum(-1)
+    audio_right = (drawn["masked"] & (predicted == labels)).sum(-1)
+    assert 0 < text_right.sum() < is_text.sum() and 0 < audio_right.sum() < drawn["masked"].sum()
+
+    loss, correct, scored = outputs.score_table.unbind(-1)  # (rows, groups)
+    assert correct[:, 0].tolist() == text_right.tolist() and scored[:, 0].tolist() == is_text.sum(-1).tolist()
+    for row, level in enumerate(drawn["levels"].tolist()):
+        expected = [0, 0, 0, 0]
+        expected[int(4 * level)] = audio_right[row].item()
+        assert correct[row, 1:].tolist() == expected
+        assert scored[row, 1 + int(4 * level)] == drawn["masked"][row].sum()
+    torch.testing.assert_close(loss[:, 0].mean(), outputs.text_loss)
+    torch.testing.assert_close(loss[:, 1:].sum(-1).mean(), outputs.audio_loss)
+    assert not outputs.score_table.requires_grad
+
+
+def test_score_table_of_an_evaluation_has_every_noise_level(batch):
+    outputs = make_model()(**batch)
+    num_scored = outputs.score_table[..., 2].sum(0).tolist()
+    assert num_scored[0] == ((batch["labels"] != -100) & (batch["labels"] < AUDIO)).sum()
+    assert num_scored[1:] == sorted(num_scored[1:]) and 0 < num_scored[1] < num_scored[4]
+    torch.testing.assert_close(outputs.score_table[..., 0].sum(-1).mean(), outputs.loss)
+
+
+def test_score_table_of_the_twin_has_one_audio_group(batch):
+    outputs = make_model(audio_objective="autoregressive")(**batch)
+    labels = batch["labels"]
+    assert outputs.score_table.shape == (2, 2, 3)
+    assert outputs.score_table[:, 1, 2].tolist() == (labels >= AUDIO).sum(-1).tolist()
 
 
 def test_gradient_checkpointing_changes_no_gradient(batch):

@@ -6,16 +6,21 @@ from conftest import FIXTURES
 from safetensors.torch import load_file
 
 from modeling_ttt.objective_ttt import (
+    CROSS_ENTROPY_ROWS,
+    Samples,
     compute_span_ids,
+    cross_entropy,
     diffusion_targets,
     draw_noise_levels,
     drop_for_clean_batch,
+    find_sample_starts,
     fixed_noise,
     mask_tokens,
     next_token_targets,
+    overlay_response_spans,
     preserve_prefixes,
     sample_weights,
-    weighted_cross_entropy,
+    tabulate_scores,
 )
 
 AUDIO = 110
@@ -24,7 +29,21 @@ END_OF_PROMPT_AUDIO = 101
 
 def loss_of(logits, targets, weights):
     scored = targets != -100
-    return weighted_cross_entropy(logits[scored], targets[scored], weights[scored])
+    return (cross_entropy(logits[scored], targets[scored]) * weights[scored]).sum()
+
+
+def one_a_row(tensor):
+    """Samples of a padded batch: every row is one."""
+    return Samples(torch.arange(len(tensor))[:, None].expand(tensor.shape), len(tensor))
+
+
+def of_lengths(*lengths):
+    """Samples packed into one row."""
+    return Samples(torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None], len(lengths))
+
+
+def flags(*values):
+    return torch.tensor([values], dtype=torch.bool)
 
 
 @pytest.fixture(params=["a", "b", "c"])
@@ -44,10 +63,11 @@ def test_span_ids_give_the_published_mask_exactly(golden):
 
 def test_losses_equal_the_published_ones(golden):
     labels = golden["labels"]
-    weight = sample_weights(labels)
-    text = next_token_targets(labels, (labels != -100) & (labels < AUDIO), weight)
+    samples = Samples.from_starts(find_sample_starts(labels), labels)
+    weight = sample_weights(labels, samples)
+    text = next_token_targets(labels, (labels != -100) & (labels < AUDIO), samples, weight)
     audio = diffusion_targets(
-        labels, golden["masked_indices"], golden["p_mask"][:, 0], golden["answer_lengths"][:, 0], weight
+        labels, golden["masked_indices"], samples, golden["p_mask"][:, 0], golden["answer_lengths"][:, 0], weight
     )
     for name, loss in {
         "ar_loss_clean": loss_of(golden["logits_clean"], *text),
@@ -110,7 +130,7 @@ def test_mask_rate_follows_the_level_and_only_maskable_tokens_are_masked():
     ids = torch.full((2, 10_000), 120)
     maskable = torch.ones_like(ids, dtype=torch.bool)
     maskable[:, :100] = False
-    noisy, masked = mask_tokens(ids, maskable, torch.tensor([0.2, 1.0]), mask_token_id=175)
+    noisy, masked = mask_tokens(ids, maskable, one_a_row(ids), torch.tensor([0.2, 1.0]), mask_token_id=175)
     assert not masked[:, :100].any()
     assert masked[1, 100:].all()
     assert masked[0].float().mean().item() == pytest.approx(0.2, abs=0.02)
@@ -118,8 +138,8 @@ def test_mask_rate_follows_the_level_and_only_maskable_tokens_are_masked():
 
 
 def test_prefix_preservation_keeps_whole_spans_before_a_uniformly_chosen_one():
-    row = torch.tensor([0, 1, 1, 0, 1, 0, 1, 1, 1], dtype=torch.bool)
-    kept = preserve_prefixes(row.expand(6_000, -1), probability=1.0)
+    rows = flags(0, 1, 1, 0, 1, 0, 1, 1, 1).expand(6_000, -1)
+    kept = preserve_prefixes(rows, one_a_row(rows), probability=1.0)
     outcomes, counts = kept.unique(dim=0, return_counts=True)
     assert sorted(outcomes.long().tolist()) == [
         [0, 0, 0, 0, 0, 0, 1, 1, 1],
@@ -130,15 +150,22 @@ def test_prefix_preservation_keeps_whole_spans_before_a_uniformly_chosen_one():
 
 
 def test_prefix_preservation_happens_as_often_as_asked():
-    row = torch.tensor([1, 0, 1], dtype=torch.bool).expand(10_000, -1)
-    assert torch.equal(preserve_prefixes(row, probability=0.0), row)
-    changed = (preserve_prefixes(row, probability=0.3) != row).any(-1).float().mean()
+    rows = flags(1, 0, 1).expand(10_000, -1)
+    assert torch.equal(preserve_prefixes(rows, one_a_row(rows), probability=0.0), rows)
+    changed = (preserve_prefixes(rows, one_a_row(rows), probability=0.3) != rows).any(-1).float().mean()
     assert changed.item() == pytest.approx(0.15, abs=0.02)  # half of the choices fall on the first span
 
 
+def test_a_prefix_may_end_at_any_token_if_asked():
+    rows = flags(0, 1, 1, 0, 1).expand(1_000, -1)
+    kept = preserve_prefixes(rows, one_a_row(rows), probability=1.0, unit="token")
+    outcomes = kept.long().unique(dim=0).tolist()
+    assert sorted(outcomes) == [[0, 0, 0, 0, 1], [0, 0, 1, 0, 1], [0, 1, 1, 0, 1]]
+
+
 def test_prefix_preservation_survives_rows_without_maskable_tokens():
-    row = torch.zeros(2, 5, dtype=torch.bool)
-    assert not preserve_prefixes(row, probability=1.0).any()
+    rows = torch.zeros(2, 5, dtype=torch.bool)
+    assert not preserve_prefixes(rows, one_a_row(rows), probability=1.0).any()
 
 
 def test_a_clean_batch_is_clean_as_a_whole():
@@ -151,7 +178,7 @@ def test_a_clean_batch_is_clean_as_a_whole():
 def test_fixed_noise_depends_on_the_rank_among_maskable_tokens_only():
     state = torch.get_rng_state()
     maskable = torch.tensor([[0, 1, 1, 0, 1], [1, 1, 1, 0, 0]], dtype=torch.bool)
-    noise = fixed_noise(maskable, num_levels=3)
+    noise = fixed_noise(maskable, one_a_row(maskable), num_levels=3)
     assert torch.equal(noise[:, 0, [1, 2, 4]], noise[:, 1, [0, 1, 2]])
     assert not torch.equal(noise[0], noise[1])
     assert torch.equal(torch.get_rng_state(), state)
@@ -159,7 +186,8 @@ def test_fixed_noise_depends_on_the_rank_among_maskable_tokens_only():
 
 def test_next_token_targets_are_shifted_and_averaged_over_the_samples_own_labels():
     labels = torch.tensor([[-100, 7, 120, 8], [-100, -100, 9, 10]])
-    targets, weights = next_token_targets(labels, (labels != -100) & (labels < AUDIO), torch.tensor([0.5, 0.5]))
+    is_text = (labels != -100) & (labels < AUDIO)
+    targets, weights = next_token_targets(labels, is_text, one_a_row(labels), torch.tensor([0.5, 0.5]))
     assert targets.tolist() == [[7, -100, 8, -100], [-100, 9, 10, -100]]
     assert torch.allclose(weights, torch.tensor(0.25))
 
@@ -167,7 +195,8 @@ def test_next_token_targets_are_shifted_and_averaged_over_the_samples_own_labels
 def test_diffusion_targets_are_not_shifted_and_weighted_by_the_inverse_level():
     labels = torch.tensor([[-100, 7, 120, 121, 122]])
     masked = torch.tensor([[False, False, True, False, True]])
-    targets, weights = diffusion_targets(labels, masked, torch.tensor([0.5]), torch.tensor([3]), torch.tensor([1.0]))
+    level, number, weight = torch.tensor([0.5]), torch.tensor([3]), torch.tensor([1.0])
+    targets, weights = diffusion_targets(labels, masked, one_a_row(labels), level, number, weight)
     assert targets.tolist() == [[-100, -100, 120, -100, 122]]
     assert torch.allclose(weights, torch.tensor(2 / 3))
 
@@ -178,21 +207,115 @@ def test_the_weighted_bound_is_unbiased():
     maskable = torch.ones(batch_size, num_maskable, dtype=torch.bool)
     labels = torch.full((batch_size, num_maskable), 120)
     levels = draw_noise_levels(batch_size, stratified=True)
-    _, masked = mask_tokens(labels, maskable, levels, 175)
-    _, weights = diffusion_targets(labels, masked, levels, maskable.sum(-1), sample_weights(labels))
+    samples = one_a_row(labels)
+    _, masked = mask_tokens(labels, maskable, samples, levels, 175)
+    _, weights = diffusion_targets(labels, masked, samples, levels, maskable.sum(-1), sample_weights(labels, samples))
     assert (weights * masked * cross_entropy).sum().item() == pytest.approx(cross_entropy, rel=0.05)
 
 
 def test_samples_count_the_same_without_num_items_and_by_their_labels_with_it():
     labels = torch.tensor([[-100, 1, 2, 3], [-100, -100, -100, 4]])
-    assert sample_weights(labels).tolist() == [0.5, 0.5]
-    assert sample_weights(labels, 8).tolist() == [3 / 8, 1 / 8]
-    assert sample_weights(labels, torch.tensor([8])).tolist() == [3 / 8, 1 / 8]
-    assert sample_weights(torch.full((2, 3), -100), 0).tolist() == [0.0, 0.0]
+    samples = one_a_row(labels)
+    assert sample_weights(labels, samples).tolist() == [0.5, 0.5]
+    assert sample_weights(labels, samples, 8).tolist() == [3 / 8, 1 / 8]
+    assert sample_weights(labels, samples, torch.tensor([8])).tolist() == [3 / 8, 1 / 8]
+    assert sample_weights(torch.full((2, 3), -100), one_a_row(torch.zeros(2, 3)), 0).tolist() == [0.0, 0.0]
+
+
+def test_positions_that_start_again_begin_a_sample_and_those_without_labels_are_none():
+    positions = torch.tensor([[0, 1, 2, 0, 0, 1], [0, 1, 0, 1, 2, 3]])
+    labels = torch.tensor([[-100, 7, 8, -100, -100, 9], [-100, 7, -100, -100, -100, -100]])
+    starts = find_sample_starts(labels, positions)
+    assert starts.long().tolist() == [[1, 0, 0, 1, 1, 0], [1, 0, 1, 0, 0, 0]]
+    samples = Samples.from_starts(starts, labels)
+    assert samples.count == 3 and samples.ids[labels != -100].tolist() == [0, 0, 1, 2]
+    nothing = Samples.from_starts(starts, torch.full_like(labels, -100))
+    assert nothing.count == 1 and nothing.ids.unique().tolist() == [0]
+    assert find_sample_starts(labels).long().sum(-1).tolist() == [1, 1]
+
+
+def test_totals_are_counted_within_a_sample():
+    samples = of_lengths(3, 4)
+    flagged = flags(1, 0, 1, 1, 1, 0, 1)
+    assert samples.total(flagged).tolist() == [2, 3]
+    assert samples.running_total(flagged)[flagged].tolist() == [1, 2, 1, 2, 3]
+
+
+def test_packed_samples_keep_prefixes_of_their_own():
+    """Two samples that meet inside audio: the border is a span start, and the choice in one spares the other."""
+    maskable = flags(1, 0, 1, 1, 0, 1)
+    outcomes = {
+        tuple(preserve_prefixes(maskable, of_lengths(3, 3), probability=1.0)[0].long().tolist()) for _ in range(100)
+    }
+    assert outcomes == {(*first, *second) for first in [(1, 0, 1), (0, 0, 1)] for second in [(1, 0, 1), (0, 0, 1)]}
+
+
+def test_packed_samples_have_noise_levels_of_their_own():
+    ids = torch.full((1, 2_000), 120)
+    samples = of_lengths(1_000, 1_000)
+    _, masked = mask_tokens(ids, torch.ones_like(ids, dtype=torch.bool), samples, torch.tensor([0.1, 0.9]), 175)
+    assert masked[0, :1_000].float().mean().item() == pytest.approx(0.1, abs=0.03)
+    assert masked[0, 1_000:].float().mean().item() == pytest.approx(0.9, abs=0.03)
+
+
+def test_a_seed_masks_the_same_tokens_padded_and_packed():
+    lengths = (20, 33, 7)
+    padded = torch.arange(40) < torch.tensor(lengths)[:, None]
+    packed = torch.ones(1, sum(lengths), dtype=torch.bool)
+    levels = torch.tensor([0.3, 0.6, 0.9])
+    masked = [
+        mask_tokens(flagged.long(), flagged, samples, levels, 175, torch.Generator().manual_seed(1))[1][flagged]
+        for flagged, samples in ((padded, one_a_row(padded)), (packed, of_lengths(*lengths)))
+    ]
+    assert torch.equal(*masked) and masked[0].any()
+
+
+def test_a_diffused_response_is_one_span_a_run_of_labels():
+    labels = torch.tensor([[-100, -100, 5, 120, 6, -100, 7, -100, 8]])
+    span_ids = torch.tensor([[-1, 0, -1, 1, -1, -1, -1, 2, -1]])
+    overlaid = overlay_response_spans(span_ids, labels != -100, flags(1, 0, 0, 0, 0, 0, 0, 0, 0))
+    assert overlaid.tolist() == [[-1, 0, 3, 3, 3, -1, 4, 2, 5]]
+    overlaid = overlay_response_spans(span_ids, labels != -100, flags(1, 0, 0, 0, 1, 0, 0, 0, 0))
+    assert overlaid.tolist() == [[-1, 0, 3, 3, 4, -1, 5, 2, 6]]
 
 
 def test_nothing_scored_gives_zero_with_a_gradient():
     logits = torch.zeros(0, 5, requires_grad=True)
-    loss = weighted_cross_entropy(logits, torch.zeros(0, dtype=torch.long), torch.zeros(0))
+    loss = cross_entropy(logits, torch.zeros(0, dtype=torch.long)).sum()
     loss.backward()
     assert loss.item() == 0.0
+
+
+@pytest.mark.parametrize("number", [1, CROSS_ENTROPY_ROWS, 2 * CROSS_ENTROPY_ROWS + 3])
+def test_cross_entropy_and_its_gradient_are_those_of_pytorch(number):
+    logits = (5 * torch.randn(number, 11)).requires_grad_()
+    targets, weights = torch.randint(11, (number,)), torch.rand(number)
+    results = []
+    for losses in (
+        cross_entropy(logits, targets),
+        torch.nn.functional.cross_entropy(logits, targets, reduction="none"),
+    ):
+        (gradient,) = torch.autograd.grad((losses * weights).sum(), logits)
+        results.append((losses, gradient))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_cross_entropy_of_bfloat16_logits_is_taken_in_float32():
+    logits = torch.randn(9, 11, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(11, (9,))
+    losses = cross_entropy(logits, targets)
+    losses.sum().backward()
+    assert losses.dtype == torch.float32 and logits.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(losses, torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none"))
+
+
+def test_scores_are_tabulated_by_row_and_group():
+    table = tabulate_scores(
+        losses=torch.tensor([1.0, 2.0, 4.0, 8.0]),
+        correct=torch.tensor([True, False, True, True]),
+        rows=torch.tensor([0, 0, 1, 1]),
+        groups=torch.tensor([0, 2, 2, 2]),
+        shape=(2, 3),
+    )
+    assert table.tolist() == [[[1, 1, 1], [0, 0, 0], [2, 0, 1]], [[0, 0, 0], [0, 0, 0], [12, 2, 2]]]
