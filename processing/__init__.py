@@ -4,6 +4,7 @@ from transformers import AutoProcessor
 
 from modeling_ttt import TttConfig
 
+from .codebooks_ttt import TttAudioFormat, flatten_codes, unflatten_codes
 from .collator_ttt import TttDataCollator
 from .interleaving_ttt import TttTokenIds, deinterleave, interleave
 from .processing_ttt import TttProcessor
@@ -14,11 +15,14 @@ AutoProcessor.register(TttConfig, TttProcessor, exist_ok=True)
 
 __all__ = [
     "TASKS",
+    "TttAudioFormat",
     "TttDataCollator",
     "TttProcessor",
     "TttStreamer",
     "TttTask",
     "TttTokenIds",
     "deinterleave",
+    "flatten_codes",
     "interleave",
+    "unflatten_codes",
 ]

@@ -1,30 +1,37 @@
-"""Waveforms to audio codes and back with any audio tokenizer of one codebook, in batches where it can."""
+"""Waveforms to audio codes and back with any Transformers audio codec, in batches where that changes nothing.
+
+Codes are one stream here, whatever the number of codebooks (see codebooks_ttt.py). An audio tokenizer whose rows do not
+depend on their neighbours in a padded batch says so with `batch_invariant = True`; it then takes `padding_mask` and
+returns `audio_codes_mask` when it encodes, and takes `audio_codes_mask` and returns `audio_lengths` (samples of each
+row) when it decodes. Every other one meets no padding: it encodes waveforms one by one and decodes sequences of equal
+length together."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from .codebooks_ttt import TttAudioFormat, flatten_codes, unflatten_codes
+
 
 def encode_waveforms(
     audio_tokenizer: Any, feature_extractor: Any, waveforms: Sequence[np.ndarray], batch_size: int
 ) -> list[torch.Tensor]:
-    """Waveforms (samples,) at the feature extractor's rate to codes (codes,), long, on the CPU.
-
-    Audio tokenizers that take no `padding_mask` or return no `audio_codes_mask` get one waveform at a time.
+    """Waveforms (samples,) at the feature extractor's rate to flat codes (codes,), long, on the CPU.
 
     Raises:
-        ValueError: the audio tokenizer has more than one codebook.
+        ValueError: a waveform too short for a single code, or codes of a shape that is not (batch, codebooks, frames)
+            with the codebooks of the configuration.
     """
+    audio_format = TttAudioFormat.from_config(audio_tokenizer.config)
+    accepted = inspect.signature(audio_tokenizer.encode).parameters
+    size = batch_size if getattr(audio_tokenizer, "batch_invariant", False) else 1
     codes: list[torch.Tensor] = []
-    masked = "padding_mask" in inspect.signature(audio_tokenizer.encode).parameters
-    start = 0
-    while start < len(waveforms):
-        size = batch_size if masked else 1
+    for start in range(0, len(waveforms), size):
         features = feature_extractor(
             list(waveforms[start : start + size]),
             sampling_rate=feature_extractor.sampling_rate,
@@ -32,42 +39,58 @@ def encode_waveforms(
             return_tensors="pt",
         ).to(audio_tokenizer.device)
         with torch.no_grad():
-            output = audio_tokenizer.encode(**features)
-        batch = output.audio_codes.cpu()  # (batch, codebooks, codes) or (batch, codes)
-        if batch.ndim == 3 and batch.shape[1] != 1:
-            raise ValueError(f"TtT needs an audio tokenizer of one codebook, this one has {batch.shape[1]}.")
-        batch = batch.reshape(len(batch), -1)
+            output = audio_tokenizer.encode(**{name: value for name, value in features.items() if name in accepted})
+        batch = output.audio_codes.cpu()
+        batch = batch[:, None] if batch.ndim == 2 else batch  # (batch, codebooks, frames)
+        if batch.ndim != 3 or batch.shape[1] != audio_format.num_codebooks:
+            raise ValueError(
+                f"{type(audio_tokenizer).__name__} gives codes of shape {tuple(batch.shape)}; expected (batch, "
+                f"{audio_format.num_codebooks} codebooks, frames), as its configuration says."
+            )
         mask = getattr(output, "audio_codes_mask", None)
-        if mask is None and len(batch) > 1:
-            masked = False
-            continue
-        codes += list(batch) if mask is None else [row[m.bool()] for row, m in zip(batch, mask.cpu(), strict=True)]
-        start += len(batch)
+        masks = torch.ones_like(batch[:, 0]) if mask is None else mask.cpu().reshape(len(batch), -1)
+        for frames, kept in zip(batch, masks.bool(), strict=True):
+            if not kept.any():
+                raise ValueError(
+                    f"audio {len(codes)} ({len(waveforms[len(codes)])} samples) is too short: "
+                    f"{type(audio_tokenizer).__name__} has no code for it. Leave it out, or pad it with silence."
+                )
+            codes.append(flatten_codes(frames[:, kept], audio_format.codebook_size))
     return codes
 
 
 def decode_codes(audio_tokenizer: Any, sequences: Sequence[Sequence[int]], batch_size: int) -> list[np.ndarray]:
-    """Codes to waveforms (samples,), float32; an empty sequence gives an empty waveform.
+    """Flat codes to waveforms (samples,), float32; less than one frame gives an empty waveform.
 
-    Audio tokenizers whose `decode` takes no `audio_codes_mask` get one sequence at a time.
+    Streams that a model generated may hold codes at another codebook's position: see `unflatten_codes`.
     """
+    audio_format = TttAudioFormat.from_config(audio_tokenizer.config)
+    frames = [unflatten_codes(row, audio_format.num_codebooks, audio_format.codebook_size) for row in sequences]
     waveforms = [np.zeros(0, dtype=np.float32) for _ in sequences]
-    spoken = [index for index, codes in enumerate(sequences) if len(codes) > 0]
-    masked = "audio_codes_mask" in inspect.signature(audio_tokenizer.decode).parameters
-    size = batch_size if masked else 1
-    for start in range(0, len(spoken), size):
-        indices = spoken[start : start + size]
-        lengths = [len(sequences[index]) for index in indices]
-        codes = torch.zeros((len(indices), 1, max(lengths)), dtype=torch.long)
+    padded = getattr(audio_tokenizer, "batch_invariant", False)
+    for indices in _batches([row.shape[1] for row in frames], batch_size, padded):
+        lengths = [frames[index].shape[1] for index in indices]
+        codes = torch.zeros((len(indices), audio_format.num_codebooks, max(lengths)), dtype=torch.long)
         mask = torch.zeros((len(indices), max(lengths)), dtype=torch.long)
         for row, index in enumerate(indices):
-            codes[row, 0, : lengths[row]] = torch.tensor(sequences[index])
+            codes[row, :, : lengths[row]] = frames[index]
             mask[row, : lengths[row]] = 1
-        options = {"audio_codes_mask": mask.to(audio_tokenizer.device)} if masked else {}
+        options = {"audio_codes_mask": mask.to(audio_tokenizer.device)} if padded else {}
         with torch.no_grad():
-            values = audio_tokenizer.decode(audio_codes=codes.to(audio_tokenizer.device), **options).audio_values
-        values = values.reshape(len(indices), -1).float().cpu().numpy()  # (batch, samples)
-        samples_per_code = values.shape[-1] // max(lengths)
+            output = audio_tokenizer.decode(audio_codes=codes.to(audio_tokenizer.device), **options)
+        values = output.audio_values.reshape(len(indices), -1).float().cpu().numpy()  # (batch, samples)
+        samples = output.audio_lengths.tolist() if padded else [values.shape[1]] * len(indices)
         for row, index in enumerate(indices):
-            waveforms[index] = values[row, : lengths[row] * samples_per_code].copy()
+            waveforms[index] = values[row, : samples[row]].copy()
     return waveforms
+
+
+def _batches(lengths: Sequence[int], batch_size: int, mixed: bool) -> Iterator[list[int]]:
+    """Positions of the rows that are decoded together, empty ones left out; unless `mixed`, of equal length."""
+    groups: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        if length:
+            groups.setdefault(0 if mixed else length, []).append(index)
+    for group in groups.values():
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size]

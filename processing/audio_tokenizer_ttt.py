@@ -1,4 +1,4 @@
-"""The audio tokenizer beside a processor: its saving in a subfolder of the same repository, and its loading."""
+"""The audio tokenizer beside a processor: whether the two fit, and its place in a subfolder of the same repository."""
 
 from __future__ import annotations
 
@@ -6,9 +6,47 @@ import os
 from typing import Any
 
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.models.auto.modeling_auto import AutoModelForAudioTokenization
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.configuration_auto import AutoConfig
+from transformers.models.auto.modeling_auto import AutoModel, AutoModelForAudioTokenization
+
+from .codebooks_ttt import TttAudioFormat
 
 AUDIO_TOKENIZER_FOLDER = "audio_tokenizer"
+
+
+def check_audio_tokenizer(audio_tokenizer: Any, sampling_rate: int, num_audio_codes: int) -> TttAudioFormat:
+    """What an audio tokenizer's codes are.
+
+    Args:
+        sampling_rate: of the waveforms the processor gives it, Hz.
+        num_audio_codes: tokens `<|audio_N|>` of the tokenizer.
+
+    Raises:
+        TypeError: it is no Transformers model with `encode` and `decode`.
+        ValueError: it takes another sampling rate or has more codes than there are tokens, or several codebooks whose
+            codes are not as many.
+    """
+    name = type(audio_tokenizer).__name__
+    has_methods = hasattr(audio_tokenizer, "encode") and hasattr(audio_tokenizer, "decode")
+    if not (isinstance(audio_tokenizer, PreTrainedModel) and has_methods):
+        raise TypeError(
+            f"`audio_tokenizer` must be a Transformers audio codec, a model with `encode` and `decode`, got {name}."
+        )
+    audio_format = TttAudioFormat.from_config(audio_tokenizer.config)
+    if audio_format.sampling_rate not in (None, sampling_rate):
+        raise ValueError(
+            f"The feature extractor prepares {sampling_rate} Hz, but {name} takes {audio_format.sampling_rate} Hz. "
+            "Use the feature extractor that belongs to it."
+        )
+    books, num_codes = audio_format.num_codebooks, audio_format.num_codes
+    if num_codes > num_audio_codes or (books > 1 and num_codes != num_audio_codes):
+        described = f"{num_codes} codes" if books == 1 else f"{num_codes} codes in {books} codebooks"
+        raise ValueError(
+            f"The audio tokenizer has {described}, but the tokenizer has `<|audio_N|>` tokens for "
+            f"{'only ' if num_codes > num_audio_codes else ''}{num_audio_codes}. Use the two that belong together."
+        )
+    return audio_format
 
 
 def write_audio_tokenizer(audio_tokenizer: Any, save_directory: str) -> None:
@@ -36,4 +74,10 @@ def read_audio_tokenizer(name_or_path: str | os.PathLike, subfolder: str = "", *
             f"{name_or_path} has no audio tokenizer in `{folder}/`. Pass `audio_tokenizer`, or "
             "`load_audio_tokenizer=False` where audio only comes as codes."
         )
-    return AutoModelForAudioTokenization.from_pretrained(name_or_path, subfolder=folder, **kwargs).eval()
+    located = {key: kwargs[key] for key in kwargs if key not in ("dtype", "device_map")}
+    config = AutoConfig.from_pretrained(name_or_path, subfolder=folder, **located)
+    registered = type(config) in AutoModelForAudioTokenization._model_mapping
+    # Transformers lists some codecs, Mimi among them, as plain models only.
+    remote = "AutoModelForAudioTokenization" in getattr(config, "auto_map", {})
+    auto_class = AutoModelForAudioTokenization if registered or remote else AutoModel
+    return auto_class.from_pretrained(name_or_path, subfolder=folder, **kwargs).eval()

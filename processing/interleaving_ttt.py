@@ -169,11 +169,20 @@ def interleave(
     return ids
 
 
-def deinterleave(ids: Sequence[int], token_ids: TttTokenIds) -> tuple[list[int], list[int]]:
+def whole_frames(codes: Sequence[int], codes_per_frame: int) -> int:
+    """How many of `codes` make up whole frames."""
+    return len(codes) // codes_per_frame * codes_per_frame
+
+
+def deinterleave(ids: Sequence[int], token_ids: TttTokenIds, codes_per_frame: int = 1) -> tuple[list[int], list[int]]:
     """Separates a response into its text tokens and its audio codes; the inverse of `interleave`.
 
     Reads up to the first `<|im_end|>`. A response cut off anywhere is read as far as it goes: an unfinished span gives
-    the codes it holds, mask tokens are skipped.
+    the codes it holds, mask tokens are skipped. Where a span ends within a frame, that frame is left out, so that the
+    next span begins with a new one.
+
+    Args:
+        codes_per_frame: of an audio tokenizer with several codebooks.
 
     Returns:
         Text token ids; codes 0 .. num_audio_codes - 1.
@@ -184,12 +193,13 @@ def deinterleave(ids: Sequence[int], token_ids: TttTokenIds) -> tuple[list[int],
     for token_id in to_list(ids):
         if token_id == token_ids.end_of_turn_token_id:
             break
-        if token_id < token_ids.audio_token_id_start:
-            if token_id not in structural:
-                text_ids.append(token_id)
-        elif token_ids.is_code(token_id):
+        if token_ids.is_code(token_id):
             codes.append(token_id - token_ids.audio_code_id_start)
-    return text_ids, codes
+        elif token_id != token_ids.mask_token_id:
+            del codes[whole_frames(codes, codes_per_frame) :]
+            if token_id < token_ids.audio_token_id_start and token_id not in structural:
+                text_ids.append(token_id)
+    return text_ids, codes[: whole_frames(codes, codes_per_frame)]
 
 
 def last_span_bounds(ids: Sequence[int], token_ids: TttTokenIds, start: int = 0) -> tuple[int, int] | None:

@@ -11,32 +11,45 @@ from typing import Any
 import numpy as np
 import torch
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.modeling_utils import PreTrainedAudioTokenizerBase
 from transformers.processing_utils import AUDIO_TOKENIZER_KWARGS, ProcessorMixin
 from transformers.utils.hub import hf_api
 
 from .audio_codes_ttt import decode_codes, encode_waveforms
 from .audio_input_ttt import is_single_audio, load_waveform
-from .audio_tokenizer_ttt import AUDIO_TOKENIZER_FOLDER, read_audio_tokenizer, write_audio_tokenizer
+from .audio_tokenizer_ttt import (
+    AUDIO_TOKENIZER_FOLDER,
+    check_audio_tokenizer,
+    read_audio_tokenizer,
+    write_audio_tokenizer,
+)
+from .codebooks_ttt import PUBLISHED_CHUNK_SIZE, TttAudioFormat, flatten_codes, unflatten_codes
 from .conversation_ttt import ConversationEncoder, check_all_used, read_audio_parts, render
 from .interleaving_ttt import TttTokenIds, deinterleave, to_list
 from .streaming_ttt import TttStreamer
-from .tasks_ttt import CHAT_TEMPLATE, TASKS, check_messages
+from .tasks_ttt import CHAT_TEMPLATE, TASKS, check_messages, default_system_prompts
 
 
 class TttProcessor(ProcessorMixin):
     """Everything between a user and `TttForConditionalGeneration`.
 
     Args:
-        feature_extractor: prepares waveforms for the audio tokenizer; its `sampling_rate` (Hz) is the one speech comes
-            out at unless the audio tokenizer's configuration says otherwise.
+        feature_extractor: prepares waveforms for the audio tokenizer, at the `sampling_rate` (Hz) that one takes.
         tokenizer: with the TtT special tokens and one token per code.
-        audio_tokenizer: a `PreTrainedAudioTokenizerBase` with one codebook. May be left out where audio only ever comes
-            as codes, as in training.
+        audio_tokenizer: any Transformers audio codec with discrete codes, of one or several codebooks (see
+            `TttAudioFormat` for how several become one stream of codes, which is what `audio_codes` are everywhere
+            here). May be left out where audio only ever comes as codes, as in training.
         chat_template: Jinja template; audio parts are written as placeholders (see tasks_ttt.py for the default).
-        text_chunk_size, audio_chunk_size: text tokens and codes that alternate in a response.
+        text_chunk_size: text tokens between two spans of a response.
+        audio_chunk_size: codes of such a span, a multiple of the codebooks. By default as many as last 2.08 s, in whole
+            frames: the published 26 at 12.5 codes a second, 208 for eight codebooks at 12.5 frames, 104 for one at 50.
+            It is also the published size of a block, `generation_config.audio_block_size`.
         system_prompts: system prompt by task, replacing the defaults of `TASKS`; an empty one leaves the system turn
             out. May name tasks of its own.
+        num_codebooks: codes of a frame; the audio tokenizer's, or 1 where there is none.
+
+    Raises:
+        TypeError: `audio_tokenizer` is no audio codec of Transformers.
+        ValueError: the parts do not belong together, or a chunk size cannot be used.
     """
 
     def __init__(
@@ -46,41 +59,57 @@ class TttProcessor(ProcessorMixin):
         audio_tokenizer=None,
         chat_template=None,
         text_chunk_size=13,
-        audio_chunk_size=26,
+        audio_chunk_size=None,
         system_prompts=None,
+        num_codebooks=None,
     ):
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
-        if text_chunk_size < 1 or audio_chunk_size < 1:
-            raise ValueError(
-                "`text_chunk_size` and `audio_chunk_size` must be at least 1, "
-                f"got {text_chunk_size} and {audio_chunk_size}."
-            )
-        self.text_chunk_size = text_chunk_size
-        self.audio_chunk_size = audio_chunk_size
-        self.system_prompts = {name: task.system_prompt for name, task in TASKS.items()} | dict(system_prompts or {})
         self.token_ids = TttTokenIds.from_tokenizer(tokenizer)
         # Not through ProcessorMixin, whose own check knows a fixed list of audio tokenizers.
+        self.audio_tokenizer = None
+        self.num_codebooks = num_codebooks
+        default_chunk_size = PUBLISHED_CHUNK_SIZE * (num_codebooks or 1)
         if audio_tokenizer is not None:
-            self._check_audio_tokenizer(audio_tokenizer)
-        self.audio_tokenizer = audio_tokenizer
-
-    def _check_audio_tokenizer(self, audio_tokenizer: Any) -> None:
-        if not isinstance(audio_tokenizer, PreTrainedAudioTokenizerBase):
-            raise TypeError(
-                f"`audio_tokenizer` must be a PreTrainedAudioTokenizerBase, got {type(audio_tokenizer).__name__}."
-            )
-        codebook_size = getattr(audio_tokenizer.config, "codebook_size", self.token_ids.num_audio_codes)
-        if codebook_size > self.token_ids.num_audio_codes:
+            default_chunk_size = self._attach(audio_tokenizer).chunk_size
+        self.num_codebooks = self.num_codebooks or 1
+        self.text_chunk_size = text_chunk_size
+        self.audio_chunk_size = default_chunk_size if audio_chunk_size is None else audio_chunk_size
+        if self.text_chunk_size < 1 or self.audio_chunk_size < 1:
             raise ValueError(
-                f"The audio tokenizer has {codebook_size} codes, but the tokenizer has `<|audio_N|>` tokens for only "
-                f"{self.token_ids.num_audio_codes}. Use the two that belong together."
+                "`text_chunk_size` and `audio_chunk_size` must be at least 1, "
+                f"got {self.text_chunk_size} and {self.audio_chunk_size}."
             )
+        if self.audio_chunk_size % self.num_codebooks:
+            raise ValueError(
+                f"`audio_chunk_size` is {self.audio_chunk_size}; it must be a multiple of the {self.num_codebooks} "
+                "codebooks, so that a span ends with a whole frame."
+            )
+        prompts = default_system_prompts(self.text_chunk_size, self.audio_chunk_size)
+        self.system_prompts = prompts | dict(system_prompts or {})
+
+    def _attach(self, audio_tokenizer: Any) -> TttAudioFormat:
+        rate = self.feature_extractor.sampling_rate
+        audio_format = check_audio_tokenizer(audio_tokenizer, rate, self.token_ids.num_audio_codes)
+        if self.num_codebooks not in (None, audio_format.num_codebooks):
+            raise ValueError(
+                f"The audio tokenizer has {audio_format.num_codebooks} codebooks, but the processor is one for "
+                f"{self.num_codebooks}. Use the two that belong together."
+            )
+        self.audio_tokenizer, self.num_codebooks = audio_tokenizer, audio_format.num_codebooks
+        return audio_format
+
+    @property
+    def audio_format(self) -> TttAudioFormat:
+        """What the codes are. Without an audio tokenizer, what is known of them: rates are then None."""
+        if self.audio_tokenizer is not None:
+            return TttAudioFormat.from_config(self.audio_tokenizer.config)
+        codebook_size = self.token_ids.num_audio_codes // self.num_codebooks
+        return TttAudioFormat(self.num_codebooks, codebook_size, None, None, None)
 
     @property
     def sampling_rate(self) -> int:
-        """Rate of the waveforms that come out, Hz."""
-        config = getattr(self.audio_tokenizer, "config", None)
-        return getattr(config, "sampling_rate", None) or self.feature_extractor.sampling_rate
+        """Rate of the waveforms that come out, Hz. It may differ from the feature extractor's, of those that go in."""
+        return self.audio_format.output_sampling_rate or self.feature_extractor.sampling_rate
 
     @property
     def tasks(self) -> list[str]:
@@ -298,6 +327,9 @@ class TttProcessor(ProcessorMixin):
     def encode_audio(self, audio: Any, sampling_rate: int | None = None, batch_size: int = 16) -> list[torch.Tensor]:
         """Audios to codes.
 
+        Codes of several codebooks come as one stream, frame by frame; `unflatten_codes` gives them back as the audio
+        tokenizer has them.
+
         Args:
             audio: one audio or any iterable of them, each in any form `load_waveform` takes.
             sampling_rate: of arrays that bring none of their own, Hz.
@@ -318,7 +350,9 @@ class TttProcessor(ProcessorMixin):
         """Codes to waveforms.
 
         Args:
-            audio_codes: one sequence of codes or a list of them; empty ones give empty waveforms.
+            audio_codes: one sequence of codes or a list of them; empty ones give empty waveforms. Of several codebooks,
+                an incomplete last frame is left out, and a code at another codebook's position is replaced by that of
+                the frame before, as a model may generate both; see `unflatten_codes`.
 
         Returns:
             One (samples,) float32 array per sequence, at `sampling_rate`.
@@ -334,6 +368,14 @@ class TttProcessor(ProcessorMixin):
             return [np.zeros(0, dtype=np.float32) for _ in sequences]
         return decode_codes(self._require_audio_tokenizer(), sequences, batch_size)
 
+    def flatten_codes(self, codes: Any) -> torch.Tensor:
+        """Codes as the audio tokenizer has them, (codebooks, frames), as one stream (codes,) long."""
+        return flatten_codes(codes, self.audio_format.codebook_size)
+
+    def unflatten_codes(self, audio_codes: Any) -> torch.Tensor:
+        """A stream of codes (codes,) as the audio tokenizer has them, (codebooks, frames) long; the exact inverse."""
+        return unflatten_codes(audio_codes, self.num_codebooks, self.audio_format.codebook_size)
+
     def _require_audio_tokenizer(self) -> Any:
         if self.audio_tokenizer is None:
             raise ValueError(
@@ -347,7 +389,7 @@ class TttProcessor(ProcessorMixin):
     def post_process(
         self, generated_ids: Any, prompt_length: int = 0, decode_audio: bool = True
     ) -> list[dict[str, Any]]:
-        """What `generate` returned, as text and speech. An answer cut off anywhere gives what it holds.
+        """What `generate` returned, as text and speech. An answer cut off anywhere gives the whole frames it holds.
 
         Args:
             generated_ids: (batch, length), (length,) or a list of rows, the prompt first.
@@ -363,7 +405,7 @@ class TttProcessor(ProcessorMixin):
             generated_ids = [generated_ids]
         answers = []
         for row in generated_ids:
-            text_ids, codes = deinterleave(to_list(row)[prompt_length:], self.token_ids)
+            text_ids, codes = deinterleave(to_list(row)[prompt_length:], self.token_ids, self.num_codebooks)
             text = self.tokenizer.decode(text_ids, skip_special_tokens=True) if text_ids else ""
             answers.append({"text": text, "audio_codes": torch.tensor(codes, dtype=torch.long), "audio": None})
         if decode_audio:
@@ -445,8 +487,7 @@ class TttProcessor(ProcessorMixin):
                 pretrained_model_name_or_path, subfolder, trust_remote_code=trust_remote_code, **located
             )
         if audio_tokenizer is not None:
-            processor._check_audio_tokenizer(audio_tokenizer)
-            processor.audio_tokenizer = audio_tokenizer
+            processor._attach(audio_tokenizer)
         return processor
 
     # ------------------------------------------------------------------ from messages to ids

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from .interleaving_ttt import TttTokenIds, to_list
+from .interleaving_ttt import TttTokenIds, to_list, whole_frames
+from .waveform_stream_ttt import WaveformStream
 
 
 class TttStreamCancelled(Exception):
@@ -22,9 +23,8 @@ class TttStreamer(BaseStreamer):
     """Passed to `generate(streamer=...)`, which runs in another thread, and iterated over in this one.
 
     Each item is `{"text": str}` or `{"audio": (samples,) float32, "sampling_rate": int}`. Texts joined are the answer's
-    text; waveforms joined are the answer decoded as a whole (exactly so with an audio tokenizer that has
-    `streaming_decoder()`; with any other, the waveform comes in one piece at the end). Waveforms are decoded in the
-    thread that iterates.
+    text; waveforms joined are the answer decoded as a whole. When a piece of waveform comes depends on the audio
+    tokenizer: see `WaveformStream`. Waveforms are decoded in the thread that iterates.
 
     Args:
         tokenizer: decodes text ids.
@@ -53,7 +53,8 @@ class TttStreamer(BaseStreamer):
         self._queue: queue.Queue[Any] = queue.Queue()
         self._cancelled = False
         self._text = _TextDecoder(tokenizer)
-        self._audio = None if audio_tokenizer is None else _AudioDecoder(audio_tokenizer)
+        self._audio = None if audio_tokenizer is None else WaveformStream(audio_tokenizer)
+        self._codes: list[int] = []
 
     def put(self, value: torch.Tensor) -> None:
         """Takes ids, (length,) or (1, length); called by `generate`.
@@ -90,25 +91,34 @@ class TttStreamer(BaseStreamer):
                 raise ids
             if ids is None:
                 break
-            text_ids, codes = self._separate(ids)
-            yield from self._pieces(self._text.push(text_ids), codes)
-        yield from self._pieces(self._text.flush(), [])
+            yield from self._written(self._text.push(self._text_ids(ids)))
+            if self._audio is not None and (codes := self._take_codes(ids)):
+                yield from self._spoken(self._audio.push(codes))
+        yield from self._written(self._text.flush())
         if self._audio is not None:
-            yield from self._waveform(self._audio.flush())
+            yield from self._spoken(self._audio.flush())
 
-    def _separate(self, ids: list[int]) -> tuple[list[int], list[int]]:
+    def _text_ids(self, ids: list[int]) -> list[int]:
         structural = self.token_ids.structural
-        text_ids = [i for i in ids if i < self.token_ids.audio_token_id_start and i not in structural]
-        codes = [i - self.token_ids.audio_code_id_start for i in ids if self.token_ids.is_code(i)]
-        return text_ids, codes
+        return [i for i in ids if i < self.token_ids.audio_token_id_start and i not in structural]
 
-    def _pieces(self, text: str, codes: list[int]) -> Iterator[dict[str, Any]]:
+    def _take_codes(self, ids: list[int]) -> list[int]:
+        """The codes that complete frames; the rest waits, and is dropped where its span ends, as in `deinterleave`."""
+        per_frame = self._audio.format.num_codebooks if self._audio else 1
+        for token_id in ids:
+            if self.token_ids.is_code(token_id):
+                self._codes.append(token_id - self.token_ids.audio_code_id_start)
+            elif token_id != self.token_ids.mask_token_id:
+                del self._codes[whole_frames(self._codes, per_frame) :]
+        end = whole_frames(self._codes, per_frame)
+        codes, self._codes = self._codes[:end], self._codes[end:]
+        return codes
+
+    def _written(self, text: str) -> Iterator[dict[str, Any]]:
         if text:
             yield {"text": text}
-        if codes and self._audio is not None:
-            yield from self._waveform(self._audio.push(codes))
 
-    def _waveform(self, waveform: np.ndarray) -> Iterator[dict[str, Any]]:
+    def _spoken(self, waveform: np.ndarray) -> Iterator[dict[str, Any]]:
         if waveform.size:
             yield {"audio": waveform, "sampling_rate": self.sampling_rate}
 
@@ -138,34 +148,3 @@ class _TextDecoder:
         piece = text[len(self.printed) :]
         self.printed, self.held = text, 0
         return piece
-
-
-class _AudioDecoder:
-    """Codes to waveform: with the audio tokenizer's own streaming decoder, else all at once at the end."""
-
-    def __init__(self, audio_tokenizer: Any):
-        self.audio_tokenizer = audio_tokenizer
-        self.codes: list[int] = []
-        has_stream = hasattr(audio_tokenizer, "streaming_decoder")
-        self.stream = audio_tokenizer.streaming_decoder() if has_stream else None
-
-    @torch.no_grad()
-    def push(self, codes: list[int]) -> np.ndarray:
-        if self.stream is None:
-            self.codes += codes
-            return np.zeros(0, dtype=np.float32)
-        return self._to_numpy(self.stream.push(self._to_tensor(codes)))
-
-    @torch.no_grad()
-    def flush(self) -> np.ndarray:
-        if self.stream is not None:
-            return self._to_numpy(self.stream.flush())
-        if not self.codes:
-            return np.zeros(0, dtype=np.float32)
-        return self._to_numpy(self.audio_tokenizer.decode(self._to_tensor(self.codes)[None, None]).audio_values)
-
-    def _to_tensor(self, codes: list[int]) -> torch.Tensor:
-        return torch.tensor(codes, dtype=torch.long, device=self.audio_tokenizer.device)
-
-    def _to_numpy(self, waveform: torch.Tensor) -> np.ndarray:
-        return waveform.reshape(-1).float().cpu().numpy()

@@ -95,6 +95,15 @@ TASKS: dict[str, TttTask] = {
 }
 
 
+def default_system_prompts(text_chunk_size: int = 13, audio_chunk_size: int = 26) -> dict[str, str]:
+    """System prompt by task; those that name the sizes of the chunks name these."""
+    published, ours = (
+        f"{text} text tokens followed by {audio} audio tokens"
+        for text, audio in ((13, 26), (text_chunk_size, audio_chunk_size))
+    )
+    return {name: task.system_prompt.replace(published, ours) for name, task in TASKS.items()}
+
+
 def check_messages(messages: Sequence[Any], name: str) -> None:
     """Raises a ValueError that says which message of the conversation `name` does not have the form of one."""
     if not messages:

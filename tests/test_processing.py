@@ -421,7 +421,7 @@ def test_a_processor_without_audio_tokenizer_says_so_when_it_needs_one(text_only
 
 def test_wrong_parts_are_refused():
     extractor = EncodecFeatureExtractor(feature_size=1, sampling_rate=16_000)
-    with pytest.raises(TypeError, match="must be a PreTrainedAudioTokenizerBase, got Linear"):
+    with pytest.raises(TypeError, match="must be a Transformers audio codec, .* got Linear"):
         TttProcessor(extractor, build_tokenizer(), torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="has 16 codes, but .* only 8"):
         TttProcessor(extractor, build_tokenizer(num_codes=8), build_codec())

@@ -8,6 +8,7 @@ import pytest
 import torch
 from builders import build_processor
 
+from processing import TttStreamer
 from processing.streaming_ttt import TttStreamCancelled
 
 TEXT = "naïve ☃ answers take more than one span"
@@ -80,13 +81,12 @@ def test_a_piece_is_there_before_the_answer_ends(processor):
 
 def test_an_audio_tokenizer_without_streaming_is_decoded_at_the_end(processor):
     class Whole:
-        device = torch.device("cpu")
+        device, config = torch.device("cpu"), processor.audio_tokenizer.config
 
         def decode(self, audio_codes):
             return processor.audio_tokenizer.decode(audio_codes)
 
-    streamer = processor.streamer()
-    streamer._audio.__init__(Whole())
+    streamer = TttStreamer(processor.tokenizer, processor.token_ids, Whole())
     feed(streamer, processor, processor.build_response(TEXT, CODES))
     pieces = list(streamer)
     assert [("audio" in piece) for piece in pieces].count(True) == 1 and "audio" in pieces[-1]

@@ -39,9 +39,11 @@ class TttCodecDecoderOutput(ModelOutput):
     """
     Args:
         audio_values (`torch.FloatTensor` of shape `(batch, 1, codes * hop_length)`): Waveform, zero past a row's end.
+        audio_lengths (`torch.LongTensor` of shape `(batch,)`): Samples of each row.
     """
 
     audio_values: torch.Tensor | None = None
+    audio_lengths: torch.Tensor | None = None
 
 
 @dataclass
@@ -222,6 +224,7 @@ class TttCodecPreTrainedModel(PreTrainedAudioTokenizerBase):
     base_model_prefix = "ttt_codec"
     main_input_name = "input_values"
     input_modalities = "audio"
+    batch_invariant = True  # rows of a padded batch get what they get alone: the processor may batch them
     _no_split_modules = ["TttCodecBlock"]
 
     @torch.no_grad()
@@ -361,7 +364,8 @@ class TttCodecModel(TttCodecPreTrainedModel):
         else:
             raise ValueError(f"vocoder must be 'neural' or 'griffin_lim', not {vocoder!r}")
         waveform = waveform * frame_mask.repeat_interleave(self.config.mel_hop_length, 1)
-        return TttCodecDecoderOutput(audio_values=waveform.clamp(-1, 1)[:, None])
+        lengths = mask.sum(-1) * self.config.hop_length
+        return TttCodecDecoderOutput(audio_values=waveform.clamp(-1, 1)[:, None], audio_lengths=lengths)
 
     def decode_mel(self, codes: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Codes (batch, codes) to scaled log-mel frames (batch, codes * frames_per_code, bins)."""

@@ -1,0 +1,1 @@
+../../processing/codebooks_ttt.py

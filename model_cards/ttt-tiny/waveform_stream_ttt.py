@@ -1,0 +1,1 @@
+../../processing/waveform_stream_ttt.py
