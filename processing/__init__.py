@@ -4,6 +4,7 @@ from transformers import AutoProcessor
 
 from modeling_ttt import TttConfig
 
+from .audio_tokenizer_ttt import load_audio_codec
 from .codebooks_ttt import TttAudioFormat, flatten_codes, unflatten_codes
 from .collator_ttt import TttDataCollator
 from .interleaving_ttt import TttTokenIds, deinterleave, interleave
@@ -24,5 +25,6 @@ __all__ = [
     "deinterleave",
     "flatten_codes",
     "interleave",
+    "load_audio_codec",
     "unflatten_codes",
 ]

@@ -9,6 +9,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.auto.modeling_auto import AutoModel, AutoModelForAudioTokenization
+from transformers.processing_utils import AUDIO_TOKENIZER_KWARGS
 
 from .codebooks_ttt import TttAudioFormat
 
@@ -59,11 +60,11 @@ def write_audio_tokenizer(audio_tokenizer: Any, save_directory: str) -> None:
 
 
 def read_audio_tokenizer(name_or_path: str | os.PathLike, subfolder: str = "", **kwargs: Any) -> Any:
-    """Loads the audio tokenizer of a folder or Hub repository, in eval mode.
+    """Loads the audio tokenizer that lies beside a processor, in a folder or Hub repository.
 
     Args:
         subfolder: where in the repository the processor lies; the audio tokenizer lies in its `audio_tokenizer`.
-        kwargs: passed to `from_pretrained`.
+        kwargs: passed to `load_audio_codec`.
 
     Raises:
         OSError: the folder has none.
@@ -74,10 +75,21 @@ def read_audio_tokenizer(name_or_path: str | os.PathLike, subfolder: str = "", *
             f"{name_or_path} has no audio tokenizer in `{folder}/`. Pass `audio_tokenizer`, or "
             "`load_audio_tokenizer=False` where audio only comes as codes."
         )
-    located = {key: kwargs[key] for key in kwargs if key not in ("dtype", "device_map")}
-    config = AutoConfig.from_pretrained(name_or_path, subfolder=folder, **located)
-    registered = type(config) in AutoModelForAudioTokenization._model_mapping
-    # Transformers lists some codecs, Mimi among them, as plain models only.
-    remote = "AutoModelForAudioTokenization" in getattr(config, "auto_map", {})
-    auto_class = AutoModelForAudioTokenization if registered or remote else AutoModel
-    return auto_class.from_pretrained(name_or_path, subfolder=folder, **kwargs).eval()
+    return load_audio_codec(name_or_path, subfolder=folder, **kwargs)
+
+
+def load_audio_codec(name_or_path: str | os.PathLike, subfolder: str = "", **kwargs: Any) -> Any:
+    """Loads any audio codec of Transformers, in eval mode: also those that it lists as plain models only (Mimi).
+
+    Args:
+        kwargs: passed to `from_pretrained`, settings of the configuration among them: `num_quantizers=8` loads Mimi
+            with its first eight codebooks.
+    """
+    located = {key: kwargs[key] for key in kwargs if key in ("revision", "trust_remote_code", *AUDIO_TOKENIZER_KWARGS)}
+    for name in ("dtype", "device_map"):
+        located.pop(name, None)
+    config = AutoConfig.from_pretrained(name_or_path, subfolder=subfolder, **located)
+    is_listed = type(config) in AutoModelForAudioTokenization._model_mapping
+    is_listed = is_listed or "AutoModelForAudioTokenization" in getattr(config, "auto_map", {})
+    auto_class = AutoModelForAudioTokenization if is_listed else AutoModel
+    return auto_class.from_pretrained(name_or_path, subfolder=subfolder, **kwargs).eval()

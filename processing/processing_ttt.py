@@ -22,7 +22,7 @@ from .audio_tokenizer_ttt import (
     read_audio_tokenizer,
     write_audio_tokenizer,
 )
-from .codebooks_ttt import PUBLISHED_CHUNK_SIZE, TttAudioFormat, flatten_codes, unflatten_codes
+from .codebooks_ttt import TttAudioFormat, flatten_codes, unflatten_codes
 from .conversation_ttt import ConversationEncoder, check_all_used, read_audio_parts, render
 from .interleaving_ttt import TttTokenIds, deinterleave, to_list
 from .streaming_ttt import TttStreamer
@@ -41,8 +41,9 @@ class TttProcessor(ProcessorMixin):
         chat_template: Jinja template; audio parts are written as placeholders (see tasks_ttt.py for the default).
         text_chunk_size: text tokens between two spans of a response.
         audio_chunk_size: codes of such a span, a multiple of the codebooks. By default as many as last 2.08 s, in whole
-            frames: the published 26 at 12.5 codes a second, 208 for eight codebooks at 12.5 frames, 104 for one at 50.
-            It is also the published size of a block, `generation_config.audio_block_size`.
+            frames: the published 26 at 12.5 codes a second, 208 for eight codebooks at 12.5 frames, 104 for one at 50;
+            26 frames where no audio tokenizer tells their rate. A good block is as long
+            (`generation_config.audio_block_size`), or a part of it in whole frames.
         system_prompts: system prompt by task, replacing the defaults of `TASKS`; an empty one leaves the system turn
             out. May name tasks of its own.
         num_codebooks: codes of a frame; the audio tokenizer's, or 1 where there is none.
@@ -68,12 +69,11 @@ class TttProcessor(ProcessorMixin):
         # Not through ProcessorMixin, whose own check knows a fixed list of audio tokenizers.
         self.audio_tokenizer = None
         self.num_codebooks = num_codebooks
-        default_chunk_size = PUBLISHED_CHUNK_SIZE * (num_codebooks or 1)
         if audio_tokenizer is not None:
-            default_chunk_size = self._attach(audio_tokenizer).chunk_size
+            self._attach(audio_tokenizer)
         self.num_codebooks = self.num_codebooks or 1
         self.text_chunk_size = text_chunk_size
-        self.audio_chunk_size = default_chunk_size if audio_chunk_size is None else audio_chunk_size
+        self.audio_chunk_size = self.audio_format.chunk_size if audio_chunk_size is None else audio_chunk_size
         if self.text_chunk_size < 1 or self.audio_chunk_size < 1:
             raise ValueError(
                 "`text_chunk_size` and `audio_chunk_size` must be at least 1, "
@@ -87,7 +87,7 @@ class TttProcessor(ProcessorMixin):
         prompts = default_system_prompts(self.text_chunk_size, self.audio_chunk_size)
         self.system_prompts = prompts | dict(system_prompts or {})
 
-    def _attach(self, audio_tokenizer: Any) -> TttAudioFormat:
+    def _attach(self, audio_tokenizer: Any) -> None:
         rate = self.feature_extractor.sampling_rate
         audio_format = check_audio_tokenizer(audio_tokenizer, rate, self.token_ids.num_audio_codes)
         if self.num_codebooks not in (None, audio_format.num_codebooks):
@@ -96,7 +96,6 @@ class TttProcessor(ProcessorMixin):
                 f"{self.num_codebooks}. Use the two that belong together."
             )
         self.audio_tokenizer, self.num_codebooks = audio_tokenizer, audio_format.num_codebooks
-        return audio_format
 
     @property
     def audio_format(self) -> TttAudioFormat:

@@ -26,7 +26,15 @@ from transformers import (
 
 from modeling_ttt.ttt_codec import TttCodecModel
 from pipelines import TttAudioToAudioPipeline
-from processing import TttAudioFormat, TttProcessor, TttStreamer, deinterleave, flatten_codes, unflatten_codes
+from processing import (
+    TttAudioFormat,
+    TttProcessor,
+    TttStreamer,
+    deinterleave,
+    flatten_codes,
+    load_audio_codec,
+    unflatten_codes,
+)
 from processing.waveform_stream_ttt import WaveformStream, decoder_context
 
 SEMANTIC_ENCODER = {
@@ -290,6 +298,16 @@ def test_a_processor_is_saved_with_such_a_codec_in_its_subfolder(part, tmp_path)
     assert bare.num_codebooks == part.format.num_codebooks
     assert torch.equal(bare.flatten_codes(part.random_codes(6)), stream)
     assert bare.build_response("hi", stream) == part.processor.build_response("hi", stream)
+
+
+@torch.no_grad()
+def test_a_codec_is_loaded_with_fewer_codebooks_than_it_was_trained_with(mimi, tmp_path):
+    mimi.codec.save_pretrained(tmp_path)
+    smaller = load_audio_codec(tmp_path, num_quantizers=2)
+    sound = torch.from_numpy(tone(0.5, 24_000))[None, None]
+    assert torch.equal(smaller.encode(sound).audio_codes, mimi.codec.encode(sound).audio_codes[:, :2])
+    processor = TttProcessor(mimi.processor.feature_extractor, build_tokenizer(32), smaller)
+    assert (processor.num_codebooks, processor.audio_chunk_size) == (2, 52)
 
 
 def test_parts_that_do_not_belong_together_are_refused(mimi, tmp_path):
