@@ -23,8 +23,8 @@ class TttStreamer(BaseStreamer):
     """Passed to `generate(streamer=...)`, which runs in another thread, and iterated over in this one.
 
     Each item is `{"text": str}` or `{"audio": (samples,) float32, "sampling_rate": int}`. Texts joined are the answer's
-    text; waveforms joined are the answer decoded as a whole. When a piece of waveform comes depends on the audio
-    tokenizer: see `WaveformStream`. Waveforms are decoded in the thread that iterates.
+    text, waveforms joined its speech. When a piece of waveform comes depends on the audio tokenizer: see
+    `WaveformStream`. Waveforms are decoded in the thread that iterates.
 
     Args:
         tokenizer: decodes text ids.

@@ -18,10 +18,11 @@ POINTWISE = (nn.Identity, nn.Dropout, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn
 
 
 class WaveformStream:
-    """Decodes frames as they come; the pieces joined are the waveform of all frames decoded at once.
+    """Decodes frames as they come. In 2. and 3. the pieces joined are the waveform of all frames decoded at once.
 
     1. An audio tokenizer with a method `streaming_decoder()` is left to it: an object whose `push` takes codes (1,
-       codebooks, frames) and returns the samples that became final, and whose `flush` returns the rest.
+       codebooks, frames) and returns the samples that became final, and whose `flush` returns the rest. Whether they
+       join to what `decode` gives is up to it.
     2. Of one whose decoder is convolutional or causal, `decoder_context` tells what a frame's samples depend on.
        New frames are decoded together with that context, and the samples that can no longer change are returned. A
        causal decoder sees everything before, so each piece decodes the answer anew up to there.
@@ -45,6 +46,8 @@ class WaveformStream:
     @torch.no_grad()
     def push(self, codes: Sequence[int]) -> np.ndarray:
         """Takes the flat codes of whole frames; returns the waveform (samples,) that became final, possibly empty."""
+        if not len(codes):
+            return np.zeros(0, dtype=np.float32)
         new = unflatten_codes(codes, self.format.num_codebooks, self.format.codebook_size, self.last_frame)
         self.last_frame = new[:, -1:]
         if self.decoder is not None:
@@ -64,7 +67,7 @@ class WaveformStream:
         """Ends the stream; returns the rest of the waveform, (samples,)."""
         if self.decoder is not None:
             return _to_numpy(self.decoder.flush())
-        if self.frames.shape[1] == 0:
+        if self.frames.shape[1] == self.num_context:
             return np.zeros(0, dtype=np.float32)
         return self._decode()[self.num_context * (self.format.samples_per_frame or 0) :]
 
