@@ -1,0 +1,131 @@
+"""A folder of prepared examples: Parquet shards, a report per finished shard, the arguments they were made with, and
+the summary. Every file appears whole or not at all, so a run may be killed at any time."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from data_sources import Chunk
+from datasets import Features, List, Value
+
+FEATURES = Features(
+    {
+        "input_ids": List(Value("int32")),
+        "labels": List(Value("int32")),
+        "length": Value("int32"),
+        "task": Value("string"),
+    }
+)
+QUANTILES = (0, 5, 25, 50, 75, 95, 99, 100)
+
+
+@dataclass(frozen=True)
+class ShardFolder:
+    """The shards of one split in a folder."""
+
+    folder: Path
+    split: str
+
+    @property
+    def data(self) -> Path:
+        """Where the Parquet files are."""
+        return self.folder / "data"
+
+    @property
+    def reports(self) -> Path:
+        """Where each finished shard has its report."""
+        return self.folder / f".{self.split}"
+
+    def shards(self) -> list[Path]:
+        """The Parquet files, in the order of the records."""
+        return sorted(self.data.glob(f"{self.split}-*.parquet"))
+
+    def begin(self, arguments: Mapping[str, Any]) -> None:
+        """
+        Keeps what the examples depend on beside them.
+
+        Raises:
+            ValueError: the folder was begun with other arguments; the message names them.
+        """
+        self.data.mkdir(parents=True, exist_ok=True)
+        self.reports.mkdir(exist_ok=True)
+        file = self.reports / "arguments.json"
+        now = json.loads(json.dumps(arguments, default=str))
+        before = _read_json(file) if file.exists() else now
+        changes = [
+            f"{key} was {before.get(key)} and is {value}" for key, value in now.items() if before.get(key) != value
+        ]
+        if changes:
+            raise ValueError(
+                f"`--output_dir` {self.folder} was begun otherwise: {'; '.join(changes)}. Repeat the former arguments "
+                "to go on, or choose another folder or `--output_split`."
+            )
+        _write_json(file, now)
+
+    def write(self, chunk: Chunk, examples: Sequence[dict[str, Any]], report: dict[str, Any]) -> None:
+        """Writes the examples of a chunk and then its report, which marks the chunk as finished."""
+        name = f"{chunk.source:04d}-{chunk.number:06d}"
+        if examples:
+            target = self.data / f"{self.split}-{name}.parquet"
+            partial = target.with_suffix(".partial")
+            pq.write_table(pa.Table.from_pylist(examples, FEATURES.arrow_schema), partial, compression="zstd")
+            partial.replace(target)
+        _write_json(self.reports / f"{name}.json", report)
+
+    def finished(self) -> dict[tuple[int, int], dict[str, Any]]:
+        """The reports, by source and chunk."""
+        names = sorted(self.reports.glob("[0-9]*-[0-9]*.json"))
+        return {tuple(map(int, file.stem.split("-"))): _read_json(file) for file in names}  # type: ignore[misc]
+
+    def summarise(self, source_names: Sequence[str]) -> dict[str, Any]:
+        """Writes `rejected-SPLIT.jsonl` and `summary-SPLIT.json`; returns the summary."""
+        tasks: dict[str, dict[str, float]] = {}
+        kinds: dict[str, int] = {}
+        lines, records, seconds = [], 0, 0.0
+        for (source, _), report in self.finished().items():
+            records += report["records"]
+            seconds += report["audio_seconds"]
+            for task, counts in report["tasks"].items():
+                total = tasks.setdefault(task, dict.fromkeys(counts, 0))
+                for name, amount in counts.items():
+                    total[name] += amount
+            for row in report["rejected"]:
+                kinds[row["kind"]] = kinds.get(row["kind"], 0) + 1
+                lines.append(json.dumps({"source": source_names[source], **row}, ensure_ascii=False) + "\n")
+        shards = self.shards()
+        lengths = [pq.read_table(shard, columns=["length"])["length"].to_numpy() for shard in shards]
+        quantiles = np.percentile(np.concatenate(lengths), QUANTILES) if lengths else []
+        for counts in tasks.values():
+            counts["audio_hours"] = round(counts.pop("audio_seconds") / 3600, 4)
+        totals = ("examples", "rejected", "text_tokens", "audio_tokens", "scored_tokens")
+        summary = {
+            "records": records,
+            **{name: sum(counts[name] for counts in tasks.values()) for name in totals},
+            "audio_hours": round(seconds / 3600, 4),  # a recording that serves several tasks counts once here
+            "shards": len(shards),
+            "length_quantiles": {f"{q}%": int(value) for q, value in zip(QUANTILES, quantiles, strict=False)},
+            "rejected_kinds": kinds,
+            "tasks": tasks,
+        }
+        _write(self.folder / f"rejected-{self.split}.jsonl", "".join(lines))
+        _write_json(self.folder / f"summary-{self.split}.json", summary)
+        return summary
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write_json(path: Path, content: Any) -> None:
+    _write(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,195 @@
+"""Opens any `datasets` source as records of plain Python values: Hub names, files, folders, saved datasets, streams and
+data_config lists. What a record means lives in data_records.py."""
+
+import glob
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Audio, ClassLabel, Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+
+BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+
+
+@dataclass
+class Chunk:
+    """Consecutive records of a source: its place in the list of sources, its number in the source, the first record's
+    position, and, for a stream, the state that reading goes on from after it."""
+
+    source: int
+    number: int
+    first_record: int
+    records: list[dict[str, Any]]
+    state: dict[str, Any] | None = None
+
+
+@dataclass
+class Source:
+    """
+    One opened source.
+
+    Args:
+        name: how errors call it.
+        dataset: its records.
+        root: the folder that relative audio paths start from.
+        is_audio_folder: it lists files as the `audiofolder` builder expects: `file_name` is read as `audio`,
+            `X_file_name` as `X`. (That builder itself needs torchcodec even where audio is only read.)
+    """
+
+    name: str
+    dataset: Dataset | IterableDataset
+    root: Path
+    is_audio_folder: bool = False
+
+    def __post_init__(self) -> None:
+        for column, feature in (self.dataset.features or {}).items():
+            if isinstance(feature, Audio):  # left as bytes or path, for decoding it here would need torchcodec
+                self.dataset = self.dataset.cast_column(column, Audio(decode=False))
+        features = self.dataset.features or {}
+        self._labels = {column: f.int2str for column, f in features.items() if isinstance(f, ClassLabel)}
+
+    @property
+    def num_records(self) -> int | None:
+        """None where only reading to the end tells."""
+        return None if isinstance(self.dataset, IterableDataset) else len(self.dataset)
+
+    @property
+    def column_names(self) -> list[str]:
+        """Of the first record, where a stream does not know them beforehand."""
+        names = self.dataset.column_names
+        if names is None:
+            names = list(next(iter(self.dataset.take(1)), {}))
+        return [self._column(name) for name in names]
+
+    def chunks(self, index: int, size: int, finished: Mapping[int, dict[str, Any] | None]) -> Iterator[Chunk]:
+        """
+        Records in chunks of `size`, without those that are `finished` (chunk number to the state after it). A stream
+        is read from the state after its first unbroken run of finished chunks.
+        """
+        if isinstance(self.dataset, IterableDataset):
+            yield from self._stream(index, size, finished)
+            return
+        for number, first in enumerate(range(0, len(self.dataset), size)):
+            if number not in finished:
+                columns = self.dataset[first : first + size]
+                rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+                yield Chunk(index, number, first, [self._plain(row) for row in rows])
+
+    def _stream(self, index: int, size: int, finished: Mapping[int, dict[str, Any] | None]) -> Iterator[Chunk]:
+        start = next(number for number in itertools.count() if number not in finished)
+        if start and (state := finished[start - 1]) is not None:
+            self.dataset.load_state_dict(state)
+        rows = iter(self.dataset)
+        for number in itertools.count(start):
+            records = [self._plain(row) for row in itertools.islice(rows, size)]
+            if not records:
+                return
+            if number not in finished:
+                yield Chunk(index, number, number * size, records, self.dataset.state_dict())
+
+    def _plain(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A record with the names of its class labels."""
+        named = {c: name_of(row[c]) for c, name_of in self._labels.items() if row[c] is not None}
+        return {self._column(name): value for name, value in {**row, **named}.items()}
+
+    def _column(self, name: str) -> str:
+        if self.is_audio_folder and name.endswith("file_name"):
+            return name.removesuffix("file_name").removesuffix("_") or "audio"
+        return name
+
+
+def open_source(
+    location: str, split: str = "train", name: str | None = None, revision: str | None = None, streaming: bool = False
+) -> list[Source]:
+    """
+    Opens one source.
+
+    Args:
+        location: a JSON, JSONL, CSV, Parquet or Arrow file (wildcards allowed), a folder saved by `save_to_disk`, a
+            folder with `metadata.csv`, `.jsonl` or `.parquet` files whose `file_name` names the audio, any other
+            folder that `load_dataset` reads, or a dataset on the Hub.
+        split: of a dataset that has splits; single files have none.
+        name, revision: configuration and revision of a dataset on the Hub.
+        streaming: read record by record, without building a cache.
+
+    Returns:
+        One source per file, otherwise one.
+
+    Raises:
+        FileNotFoundError: no file matches.
+        ValueError: a file of another type, or a split that is not there.
+    """
+    path = Path(location)
+    if path.is_dir():
+        return _open_folder(path, split, streaming)
+    if BUILDERS.get(_suffix(path)) is None:
+        if path.exists():
+            raise ValueError(f"`--source` {location}: cannot read this type of file; use {', '.join(BUILDERS)}.")
+        dataset = load_dataset(location, name, split=split, revision=revision, streaming=streaming)
+        return [Source(location, dataset, Path())]
+    files = sorted(glob.glob(location))
+    if not files:
+        raise FileNotFoundError(f"`--source` {location}: there is no such file.")
+    return [_open_file(Path(file), streaming) for file in files]
+
+
+def open_data_config(file: Path, streaming: bool = False, seed: int = 0) -> list[Source]:
+    """
+    Opens the files of a published data_config: a JSON list of `{"path": ..., "sample_ratio": ...}`, each of which gives
+    that share of its records, drawn at random without repetition. Relative paths start at the list's own folder.
+
+    Raises:
+        ValueError: not such a list, a ratio outside [0, 1], or one other than 0 and 1 for a stream.
+    """
+    entries = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) and "path" in entry for entry in entries):
+        raise ValueError(f"`--data_config` {file} must hold a JSON list of objects with `path` and `sample_ratio`.")
+    sources = []
+    for entry in entries:
+        ratio = float(entry.get("sample_ratio", 1.0))
+        if not 0.0 <= ratio <= 1.0:
+            raise ValueError(
+                f"`--data_config` {file}: `sample_ratio` of {entry['path']} is {ratio}; give a share from 0 to 1. "
+                "To see a source more often, give it a larger weight in training."
+            )
+        if streaming and ratio not in (0.0, 1.0):
+            raise ValueError(
+                f"`--data_config` {file}: `sample_ratio` of {entry['path']} is {ratio}, but a stream cannot be "
+                "sampled before it is read; leave `--streaming` out."
+            )
+        if ratio == 0.0:
+            continue
+        for source in open_source(str(file.parent / entry["path"]), streaming=streaming):
+            if ratio < 1.0:
+                kept = int(len(source.dataset) * ratio)
+                source.dataset = source.dataset.shuffle(seed=seed).select(range(kept))
+            sources.append(source)
+    return sources
+
+
+def _open_file(path: Path, streaming: bool, is_audio_folder: bool = False) -> Source:
+    dataset = load_dataset(BUILDERS[_suffix(path)], data_files=str(path), split="train", streaming=streaming)
+    return Source(str(path), dataset, path.parent, is_audio_folder)
+
+
+def _open_folder(path: Path, split: str, streaming: bool) -> list[Source]:
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        dataset = load_from_disk(str(path))
+        if isinstance(dataset, DatasetDict):
+            if split not in dataset:
+                raise ValueError(f"`--split` {split}: {path} has {', '.join(dataset)}.")
+            dataset = dataset[split]
+        return [Source(str(path), dataset.to_iterable_dataset() if streaming else dataset, path)]
+    base = path / split if (path / split).is_dir() else path
+    metadata = sorted(file for name in METADATA_FILES for file in base.rglob(name))
+    if metadata:
+        return [_open_file(file, streaming, is_audio_folder=True) for file in metadata]
+    return [Source(str(path), load_dataset(str(path), split=split, streaming=streaming), path)]
+
+
+def _suffix(path: Path) -> str:
+    return path.with_suffix("").suffix if path.suffix in (".gz", ".zst") else path.suffix

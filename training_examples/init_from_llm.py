@@ -1,0 +1,268 @@
+"""Makes a TtT checkpoint of a text language model and an audio tokenizer, ready to be trained.
+
+    python training_examples/init_from_llm.py --llm Qwen/Qwen2.5-1.5B --audio_tokenizer model_cards/ttt-tiny \
+        --output_dir runs/qwen/initial
+
+The language model (Qwen2, Qwen3 or Llama; a folder or a Hub name) keeps its weights and its text behaviour: on text
+alone its logits stay what they were. Its vocabulary gains the special tokens and one token per code, in the published
+order; their rows are drawn with the mean and covariance of the others. The output is one folder as on the Hub: model,
+processor, audio tokenizer, pipeline and their code.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModelForAudioTokenization,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    EncodecFeatureExtractor,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from modeling_ttt import TttConfig, TttForConditionalGeneration, TttGenerationConfig
+from modeling_ttt.convert_ttt_to_hf import ids_from_tokenizer
+from modeling_ttt.generation_config_ttt import AUDIO_DEFAULTS
+from pipelines import TttAudioToAudioPipeline
+from processing import TttProcessor
+from processing.audio_tokenizer_ttt import AUDIO_TOKENIZER_FOLDER
+from processing.interleaving_ttt import (
+    AUDIO_PLACEHOLDER,
+    BEGIN_OF_AUDIO,
+    BEGIN_OF_LAST_AUDIO,
+    CODE_FORMAT,
+    END_OF_AUDIO,
+    END_OF_LAST_AUDIO,
+    END_OF_PROMPT_AUDIO,
+    END_OF_TURN,
+    MASK,
+)
+from processing.tasks_ttt import START_OF_TURN
+
+BACKBONES = ("qwen2", "qwen3", "llama")  # a plain head on a plain decoder, under the names TtT uses
+TEXT_TOKENS = (START_OF_TURN, END_OF_TURN, BEGIN_OF_AUDIO, END_OF_PROMPT_AUDIO, BEGIN_OF_LAST_AUDIO)
+
+
+@dataclass
+class InitArguments:
+    llm: str = field(metadata={"help": "Text language model: folder or Hub name."})
+    audio_tokenizer: str = field(
+        metadata={"help": "Audio tokenizer of one codebook: its folder or Hub name, or a TtT checkpoint that has one."}
+    )
+    output_dir: Path = field(metadata={"help": "Folder to write."})
+    audio_tokenizer_subfolder: str = field(
+        default="", metadata={"help": "Where in its repository the audio tokenizer lies."}
+    )
+    feature_extractor: str | None = field(
+        default=None, metadata={"help": "Folder or Hub name of its feature extractor, if it lies elsewhere."}
+    )
+    dtype: str = field(default="auto", metadata={"help": "Precision to store: auto (the LLM's), bfloat16, float32."})
+    row_spread: float = field(
+        default=1.0,
+        metadata={"help": "Standard deviation of the new rows around the mean, as a multiple of the old rows' own."},
+    )
+    text_chunk_size: int = field(default=13, metadata={"help": "Text tokens between two audio spans of an answer."})
+    audio_chunk_size: int = field(default=26, metadata={"help": "Codes of an audio span between text."})
+    system_prompts: Path | None = field(
+        default=None, metadata={"help": "JSON file of system prompts by task, in place of the published ones."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the new rows."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Allow code in the audio tokenizer's repository."})
+
+    def __post_init__(self) -> None:
+        if not self.row_spread >= 0:
+            raise ValueError(f"`--row_spread` is {self.row_spread}; it must be at least 0.")
+
+
+def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, num_codes: int) -> None:
+    """
+    Adds what a text tokenizer lacks: ChatML's tokens and the begin tokens on the text side, then, in the published
+    order, `<|audio|>`, the codes, the mask token and the two end tokens. `<|im_end|>` becomes its end-of-sequence
+    token; the former one pads where there was no padding token.
+
+    Raises:
+        ValueError: tokens that are there already break the order, so that a text token would count as audio.
+    """
+    codes = [CODE_FORMAT.format(code) for code in range(num_codes)]
+    audio_tokens = [AUDIO_PLACEHOLDER, *codes, MASK, END_OF_AUDIO, END_OF_LAST_AUDIO]
+    before = tokenizer.get_vocab()
+    missing = [token for token in (*TEXT_TOKENS, *audio_tokens) if token not in before]
+    tokenizer.add_tokens(missing, special_tokens=True)
+    vocabulary = tokenizer.get_vocab()
+    start = max(vocabulary.values()) + 1 - len(audio_tokens)
+    wrong = [(t, vocabulary[t], start + i) for i, t in enumerate(audio_tokens) if vocabulary[t] != start + i]
+    if wrong:
+        token, found, expected = wrong[0]
+        known = [t for t in audio_tokens if t in before]
+        raise ValueError(
+            f"The audio tokens must be the last {len(audio_tokens)} of the vocabulary, in the published order, because "
+            f"every id from {AUDIO_PLACEHOLDER} up counts as audio; but {token} has the id {found} and should have "
+            f"{expected}. The language model's tokenizer already has {known[0] if known else 'ids out of sequence'}"
+            f"{' and more' if len(known) > 1 else ''}: remove or rename it there first."
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or END_OF_TURN
+    tokenizer.eos_token = END_OF_TURN
+
+
+@torch.no_grad()
+def draw_rows(rows: torch.Tensor, count: int, spread: float, generator: torch.Generator) -> torch.Tensor:
+    """
+    New rows like the old ones: drawn from the normal distribution of their mean m and covariance Σ (estimated in
+    slices, so that no float32 copy of a large embedding is needed).
+
+    Transformers' own `mean_resizing` stays within 3e-5 standard deviations of the mean, which is less than half
+    precision can tell apart: thousands of codes would start as one.
+
+    Args:
+        rows: (old, hidden).
+        count: how many to draw.
+        spread: multiplies the standard deviation; 0 gives the mean.
+
+    Returns:
+        (count, hidden), float32.
+    """
+    slices = rows.split(8192)
+    mean = torch.stack([part.double().sum(0) for part in slices]).sum(0) / len(rows)
+    covariance = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float32)
+    for part in slices:
+        centred = (part.double() - mean).float()
+        covariance += centred.T @ centred / len(rows)
+    jitter = 1e-6 * covariance.diagonal().mean().clamp(min=1e-12)  # keeps the factor real where Σ is singular
+    factor = torch.linalg.cholesky(covariance + jitter * torch.eye(len(covariance)))
+    noise = torch.randn(count, rows.shape[1], generator=generator)
+    return mean.float() + spread * noise @ factor.T
+
+
+def extend_embeddings(llm: PreTrainedModel, old_size: int, new_size: int, spread: float, seed: int) -> None:
+    """Gives the input embedding and, where it is not the same, the head `new_size` rows. Rows from `old_size` up, which
+    no text token has (padding rows of the language model among them), are drawn by `draw_rows` from the others."""
+    llm.resize_token_embeddings(new_size, mean_resizing=False)
+    generator = torch.Generator().manual_seed(seed)
+    weights = [llm.get_input_embeddings().weight, llm.get_output_embeddings().weight]
+    for weight in weights[:1] if weights[0] is weights[1] else weights:
+        weight.data[old_size:] = draw_rows(weight.data[:old_size], new_size - old_size, spread, generator).to(weight)
+
+
+def build_model(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    old_size: int,
+    dtype: str = "auto",
+    spread: float = 1.0,
+    seed: int = 0,
+) -> TttForConditionalGeneration:
+    """
+    The language model as a TtT model.
+
+    Args:
+        name: folder or Hub name of a Qwen2, Qwen3 or Llama model.
+        tokenizer: its tokenizer, extended.
+        old_size: number of ids the tokenizer had before.
+        dtype: as `from_pretrained` takes it.
+        spread, seed: of the new rows.
+
+    Raises:
+        ValueError: another architecture, or weights that are not those of its language model.
+    """
+    config = AutoConfig.from_pretrained(name)
+    if config.model_type not in BACKBONES:
+        raise ValueError(f"`--llm` {name} is a {config.model_type!r} model; supported are {', '.join(BACKBONES)}.")
+    llm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    new_size = max(tokenizer.get_vocab().values()) + 1
+    extend_embeddings(llm, old_size, new_size, spread, seed)
+    config = TttConfig(
+        text_config=llm.config,
+        **ids_from_tokenizer(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.device("meta"):  # its weights are the language model's own, not a copy
+        model = TttForConditionalGeneration(config)
+    model.model.language_model, model.lm_head = llm.model, llm.lm_head
+    remaining = [key for key, value in model.named_parameters() if value.is_meta]
+    if remaining:
+        raise ValueError(f"`--llm` {name} gives no weights for {', '.join(remaining)}.")
+    model.generation_config = TttGenerationConfig(
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        max_new_tokens=min(2048, llm.config.max_position_embeddings),
+        do_sample=True,
+        top_k=10,
+        top_p=0.95,
+        **AUDIO_DEFAULTS,
+    )
+    return model.eval()
+
+
+def load_audio_tokenizer(args: InitArguments) -> tuple[Any, Any]:
+    """The audio tokenizer, in float32, and its feature extractor: the one beside it or in the root of its repository,
+    or, for one that takes plain waveforms, one that only pads them."""
+    name, subfolder = args.audio_tokenizer, args.audio_tokenizer_subfolder
+    if not subfolder and (Path(name) / AUDIO_TOKENIZER_FOLDER / "config.json").is_file():
+        subfolder = AUDIO_TOKENIZER_FOLDER
+    audio_tokenizer = AutoModelForAudioTokenization.from_pretrained(
+        name, subfolder=subfolder, dtype=torch.float32, trust_remote_code=args.trust_remote_code
+    ).eval()
+    places = [(args.feature_extractor, "")] if args.feature_extractor else [(name, subfolder), (name, "")]
+    for place, folder in places:
+        try:
+            return audio_tokenizer, AutoFeatureExtractor.from_pretrained(place, subfolder=folder)
+        except (OSError, ValueError):
+            continue
+    rate = getattr(audio_tokenizer.config, "sampling_rate", None)
+    if args.feature_extractor or rate is None or audio_tokenizer.main_input_name != "input_values":
+        raise ValueError(
+            f"There is no feature extractor in {places[0][0]}; name its folder with `--feature_extractor`."
+        )
+    return audio_tokenizer, EncodecFeatureExtractor(feature_size=1, sampling_rate=rate)
+
+
+def build_processor(args: InitArguments, tokenizer: PreTrainedTokenizerBase, audio_tokenizer: Any, extractor: Any):
+    """The processor, with its chat template set for the tokenizer too, after a try that the audio tokenizer fits."""
+    prompts = json.loads(args.system_prompts.read_text(encoding="utf-8")) if args.system_prompts else None
+    processor = TttProcessor(
+        extractor,
+        tokenizer,
+        audio_tokenizer,
+        text_chunk_size=args.text_chunk_size,
+        audio_chunk_size=args.audio_chunk_size,
+        system_prompts=prompts,
+    )
+    tokenizer.chat_template = processor.chat_template
+    processor.encode_audio(np.zeros(extractor.sampling_rate, dtype=np.float32))
+    return processor
+
+
+def main() -> None:
+    (args,) = HfArgumentParser(InitArguments).parse_args_into_dataclasses()
+    set_seed(args.seed)
+    audio_tokenizer, extractor = load_audio_tokenizer(args)
+    num_codes = getattr(audio_tokenizer.config, "codebook_size", None)
+    if num_codes is None:
+        raise ValueError(f"`--audio_tokenizer` {args.audio_tokenizer} does not say its `codebook_size`.")
+    tokenizer = AutoTokenizer.from_pretrained(args.llm)
+    old_size = max(tokenizer.get_vocab().values()) + 1
+    extend_tokenizer(tokenizer, num_codes)
+    processor = build_processor(args, tokenizer, audio_tokenizer, extractor)
+    model = build_model(args.llm, tokenizer, old_size, args.dtype, args.row_spread, args.seed)
+    TttAudioToAudioPipeline(model=model, processor=processor).save_pretrained(args.output_dir)
+    print(
+        f"{args.output_dir}: {model.num_parameters() / 1e6:.2f} M parameters, {old_size} text tokens of the language "
+        f"model, {model.config.vocab_size - old_size} new ones with {num_codes} codes"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Prepared examples as one dataset to train on: a weighted mixture of the folders that prepare_dataset.py writes and of
+datasets saved to disk, whole or streamed."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_shards import FEATURES, ShardFolder
+from datasets import (
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    concatenate_datasets,
+    interleave_datasets,
+    load_dataset,
+    load_from_disk,
+)
+
+STOPPING_STRATEGIES = ("first_exhausted", "all_exhausted", "all_exhausted_without_replacement")
+
+
+def load_mixture(
+    sources: list[str],
+    streaming: bool = False,
+    seed: int = 0,
+    split: str = "train",
+    *,
+    stopping_strategy: str = "all_exhausted",
+    shuffle_buffer_size: int = 0,
+) -> Dataset | IterableDataset:
+    """
+    Args:
+        sources: each "PATH" or "PATH:WEIGHT". A path is a folder that prepare_dataset.py wrote, or a `DatasetDict` or
+            `Dataset` saved to disk. Without any weight, every example occurs once, source after source. With weights
+            (1 where a source has none), each next example is drawn from a source with a probability in proportion to
+            its weight.
+        streaming: read the files as they are needed, instead of building a cache first.
+        seed: of the draws between sources and of the shuffling.
+        split: which split of each source.
+        stopping_strategy: of a weighted mixture, as `datasets.interleave_datasets` takes it. "all_exhausted" begins
+            small sources again until every example of every source has been seen; "first_exhausted" stops at the end
+            of the first source; "all_exhausted_without_replacement" goes on without the sources that have ended.
+        shuffle_buffer_size: shuffles a stream: the order of its files, and examples in a buffer of so many. The
+            Trainer shuffles datasets that are not streamed by itself.
+
+    Returns:
+        Rows of `input_ids`, `labels`, `length` and `task`.
+
+    Raises:
+        FileNotFoundError: a path is no folder of examples.
+        ValueError: no sources, a split that is not there, a weight that is not positive, an unknown strategy.
+    """
+    if not sources:
+        raise ValueError("`sources` is empty; give at least one folder of prepared examples.")
+    if stopping_strategy not in STOPPING_STRATEGIES:
+        raise ValueError(f"`stopping_strategy` is {stopping_strategy!r}; use one of {', '.join(STOPPING_STRATEGIES)}.")
+    parsed = [parse_source(source) for source in sources]
+    datasets = [_load(path, streaming, split) for path, _ in parsed]
+    if streaming and shuffle_buffer_size:
+        datasets = [dataset.shuffle(seed=seed, buffer_size=shuffle_buffer_size) for dataset in datasets]
+    if len(datasets) == 1:
+        return datasets[0]
+    if all(weight is None for _, weight in parsed):
+        return concatenate_datasets(datasets)
+    weights = [1.0 if weight is None else weight for _, weight in parsed]
+    probabilities = [weight / math.fsum(weights) for weight in weights]
+    return interleave_datasets(datasets, probabilities, seed=seed, stopping_strategy=stopping_strategy)
+
+
+def parse_source(source: str) -> tuple[Path, float | None]:
+    """ "PATH" or "PATH:WEIGHT" as path and weight; a colon that no number follows belongs to the path."""
+    path, separator, weight = source.rpartition(":")
+    try:
+        value = float(weight) if separator else None
+    except ValueError:
+        value = None
+    if value is None:
+        return Path(source), None
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"`sources`: the weight of {source!r} must be a number above 0; leave the source out for 0.")
+    return Path(path), value
+
+
+def _load(path: Path, streaming: bool, split: str) -> Dataset | IterableDataset:
+    shards = ShardFolder(path, split).shards()
+    if shards:
+        files = [str(shard) for shard in shards]
+        return load_dataset("parquet", data_files=files, split="train", streaming=streaming)
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        dataset = load_from_disk(str(path))
+        if isinstance(dataset, DatasetDict):
+            _check_split(path, split, list(dataset))
+            dataset = dataset[split]
+        dataset = dataset.select_columns([name for name in FEATURES if name in dataset.column_names])
+        if dataset.features != FEATURES:
+            dataset = dataset.cast(FEATURES)  # mixtures need columns of the same types
+        return dataset.to_iterable_dataset(num_shards=max(1, len(dataset.data.chunks))) if streaming else dataset
+    _check_split(path, split, sorted({file.name.split("-")[0] for file in (path / "data").glob("*.parquet")}))
+    raise FileNotFoundError(f"{path} is no folder of examples: make one with prepare_dataset.py.")
+
+
+def _check_split(path: Path, split: str, available: Sequence[str]) -> None:
+    if available and split not in available:
+        raise ValueError(f"`split` is {split!r}, but {path} has {', '.join(available)}.")
