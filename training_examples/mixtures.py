@@ -94,7 +94,7 @@ def _load(path: Path, streaming: bool, split: str) -> Dataset | IterableDataset:
         dataset = dataset.select_columns([name for name in FEATURES if name in dataset.column_names])
         if dataset.features != FEATURES:
             dataset = dataset.cast(FEATURES)  # mixtures need columns of the same types
-        return dataset.to_iterable_dataset(num_shards=max(1, len(dataset.data.chunks))) if streaming else dataset
+        return dataset.to_iterable_dataset(num_shards=min(128, len(dataset))) if streaming else dataset
     _check_split(path, split, sorted({file.name.split("-")[0] for file in (path / "data").glob("*.parquet")}))
     raise FileNotFoundError(f"{path} is no folder of examples: make one with prepare_dataset.py.")
 

@@ -1,0 +1,237 @@
+"""TtT checkpoints made of text language models: unchanged on text, the published order of tokens, rows like the others,
+and a folder that works as on the Hub."""
+
+import sys
+
+import init_from_llm
+import numpy as np
+import pytest
+import torch
+from builders import NUM_CODES, build_codec, tone
+from init_from_llm import draw_rows, extend_tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    pipeline,
+)
+
+from modeling_ttt import TttGenerationConfig
+from processing import TttTokenIds
+
+CHATML = ["<|im_start|>", "<|im_end|>"]
+CODES = [f"<|audio_{code}|>" for code in range(NUM_CODES)]
+TEXT_SIDE = ["<|begin_of_audio|>", "<|end_of_audio|>", "<|begin_of_quad|>"]
+AUDIO_SIDE = ["<|audio|>", *CODES, "<|mask_token|>", "<|end_of_audio_new|>", "<|end_of_audio_span_last|>"]
+
+
+def text_tokenizer(special=()):
+    """One token per byte and `<|endoftext|>`, then `special`."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    return tokenizer
+
+
+def save_llm(folder, config_class, special=(), padding_rows=0, **options):
+    """A random language model in a folder; `padding_rows` are rows of its vocabulary that no token has."""
+    tokenizer = text_tokenizer(special)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = config_class(
+        vocab_size=len(tokenizer) + padding_rows,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=512,
+        **options,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def codec(tmp_path_factory):
+    """The folder of an audio tokenizer alone, without a feature extractor."""
+    folder = tmp_path_factory.mktemp("codec")
+    build_codec().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def initialise(tmp_path, codec, monkeypatch):
+    """Runs the script on a folder; returns its output folder."""
+
+    def run(llm, *options):
+        output = tmp_path / "ttt"
+        arguments = ["--llm", str(llm), "--audio_tokenizer", str(codec), "--output_dir", str(output), *options]
+        monkeypatch.setattr(sys, "argv", ["init_from_llm.py", *arguments])
+        init_from_llm.main()
+        return output
+
+    return run
+
+
+BACKBONES = {
+    "qwen2, tied, padding rows left over": (Qwen2Config, CHATML, {"tie_word_embeddings": True, "padding_rows": 40}),
+    "qwen2, untied, padding rows exceeded": (Qwen2Config, CHATML, {"tie_word_embeddings": False, "padding_rows": 3}),
+    "qwen3, tied": (Qwen3Config, CHATML, {"tie_word_embeddings": True}),
+    "llama, untied, no ChatML": (LlamaConfig, (), {"tie_word_embeddings": False}),
+    "llama, tied": (LlamaConfig, (), {"tie_word_embeddings": True}),
+}
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_on_text_alone_the_logits_are_the_language_models(name, initialise, tmp_path):
+    config_class, special, options = BACKBONES[name]
+    old = save_llm(tmp_path / "llm", config_class, special, **options)
+    model = AutoModel.from_pretrained(initialise(tmp_path / "llm")).eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "ttt")
+    llm = AutoModelForCausalLM.from_pretrained(tmp_path / "llm").eval()
+
+    tokenizer = processor.tokenizer
+    assert {token: tokenizer.get_vocab()[token] for token in old.get_vocab()} == old.get_vocab()
+    assert model.config.vocab_size == len(tokenizer)
+    assert model.config.tie_word_embeddings == options["tie_word_embeddings"]
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert tied == options["tie_word_embeddings"]
+    ids = torch.tensor([old("a text of some words")["input_ids"], list(range(20))])
+    with torch.no_grad():
+        expected = llm(ids).logits[..., : len(old)]
+        torch.testing.assert_close(model(ids).logits[..., : len(old)], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_new_tokens_follow_the_old_ones_in_the_published_order(initialise, tmp_path):
+    old = save_llm(tmp_path / "llm", LlamaConfig)
+    model = AutoModel.from_pretrained(initialise(tmp_path / "llm"))
+    processor = AutoProcessor.from_pretrained(tmp_path / "ttt")
+    added = [*CHATML, *TEXT_SIDE, *AUDIO_SIDE]
+    assert processor.tokenizer.convert_tokens_to_ids(added) == list(range(len(old), len(old) + len(added)))
+    ids = TttTokenIds.from_tokenizer(processor.tokenizer)
+    for name in ("audio_token_id_start", "audio_code_id_start", "num_audio_codes", "mask_token_id"):
+        assert getattr(model.config, name) == getattr(ids, name)
+    assert processor.tokenizer.eos_token == "<|im_end|>" and processor.tokenizer.pad_token == "<|endoftext|>"
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == ids.end_of_turn_token_id
+
+
+def test_the_folder_works_as_on_the_hub(initialise, tmp_path):
+    save_llm(tmp_path / "llm", Qwen2Config, CHATML)
+    output = initialise(tmp_path / "llm", "--audio_chunk_size", "5")
+    names = {path.name for path in output.iterdir()}
+    assert {"config.json", "modeling_ttt.py", "processing_ttt.py", "pipeline_ttt.py", "audio_tokenizer"} <= names
+    pipe = pipeline("audio-to-audio", model=str(output), trust_remote_code=True)
+    assert pipe.processor.audio_chunk_size == 5
+    assert pipe.processor.feature_extractor.sampling_rate == 16_000
+    assert pipe.processor.tokenizer.chat_template == pipe.processor.chat_template
+    settings = pipe.model.generation_config
+    assert isinstance(settings, TttGenerationConfig) and settings.audio_block_size == 26 and settings.top_k == 10
+    answer = pipe(tone(0.5), generate_kwargs={"max_new_tokens": 12, "seed": 0})
+    assert isinstance(answer["text"], str) and answer["sampling_rate"] == 16_000
+
+    example = pipe.processor.build_example("hi", [1, 2, 3], audio_codes=[4, 5])
+    batch = {name: torch.tensor([values]) for name, values in example.items()}
+    loss = pipe.model.train()(**batch).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+
+
+def test_system_prompts_and_precision_are_chosen(initialise, tmp_path):
+    save_llm(tmp_path / "llm", Qwen2Config, CHATML)
+    (tmp_path / "prompts.json").write_text('{"asr": "write it down"}')
+    output = initialise(tmp_path / "llm", "--system_prompts", str(tmp_path / "prompts.json"), "--dtype", "bfloat16")
+    processor = AutoProcessor.from_pretrained(output)
+    assert processor.system_prompts["asr"] == "write it down"
+    model = AutoModel.from_pretrained(output)
+    assert model.dtype == torch.bfloat16
+    start = model.config.audio_code_id_start
+    rows = model.get_input_embeddings().weight[start : start + NUM_CODES]
+    assert len(torch.unique(rows, dim=0)) == NUM_CODES  # half precision, too, tells the codes apart
+
+
+def test_padding_rows_have_no_part_in_the_new_ones(tmp_path, initialise):
+    save_llm(tmp_path / "llm", Qwen2Config, CHATML, padding_rows=30, tie_word_embeddings=True)
+    llm = AutoModelForCausalLM.from_pretrained(tmp_path / "llm")
+    llm.get_input_embeddings().weight.data[-30:] = 1e4
+    llm.save_pretrained(tmp_path / "llm")
+    model = AutoModel.from_pretrained(initialise(tmp_path / "llm"))
+    assert model.get_input_embeddings().weight.abs().max() < 1
+
+
+def test_rows_are_drawn_with_the_mean_and_covariance_of_the_others():
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(6, 6, generator=generator)
+    old = torch.randn(20_000, 6, generator=generator) @ mixing + torch.arange(6.0)
+    new = draw_rows(old, 40_000, 1.0, generator)
+    torch.testing.assert_close(new.mean(0), old.mean(0), atol=0.05, rtol=0)
+    torch.testing.assert_close(new.T.cov(), old.T.cov(), atol=0.25, rtol=0.05)
+    half = draw_rows(old, 40_000, 0.5, generator)
+    torch.testing.assert_close(half.T.cov(), old.T.cov() / 4, atol=0.1, rtol=0.05)
+    torch.testing.assert_close(draw_rows(old, 2, 0.0, generator), old.mean(0).expand(2, 6), atol=1e-4, rtol=1e-5)
+
+
+def test_fewer_rows_than_dimensions_still_give_new_ones():
+    new = draw_rows(torch.randn(4, 16), 10, 1.0, torch.Generator().manual_seed(0))
+    assert torch.isfinite(new).all() and len(torch.unique(new, dim=0)) == 10
+
+
+def test_tokens_that_are_there_already_keep_their_ids_where_the_order_holds():
+    tokenizer = text_tokenizer([*CHATML, "<|begin_of_audio|>", "<|begin_of_quad|>"])
+    before = tokenizer.get_vocab()
+    extend_tokenizer(tokenizer, NUM_CODES)
+    after = tokenizer.get_vocab()
+    assert {token: after[token] for token in before} == before
+    assert len(after) == len(before) + 1 + len(AUDIO_SIDE)
+    assert after["<|end_of_audio|>"] < after["<|audio|>"]
+    complete = dict(after)
+    extend_tokenizer(tokenizer, NUM_CODES)
+    assert tokenizer.get_vocab() == complete
+
+
+@pytest.mark.parametrize(
+    ("special", "named"),
+    [
+        (["<|audio|>"], "<|audio|> has the id"),
+        ([*CHATML, "<|mask_token|>"], "<|mask_token|>"),
+        ([*CHATML, *TEXT_SIDE, "<|audio|>", *CODES[::-1]], "<|audio_"),
+        ([*CHATML, *TEXT_SIDE, *AUDIO_SIDE, "<|later|>"], "must be the last"),
+        ([*CHATML, *TEXT_SIDE, "<|audio|>", *CODES, f"<|audio_{NUM_CODES}|>"], "must be the last"),
+    ],
+)
+def test_tokens_that_break_the_order_are_refused(special, named):
+    with pytest.raises(ValueError, match="must be the last") as error:
+        extend_tokenizer(text_tokenizer(special), NUM_CODES)
+    assert named in str(error.value)
+
+
+def test_what_cannot_be_used_is_refused_before_weights_are_read(initialise, tmp_path):
+    tokenizer = text_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "llm")
+    small = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    GPT2LMHeadModel(small).save_pretrained(tmp_path / "llm")
+    with pytest.raises(ValueError, match="'gpt2' model; supported are qwen2, qwen3, llama"):
+        initialise(tmp_path / "llm")
+    with pytest.raises(ValueError, match="--row_spread` is -1"):
+        initialise(tmp_path / "llm", "--row_spread", "-1")
+
+
+def test_a_checkpoint_with_an_audio_tokenizer_may_be_named_in_its_place(initialise, tmp_path):
+    save_llm(tmp_path / "llm", Qwen2Config, CHATML)
+    first = initialise(tmp_path / "llm").rename(tmp_path / "first")
+    output = initialise(tmp_path / "llm", "--audio_tokenizer", str(first))
+    codes = [
+        AutoProcessor.from_pretrained(folder).encode_audio(np.sin(np.arange(9000) / 20)) for folder in (first, output)
+    ]
+    assert torch.equal(codes[0][0], codes[1][0])
