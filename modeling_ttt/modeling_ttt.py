@@ -229,10 +229,17 @@ class TttForConditionalGeneration(TttPreTrainedModel, TttGenerationMixin):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """As any model; the saved configuration names this class for every auto class that resolves to it."""
-        reference = f"{type(self).__module__.split('.')[-1]}.{type(self).__name__}"
+        # `fully_shard` gives a model a class of PyTorch's own: code and configuration are saved for the original one.
+        current_class = type(self)
+        original_class = next(cls for cls in current_class.__mro__ if not cls.__module__.startswith("torch."))
+        reference = f"{original_class.__module__.split('.')[-1]}.{original_class.__name__}"
         auto_map = dict(getattr(self.config, "auto_map", None) or {})
         self.config.auto_map = auto_map | {"AutoModel": reference, "AutoModelForCausalLM": reference}
-        super().save_pretrained(save_directory, **kwargs)
+        self.__class__ = original_class
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.__class__ = current_class
 
     @can_return_tuple
     def forward(
