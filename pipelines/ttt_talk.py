@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "model_cards" / "ttt-tiny"
+CONFIG_NAMES = ("config.json", "adapter_config.json")
 TASK_NAMES = ("spoken_chat", "asr", "tts", "captioning", "spoken_qa", "text_chat")
 TEXT_TASKS = ("tts", "text_chat")
 PLAYERS = (["aplay", "-q"], ["paplay"], ["afplay"], ["ffplay", "-nodisp", "-autoexit", "-loglevel", "quiet"])
@@ -63,7 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("files", nargs="*", metavar="FILE", help="questions (audio files or addresses), then a WAV")
     parser.add_argument("--text", help="a question, a text to read aloud, or an instruction about the audio")
     parser.add_argument("--task", choices=TASK_NAMES, help="default: spoken_chat, or text_chat for --text alone")
-    parser.add_argument("--model", default=None, help="folder or Hub name (default: the repository's ttt-tiny)")
+    parser.add_argument(
+        "--model", default=None, help="folder or Hub name of a model or an adapter (default: the repository's ttt-tiny)"
+    )
     parser.add_argument("--output_dir", type=Path, help="write the answers here, under the questions' names")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the first accelerator, else cpu)")
     parser.add_argument("--dtype", help="of the model: float32, bfloat16 (default: float32 on cpu, else as saved)")
@@ -132,10 +135,11 @@ def _checked(jobs: list[Job]) -> list[Job]:
 
 
 def load_pipeline(arguments: argparse.Namespace) -> Any:
-    """The pipeline for --model.
+    """The pipeline for --model, a model or an adapter (LoRA), which brings the model it was trained on.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no default model.
+        FileNotFoundError: there is no such folder, no default model, or no model where an adapter expects it.
+        RuntimeError: PEFT is needed for an adapter and is not installed.
     """
     model_path = arguments.model
     if model_path is None:
@@ -145,8 +149,10 @@ def load_pipeline(arguments: argparse.Namespace) -> Any:
                 "its model_cards folder is found, or pass --model"
             )
         model_path = str(DEFAULT_MODEL)
-    elif Path(model_path).exists() and not (Path(model_path) / "config.json").exists():
-        raise FileNotFoundError(f"{model_path} holds no config.json; pass a model's folder or its name on the Hub")
+    elif Path(model_path).exists() and not any((Path(model_path) / name).exists() for name in CONFIG_NAMES):
+        raise FileNotFoundError(
+            f"{model_path} holds no {' or '.join(CONFIG_NAMES)}; pass a folder with either, or a name on the Hub"
+        )
     import torch
     import transformers
 
@@ -157,11 +163,30 @@ def load_pipeline(arguments: argparse.Namespace) -> Any:
 
     from .pipeline_ttt import TttAudioToAudioPipeline
 
+    base_path = _base_model(model_path)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = arguments.dtype or ("float32" if device == "cpu" else "auto")
     model = TttForConditionalGeneration.from_pretrained(model_path, dtype=dtype).eval()
-    processor = TttProcessor.from_pretrained(model_path, trust_remote_code=arguments.trust_remote_code or None)
+    processor = TttProcessor.from_pretrained(base_path, trust_remote_code=arguments.trust_remote_code or None)
     return TttAudioToAudioPipeline(model=model, processor=processor, device=device)
+
+
+def _base_model(model_path: str) -> str:
+    """The model an adapter was trained on; for a model, itself."""
+    from transformers.utils import find_adapter_config_file, is_peft_available
+
+    config_file = None if (Path(model_path) / CONFIG_NAMES[0]).exists() else find_adapter_config_file(model_path)
+    if config_file is None:
+        return model_path
+    if not is_peft_available():
+        raise RuntimeError(f"{model_path} is an adapter, which takes the package peft: `pip install peft`")
+    base = json.loads(Path(config_file).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if Path(base).is_absolute() and not Path(base).exists():
+        raise FileNotFoundError(
+            f"{model_path} adapts the model in {base}, which is not there. Put it there, or write its place under "
+            f"`base_model_name_or_path` into {config_file}"
+        )
+    return base
 
 
 def answer(pipe: Any, job: Job, arguments: argparse.Namespace, show_text: bool) -> tuple[str, np.ndarray, int]:
