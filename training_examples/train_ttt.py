@@ -1,45 +1,165 @@
-"""Trains TtT, or its autoregressive twin, with the plain Transformers Trainer.
+"""Trains TtT, or one of its baselines, with the plain Transformers Trainer.
 
     python training_examples/train_ttt.py --model runs/tiny/initial --dataset data/ttt_tiny/examples/dataset \
-        --output_dir runs/tiny/ttt --audio_objective diffusion --max_steps 10000
+        --output_dir runs/tiny/ttt --max_steps 10000
 
-Any TrainingArguments option works. A run that was killed goes on from its last checkpoint when started again.
+    python training_examples/train_ttt.py --model runs/start --dataset data/asr:2 data/chat:1 --packing \
+        --max_length 2048 --output_dir runs/ttt --eval_strategy steps --eval_steps 500 --report_to tensorboard
+
+Any TrainingArguments option works. A run that was killed goes on from its last checkpoint when started again, and ends
+where it would have ended. The output folder gets the model with its processor, the log (log_history.jsonl) and its
+curves (curves.png).
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import pyarrow.compute
 import torch
-from datasets import load_from_disk
-from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from datasets import Dataset, IterableDataset
+from mixtures import load_mixture, parse_source
+from training_metrics import EvaluationMetrics, TrainingScores, plot_curves, write_log
+from training_runs import DataOrder, RankSeed, last_complete_checkpoint
+from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
-from modeling_ttt import TttForConditionalGeneration
+from modeling_ttt import TttConfig, TttForConditionalGeneration
 from processing import TttDataCollator, TttProcessor
+
+# Options of the configuration that a run may set.
+CONFIG_OPTIONS = (
+    "audio_objective",
+    "text_objective",
+    "clean_batch_probability",
+    "prefix_preservation_probability",
+    "prefix_preservation_unit",
+    "span_truncation_probability",
+    "noise_epsilon",
+    "stratified_noise",
+)
+OBJECTIVES = ["diffusion", "autoregressive"]
 
 
 @dataclass
 class ModelArguments:
     model: Path = field(metadata={"help": "Folder to start from: model and processor."})
     processor: Path | None = field(default=None, metadata={"help": "Folder of the processor, if not the model's."})
-    dataset: Path = field(default=Path("data/ttt_tiny/examples/dataset"), metadata={"help": "Saved DatasetDict."})
+    dataset: list[str] = field(
+        default_factory=lambda: ["data/ttt_tiny/examples/dataset"],
+        metadata={
+            "help": "Saved DatasetDict or folder of prepare_dataset.py; several are mixed, by weight with PATH:WEIGHT."
+        },
+    )
+    eval_dataset: list[str] | None = field(
+        default=None, metadata={"help": "Where the evaluation split is, if not in the folders of --dataset."}
+    )
+    eval_split: str = field(default="eval", metadata={"help": "Name of the evaluation split."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the training data as it is needed; with --max_steps."}
+    )
+    shuffle_buffer_size: int = field(default=1_000, metadata={"help": "Examples among which a stream is shuffled."})
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Longer examples lose their end; with --packing the length of a row, in tokens."},
+    )
+    packing: bool = field(default=False, metadata={"help": "Lay the examples of a batch into rows of --max_length."})
     audio_objective: str = field(
         default="diffusion",
-        metadata={"help": "diffusion (TtT) or autoregressive (the twin).", "choices": ["diffusion", "autoregressive"]},
+        metadata={"help": "diffusion (TtT) or autoregressive (the twin).", "choices": OBJECTIVES},
     )
-    clean_batch_probability: float = field(default=0.3, metadata={"help": "BANOM, the paper's p_mix."})
-    prefix_preservation_probability: float = field(default=0.3, metadata={"help": "PPM, the paper's p_prefix."})
-    span_truncation_probability: float = field(default=0.5, metadata={"help": "SST, the paper's p_trunc."})
+    text_objective: str = field(
+        default="autoregressive",
+        metadata={"help": "autoregressive (TtT) or diffusion (the purely diffused model).", "choices": OBJECTIVES},
+    )
+    clean_batch_probability: float = field(default=0.3, metadata={"help": "BANOM, the paper's p_mix; 0 is off."})
+    prefix_preservation_probability: float = field(default=0.3, metadata={"help": "PPM, p_prefix; 0 is off."})
+    prefix_preservation_unit: str = field(
+        default="span",
+        metadata={"help": "Where a kept prefix may end: before a span, or at any token.", "choices": ["span", "token"]},
+    )
+    span_truncation_probability: float = field(default=0.5, metadata={"help": "SST, the paper's p_trunc; 0 is off."})
     noise_epsilon: float = field(default=1e-3, metadata={"help": "Smallest noise level."})
     stratified_noise: bool = field(default=True, metadata={"help": "Spread the noise levels of a batch evenly."})
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Of the weights; --bf16 computes in bfloat16 beside it.",
+            "choices": ["float32", "bfloat16", "auto"],
+        },
+    )
+    attn_implementation: str = field(
+        default="sdpa", metadata={"help": "Attention backend.", "choices": ["sdpa", "flex_attention", "eager"]}
+    )
     threads: int = field(default=0, metadata={"help": "Torch threads; 0 leaves torch's own choice."})
 
+    def __post_init__(self):
+        for name in CONFIG_OPTIONS:
+            if name.endswith("_probability") and not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}; a probability lies between 0 and 1.")
+        if not 0 < self.noise_epsilon < 1:
+            raise ValueError(f"--noise_epsilon is {self.noise_epsilon}; it lies between 0 and 1, both excluded.")
+        if self.text_objective == "diffusion" and self.audio_objective == "autoregressive":
+            raise ValueError("--text_objective diffusion needs --audio_objective diffusion: all is diffused, or audio.")
+        if self.packing and self.max_length is None:
+            raise ValueError("--packing needs --max_length, the length of a row; for example --max_length 2048.")
+        for name in ("model", "processor"):
+            folder = getattr(self, name)
+            if folder is not None and not folder.is_dir():
+                raise ValueError(f"--{name} {folder} is no folder; init_from_llm.py and create_tiny.py make one.")
 
-class RankSeed(TrainerCallback):
-    """Gives every process its own noise: the Trainer seeds them all alike."""
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        torch.manual_seed(args.seed + 1000 * args.process_index + state.global_step)
+def load_data(args: ModelArguments, training: TrainingArguments) -> tuple[Any, Dataset | None]:
+    """Training data, and evaluation data if the run evaluates: its examples say so, which keeps them whole."""
+    if args.streaming and training.max_steps <= 0:
+        raise ValueError("--streaming needs --max_steps: the length of a stream is not known.")
+    train: Any = load_mixture(args.dataset, args.streaming, training.seed)
+    if isinstance(train, IterableDataset):
+        # One endless pass, shuffled across its repetitions: the Trainer resumes the first pass over a stream only.
+        train = train.repeat(None).shuffle(seed=training.seed, buffer_size=args.shuffle_buffer_size)
+    if training.eval_strategy == "no":
+        return train, None
+    sources = args.eval_dataset or [str(parse_source(source)[0]) for source in args.dataset]
+    evaluation = load_mixture(sources, split=args.eval_split)
+    return train, evaluation.add_column("training", [False] * len(evaluation))
+
+
+def check_vocabulary(config: TttConfig, processor: TttProcessor) -> None:
+    """Raises a ValueError that names the first token on which model and processor disagree."""
+    ours = {name: (value, getattr(config, name, value)) for name, value in vars(processor.token_ids).items()}
+    differing = [
+        f"`{name}` is {theirs}, the tokenizer's {value}" for name, (value, theirs) in ours.items() if value != theirs
+    ]
+    if len(processor.tokenizer) > config.vocab_size:
+        differing.append(f"`vocab_size` is {config.vocab_size}, the tokenizer has {len(processor.tokenizer)} tokens")
+    if differing:
+        raise ValueError(
+            f"--processor does not fit --model: its {differing[0]}. Use the processor that the model was made with."
+        )
+
+
+def check_lengths(args: ModelArguments, config: TttConfig, dataset: Any) -> Any:
+    """
+    Raises a ValueError if an example, or a row of `max_length`, has more tokens than the model has positions. The
+    examples of a stream are looked at as they come.
+    """
+    limit = config.text_config.max_position_embeddings
+    if args.max_length is not None:
+        if args.max_length > limit:
+            raise ValueError(f"--max_length is {args.max_length}, but the model has {limit} positions.")
+        return dataset
+
+    def check(example: dict[str, Any]) -> dict[str, Any]:
+        if example["length"] > limit:
+            raise ValueError(
+                f"An example of --dataset has {example['length']} tokens, but the model has {limit} positions: set "
+                f"--max_length {limit} to cut it, or prepare the data with a smaller --max_length."
+            )
+        return example
+
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(check)
+    check({"length": pyarrow.compute.max(dataset.data.column("length")).as_py()})
+    return dataset
 
 
 def main() -> None:
@@ -47,34 +167,54 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     set_seed(training.seed)
-    model = TttForConditionalGeneration.from_pretrained(
-        arguments.model,
-        audio_objective=arguments.audio_objective,
-        clean_batch_probability=arguments.clean_batch_probability,
-        prefix_preservation_probability=arguments.prefix_preservation_probability,
-        span_truncation_probability=arguments.span_truncation_probability,
-        noise_epsilon=arguments.noise_epsilon,
-        stratified_noise=arguments.stratified_noise,
-    )
+    training.remove_unused_columns = False
+    training.include_num_input_tokens_seen = "non_padding"  # logs tokens per second
+    training.include_for_metrics.append("loss")
+    if training.ddp_find_unused_parameters is None:
+        training.ddp_find_unused_parameters = False  # every step uses all parameters
+    # A process of several reads its own share of a stream; batches of different lengths cannot be handed round.
+    training.accelerator_config.dispatch_batches = False
+
+    train_dataset, eval_dataset = load_data(arguments, training)
+    options = {name: getattr(arguments, name) for name in CONFIG_OPTIONS}
+    config = TttConfig.from_pretrained(arguments.model, **options)
     processor = TttProcessor.from_pretrained(arguments.processor or arguments.model)
-    dataset = load_from_disk(str(arguments.dataset))
+    check_vocabulary(config, processor)
+    train_dataset = check_lengths(arguments, config, train_dataset)
+    model = TttForConditionalGeneration.from_pretrained(
+        arguments.model, config=config, dtype=arguments.dtype, attn_implementation=arguments.attn_implementation
+    )
     # Truncated spans teach the end from content to a model that writes whole blocks; the twin writes code by code.
     probability = arguments.span_truncation_probability if arguments.audio_objective == "diffusion" else 0.0
-    collator = TttDataCollator(processor.tokenizer, span_truncation_probability=probability)
-    training.remove_unused_columns = False
     trainer = Trainer(
         model=model,
         args=training,
-        train_dataset=dataset["train"],
-        eval_dataset=dataset["eval"],
-        data_collator=collator,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=TttDataCollator(
+            processor.tokenizer,
+            span_truncation_probability=probability,
+            max_length=arguments.max_length,
+            packing=arguments.packing,
+            seed=training.seed,
+        ),
         processing_class=processor.tokenizer,
-        callbacks=[RankSeed()] if training.world_size > 1 else None,
+        compute_metrics=EvaluationMetrics(),
+        callbacks=[DataOrder(), *([RankSeed()] if training.world_size > 1 else [])],
     )
-    checkpoint = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
-    trainer.train(resume_from_checkpoint=checkpoint)
+    TrainingScores.attach_to(trainer)
+    trainer.train(
+        resume_from_checkpoint=training.resume_from_checkpoint or last_complete_checkpoint(training.output_dir)
+    )
+    evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    if eval_dataset is not None and trainer.state.global_step not in evaluated:
+        trainer.evaluate()
     trainer.save_model()
-    processor.save_pretrained(training.output_dir)
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        processor.save_pretrained(training.output_dir)
+        write_log(trainer.state.log_history, Path(training.output_dir) / "log_history.jsonl")
+        plot_curves(trainer.state.log_history, Path(training.output_dir) / "curves.png")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,141 @@
+"""What a training run tells about itself: losses and accuracies by side and noise level, while training and in
+evaluation, the log as JSON lines and its curves as a picture."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from accelerate.utils import reduce
+from torch import nn
+from transformers import EvalPrediction, Trainer, TrainerCallback
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+def accuracies(counts: np.ndarray) -> dict[str, float]:
+    """
+    Accuracy of text, of audio, and of audio by its noise level λ. Groups without a scored position are left out.
+
+    Args:
+        counts (`np.ndarray` of shape `(groups, 2)`): right and scored positions, in the groups of the `score_table` of
+            [`TttCausalLMOutputWithPast`].
+    """
+    groups = {"text_accuracy": counts[0], "audio_accuracy": counts[1:].sum(0)}
+    if len(counts) > 2:
+        edges = np.linspace(0, 1, len(counts))
+        groups |= {f"audio_accuracy_{edges[i]:.2f}-{edges[i + 1]:.2f}": counts[i + 1] for i in range(len(counts) - 1)}
+    return {name: float(right / scored) for name, (right, scored) in groups.items() if scored}
+
+
+def share_loss(loss: float, by_group: np.ndarray) -> dict[str, float]:
+    """Text's and audio's share of a loss, in proportion to the losses of the groups, (groups,)."""
+    text = float(loss * by_group[0] / by_group.sum()) if by_group.any() else 0.0
+    return {"text_loss": text, "audio_loss": float(loss) - text}
+
+
+class EvaluationMetrics:
+    """
+    `compute_metrics` of the Trainer: the two parts of `eval_loss`, and the accuracies of text and masked audio.
+
+    The model's only prediction is its `score_table`, (examples, groups, 3). With "loss" in `include_for_metrics` the
+    parts are those of the Trainer's loss, which several processes scale by their number. With `batch_eval_metrics` the
+    tables come batch by batch, and the result is that of all.
+    """
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[np.ndarray, np.ndarray | None]] = []
+
+    def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
+        self.batches.append((_as_array(prediction.predictions), _as_array(prediction.losses)))
+        if not compute_result:
+            return {}
+        tables, losses = zip(*self.batches, strict=True)
+        self.batches = []
+        table = np.concatenate(tables)
+        loss = table[..., 0].sum(1).mean() if losses[0] is None else np.concatenate(losses).mean()
+        return share_loss(loss, table[..., 0].mean(0)) | accuracies(table[..., 1:].sum(0))
+
+
+def _as_array(values: Any) -> Any:
+    return None if values is None else torch.as_tensor(values).double().cpu().numpy()
+
+
+class TrainingScores(TrainerCallback):
+    """
+    Adds text and audio loss and the accuracies of `accuracies` to what the Trainer logs while it trains.
+
+    A forward hook sums the model's score tables where they are; they are read, and summed over processes, once a log.
+    The two losses are the shares of the logged loss (batches that were left clean count as audio loss 0).
+    """
+
+    def __init__(self) -> None:
+        self.total: torch.Tensor | None = None
+        self.hook: Any = None
+
+    @classmethod
+    def attach_to(cls, trainer: Trainer) -> None:
+        """First in line, so that every reporter is handed the added values."""
+        trainer.callback_handler.callbacks.insert(0, cls())
+
+    def on_train_begin(self, args, state, control, model: nn.Module | None = None, **kwargs):
+        assert model is not None
+        self.total = None
+        self.hook = model.register_forward_hook(self._add)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.hook.remove()
+
+    def _add(self, model: nn.Module, inputs: Any, outputs: Any) -> None:
+        if model.training and outputs.get("score_table") is not None:
+            table = outputs["score_table"].sum(0)  # (groups, 3)
+            table[:, 0] /= len(outputs["score_table"])
+            self.total = table if self.total is None else self.total + table
+
+    def on_log(self, args, state, control, logs: dict[str, float] | None = None, **kwargs):
+        if logs is None or "loss" not in logs or self.total is None:
+            return
+        table = reduce(self.total, reduction="sum").cpu().double().numpy()
+        self.total = None
+        added = share_loss(logs["loss"], table[:, 0]) | accuracies(table[:, 1:])
+        logs.update(added)
+        state.log_history[-1].update(added)
+
+
+def write_log(log_history: list[dict[str, Any]], path: Path) -> None:
+    """One JSON object a line, as the Trainer logged them."""
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in log_history), encoding="utf-8")
+
+
+def plot_curves(log_history: list[dict[str, Any]], path: Path) -> None:
+    """A picture of losses, accuracies and speed over the steps, of training and, dashed, of evaluation."""
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    names = sorted({name for entry in log_history for name in entry if name.startswith("audio_accuracy_")})
+    panels: list[tuple[str, list[str]]] = [
+        ("loss (nats)", ["loss", "text_loss", "audio_loss"]),
+        ("accuracy", ["text_accuracy", "audio_accuracy"]),
+        ("accuracy of masked audio, by noise level", names),
+        ("tokens per second", ["train_tokens_per_second"]),
+    ]
+    for axis, (title, curves) in zip(axes.flat, panels, strict=True):
+        for name in curves:
+            label: str | None = name.removeprefix("train_").removeprefix("audio_accuracy_").replace("_", " ")
+            colour = None
+            for key, style in ((name, "-"), (f"eval_{name}", "--")):
+                points = [(entry["step"], entry[key]) for entry in log_history if key in entry and "step" in entry]
+                if points:
+                    marker = "." if len(points) < 20 else None
+                    (line,) = axis.plot(*zip(*points, strict=True), style, color=colour, marker=marker, label=label)
+                    label, colour = None, line.get_color()
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize="small")
+        else:
+            axis.text(0.5, 0.5, "not logged", transform=axis.transAxes, ha="center", color="grey")
+    figure.suptitle("training solid, evaluation dashed", fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

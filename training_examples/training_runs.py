@@ -1,0 +1,56 @@
+"""What makes a run of the plain Trainer repeatable: which noise a process draws, in which order examples come, and the
+checkpoint that a killed run goes on from."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+
+class RankSeed(TrainerCallback):
+    """Gives every process its own noise: the Trainer seeds them all alike. A resumed run draws what its checkpoint
+    says, which the Trainer restores later."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        torch.manual_seed(args.seed + 1000 * args.process_index + state.global_step)
+
+
+class DataOrder(TrainerCallback):
+    """
+    Makes the order of the examples, and what the collator draws, depend on the seed and the epoch alone.
+
+    The Trainer's sampler by length takes its order from the global generator: processes then disagree on it, and a
+    resumed run meets another one. The sampler of a resumed epoch is not told its epoch where several processes train.
+    """
+
+    def on_epoch_begin(self, args, state, control, train_dataloader: Any = None, **kwargs):
+        epoch = int(state.epoch or 0)
+        if hasattr(train_dataloader.collate_fn, "set_epoch"):
+            train_dataloader.collate_fn.set_epoch(epoch)
+        sampler = getattr(train_dataloader, "batch_sampler", None)
+        while (inner := getattr(sampler, "batch_sampler", getattr(sampler, "sampler", None))) is not None:
+            sampler = inner
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        elif hasattr(sampler, "generator"):
+            seed = args.seed if args.data_seed is None else args.data_seed
+            sampler.generator = torch.Generator().manual_seed(seed + epoch)
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+    """
+    The newest checkpoint that was written to its end, or `None`: the Trainer writes its state last, so a checkpoint
+    that a kill cut short has none that can be read.
+    """
+    folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    by_step = {int(step): folder for folder in folders if (step := folder.name.rpartition("-")[2]).isdigit()}
+    for _, folder in sorted(by_step.items(), reverse=True):
+        try:
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return str(folder)
+    return None
