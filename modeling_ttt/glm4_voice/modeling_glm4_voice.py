@@ -1,0 +1,364 @@
+"""GLM-4-Voice's audio tokenizer: speech at 16 kHz to one stream of codes at 12.5 Hz, and codes to speech at 22,050 Hz.
+
+Encoder, flow decoder and vocoder live in files of their own, as does streaming; here they are put together behind the
+interface of Transformers' audio tokenizers.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForAudioTokenization, WhisperFeatureExtractor
+from transformers.modeling_utils import PreTrainedAudioTokenizerBase
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_glm4_voice import Glm4VoiceConfig
+from .encoder_glm4_voice import Glm4VoiceEncoder, Glm4VoiceQuantizer
+from .flow_glm4_voice import Glm4VoiceFlow, count_mel_frames
+from .streaming_glm4_voice import Glm4VoiceStreamingDecoder
+from .vocoder_glm4_voice import Glm4VoiceVocoder
+
+
+@dataclass
+class Glm4VoiceEncoderOutput(ModelOutput):
+    """
+    Args:
+        audio_codes (`torch.LongTensor` of shape `(batch, 1, codes)`): 0 where `audio_codes_mask` is 0.
+        audio_codes_mask (`torch.LongTensor` of shape `(batch, codes)`): 1 for a row's ceil(samples / hop) codes.
+    """
+
+    audio_codes: torch.Tensor | None = None
+    audio_codes_mask: torch.Tensor | None = None
+
+
+@dataclass
+class Glm4VoiceDecoderOutput(ModelOutput):
+    """
+    Args:
+        audio_values (`torch.FloatTensor` of shape `(batch, 1, samples)`): Waveform, zero past a row's end.
+        audio_lengths (`torch.LongTensor` of shape `(batch,)`): Samples of each row; not a whole number per code.
+    """
+
+    audio_values: torch.Tensor | None = None
+    audio_lengths: torch.Tensor | None = None
+
+
+@dataclass
+class Glm4VoiceOutput(ModelOutput):
+    """
+    Args:
+        audio_codes (`torch.LongTensor` of shape `(batch, 1, codes)`): Codes of the input.
+        audio_values (`torch.FloatTensor` of shape `(batch, 1, samples)`): The same speech in the decoder's voice.
+    """
+
+    audio_codes: torch.Tensor | None = None
+    audio_values: torch.Tensor | None = None
+
+
+class Glm4VoicePreTrainedModel(PreTrainedAudioTokenizerBase):
+    """Weights, loading and saving common to GLM-4-Voice's audio tokenizer."""
+
+    config_class = Glm4VoiceConfig
+    base_model_prefix = "glm4_voice"
+    main_input_name = "input_values"
+    input_modalities = "audio"
+    _keep_in_fp32_modules_strict = ["quantizer"]  # in bfloat16 another code would often be the nearest
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+
+class Glm4VoiceModel(Glm4VoicePreTrainedModel):
+    """A speech tokenizer with one codebook at 12.5 codes a second, and a decoder by flow matching.
+
+    Decoding starts from noise. Without a generator every row takes its noise from a fresh CPU generator seeded with
+    `config.noise_seed`, so that equal codes give equal speech; on the CPU it is the published code's own noise.
+    """
+
+    def __init__(self, config: Glm4VoiceConfig):
+        super().__init__(config)
+        encoder: Any = config.encoder_config
+        flow: Any = config.flow_config
+        vocoder: Any = config.vocoder_config
+        self.feature_extractor = WhisperFeatureExtractor(
+            feature_size=encoder.num_mel_bins,
+            sampling_rate=encoder.sampling_rate,
+            hop_length=encoder.hop_length,
+            chunk_length=encoder.chunk_length,
+            n_fft=encoder.n_fft,
+        )
+        self.encoder = Glm4VoiceEncoder(encoder)
+        self.quantizer = Glm4VoiceQuantizer(encoder)
+        self.flow = Glm4VoiceFlow(flow)
+        self.vocoder = Glm4VoiceVocoder(vocoder)
+        self.post_init()
+
+    # ------------------------------------------------------------------ speech to codes
+
+    @can_return_tuple
+    @torch.no_grad()
+    def encode(
+        self, input_values: torch.Tensor, padding_mask: torch.Tensor | None = None, batch_size: int = 16, **kwargs
+    ) -> Glm4VoiceEncoderOutput:
+        """Turns speech into codes. Speech is cut into consecutive chunks of `config.encoder_config.chunk_length`
+        seconds, which do not see each other. A row's codes do not depend on its neighbours or on padding.
+
+        Args:
+            input_values: Waveforms in [-1, 1] at `config.sampling_rate`, shape (batch, samples) or (batch, 1, samples).
+            padding_mask: 1 for samples, 0 for right padding, shape (batch, samples) or (batch, 1, samples).
+            batch_size: Chunks encoded at once.
+
+        Returns:
+            [`Glm4VoiceEncoderOutput`]; a row of n samples has exactly ceil(n / config.hop_length) codes.
+
+        Raises:
+            ValueError: if the waveforms are not mono or have no samples.
+        """
+        waveforms = self._unpad(input_values, padding_mask)
+        hop_length = self.config.hop_length
+        num_codes = torch.tensor([-(-len(waveform) // hop_length) for waveform in waveforms], device=self.device)
+        codes_mask = (torch.arange(int(num_codes.max()), device=self.device) < num_codes[:, None]).long()
+        codes = torch.zeros_like(codes_mask)
+        chunks = [
+            (row, start // hop_length, chunk)
+            for row, waveform in enumerate(waveforms)
+            for start, chunk in _split(waveform, self.feature_extractor.n_samples)
+        ]
+        chunks.sort(key=lambda chunk: -len(chunk[2]))  # chunks of a length together, for the least padding
+        for start in range(0, len(chunks), batch_size):
+            batch = chunks[start : start + batch_size]
+            features, attention_mask = self.extract_features([chunk for _, _, chunk in batch])
+            chunk_codes = self.quantizer(self.encoder(features.to(self.encoder.conv1.weight.dtype), attention_mask))
+            for (row, position, chunk), row_codes in zip(batch, chunk_codes, strict=True):
+                count = -(-len(chunk) // hop_length)
+                codes[row, position : position + count] = row_codes[:count]
+        return Glm4VoiceEncoderOutput(audio_codes=codes[:, None], audio_codes_mask=codes_mask)
+
+    def extract_features(self, waveforms: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Whisper's log-mel frames of waveforms (samples,) of at most one chunk each, and their mask: (batch,
+        num_mel_bins, frames) float32 and (batch, frames).
+
+        Each waveform is padded to whole codes by itself, so that its last frames are what they are without neighbours.
+        """
+        rows = [
+            self.feature_extractor(
+                waveform.float().cpu().numpy(),
+                sampling_rate=self.config.sampling_rate,
+                padding="longest",
+                pad_to_multiple_of=self.config.hop_length,
+                return_attention_mask=True,
+                return_tensors="pt",
+                device=self.device.type if self.device.type != "meta" else "cpu",
+            )
+            for waveform in waveforms
+        ]
+        frames = max(row["input_features"].shape[-1] for row in rows)
+        features = torch.zeros(len(rows), self.config.encoder_config.num_mel_bins, frames)
+        mask = torch.zeros(len(rows), frames, dtype=torch.long)
+        for index, row in enumerate(rows):
+            features[index, :, : row["input_features"].shape[-1]] = row["input_features"][0]
+            mask[index, : row["attention_mask"].shape[-1]] = row["attention_mask"][0]
+        return features.to(self.device), mask.to(self.device)
+
+    def _unpad(self, input_values: torch.Tensor, padding_mask: torch.Tensor | None) -> list[torch.Tensor]:
+        """Each row's waveform without its padding."""
+        if input_values.ndim == 3:
+            if input_values.shape[1] != 1:
+                raise ValueError(f"input_values has {input_values.shape[1]} channels; mix down to mono first")
+            input_values = input_values[:, 0]
+        if input_values.ndim != 2 or input_values.shape[-1] == 0:
+            raise ValueError(f"input_values must be (batch, samples) with samples > 0, not {tuple(input_values.shape)}")
+        if padding_mask is None:
+            return list(input_values)
+        lengths = padding_mask.reshape(input_values.shape).long().sum(-1).tolist()
+        return [waveform[:length] for waveform, length in zip(input_values, lengths, strict=True)]
+
+    # ------------------------------------------------------------------ codes to speech
+
+    @can_return_tuple
+    @torch.no_grad()
+    def decode(
+        self,
+        audio_codes: torch.Tensor,
+        audio_codes_mask: torch.Tensor | None = None,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
+        speaker_embedding: torch.Tensor | None = None,
+        prompt_codes: torch.Tensor | None = None,
+        prompt_mel: torch.Tensor | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        initial_noise: torch.Tensor | None = None,
+        source_phase: torch.Tensor | None = None,
+        source_noise: torch.Tensor | None = None,
+        **kwargs,
+    ) -> Glm4VoiceDecoderOutput:
+        """Turns codes into speech. A row's speech does not depend on its neighbours or on padding.
+
+        Args:
+            audio_codes: Codes, shape (batch, codes) or (batch, 1, codes).
+            audio_codes_mask: 1 for codes, 0 for right padding, shape (batch, codes).
+            num_steps: Euler steps of the flow's solver; `config.flow_config.num_steps` by default.
+            guidance_scale: w in (1 + w) v(conditional) - w v(unconditional); 0 saves the unconditional half of the
+                work. `config.flow_config.guidance_scale` by default.
+            speaker_embedding: Who speaks, shape (batch, speaker_embedding_size); zeros by default, as published.
+            prompt_codes: Codes of speech to go on from, shape (prompt codes,) or (batch, prompt codes).
+            prompt_mel: Its log-mel frames, shape (batch, num_mel_bins, frames); they are not part of the result.
+            generator: Source of the noise, one for all rows or one for each; see the class for the default.
+            initial_noise: What the solver starts from instead, shape (batch, num_mel_bins, frames), prompt included.
+            source_phase: Phases of the vocoder's sines instead, shape (batch, 1 + num_harmonics, 1).
+            source_noise: Noise of the vocoder's source instead, shape (batch, 1 + num_harmonics, samples).
+
+        Returns:
+            [`Glm4VoiceDecoderOutput`]; n codes give floor(441 n / 64) log-mel frames of 256 samples at
+            `config.output_sampling_rate`.
+
+        Raises:
+            ValueError: if a code lies outside the codebook, or the prompt or the noise does not fit the codes.
+        """
+        codes, mask = self._check_codes(audio_codes, audio_codes_mask)
+        num_prompt_codes = 0 if prompt_codes is None else prompt_codes.shape[-1]
+        generators = self.make_generators(generator, len(codes))
+        if initial_noise is None:
+            num_frames = count_mel_frames(num_prompt_codes + mask.sum(-1), self.config.flow_config)
+            initial_noise = self.draw_initial_noise(num_frames, generators)
+        mel, num_frames = self.decode_mel(
+            codes, mask, num_steps, guidance_scale, speaker_embedding, prompt_codes, prompt_mel, initial_noise
+        )
+        if source_phase is None or source_noise is None:
+            phase, noise = self.draw_source_noise(num_frames, generators)
+            source_phase = phase if source_phase is None else source_phase
+            source_noise = noise if source_noise is None else source_noise
+        waveform, _ = self.vocoder(mel, num_frames, source_phase.to(mel), source_noise.to(mel))
+        lengths = num_frames * self.config.vocoder_config.hop_length
+        return Glm4VoiceDecoderOutput(audio_values=waveform[:, None], audio_lengths=lengths)
+
+    @torch.no_grad()
+    def decode_mel(
+        self,
+        audio_codes: torch.Tensor,
+        audio_codes_mask: torch.Tensor | None = None,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
+        speaker_embedding: torch.Tensor | None = None,
+        prompt_codes: torch.Tensor | None = None,
+        prompt_mel: torch.Tensor | None = None,
+        initial_noise: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first half of `decode`, which see: log-mel frames (batch, num_mel_bins, frames), and how many each row
+        has, (batch,)."""
+        config = self.config.flow_config
+        codes, mask = self._check_codes(audio_codes, audio_codes_mask)
+        has_codes = mask.any(-1)
+        if not has_codes.any():
+            raise ValueError("audio_codes holds no codes")
+        if prompt_codes is not None:
+            prompt_codes, _ = self._check_codes(prompt_codes.expand(len(codes), -1))
+            codes = torch.cat([prompt_codes.to(codes), codes], 1)
+            mask = torch.cat([torch.ones_like(prompt_codes), mask], 1)
+        num_frames = count_mel_frames(mask.sum(-1), config)
+        if initial_noise is None:
+            initial_noise = self.draw_initial_noise(num_frames, self.make_generators(None, len(codes)))
+        _check_shape("initial_noise", initial_noise, (len(codes), config.num_mel_bins, int(num_frames.max())))
+        if prompt_mel is not None:
+            _check_shape("prompt_mel", prompt_mel, (len(codes), config.num_mel_bins, prompt_mel.shape[-1]))
+            num_frames = (num_frames - prompt_mel.shape[-1]) * has_codes
+            if not (num_frames[has_codes] > 0).all():
+                raise ValueError(
+                    f"prompt_mel has {prompt_mel.shape[-1]} frames, as many as prompt and codes together or more; "
+                    "it belongs to prompt_codes"
+                )
+        mel = self.flow(
+            codes,
+            mask,
+            initial_noise,
+            config.num_steps if num_steps is None else num_steps,
+            config.guidance_scale if guidance_scale is None else guidance_scale,
+            speaker_embedding,
+            prompt_mel,
+        )
+        return mel, num_frames
+
+    def streaming_decoder(self, **options: Any) -> Glm4VoiceStreamingDecoder:
+        """A decoder that takes codes bit by bit; see [`Glm4VoiceStreamingDecoder`] for `options`."""
+        return Glm4VoiceStreamingDecoder(self, **options)
+
+    def _check_codes(
+        self, audio_codes: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and mask, (batch, codes) each, long, on the model's device; 0 where the mask is."""
+        codes = (audio_codes[:, 0] if audio_codes.ndim == 3 else audio_codes).long().to(self.device)
+        mask = torch.ones_like(codes) if mask is None else mask.long().to(self.device)
+        codes = codes * mask
+        size = self.config.flow_config.codebook_size
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
+            raise ValueError(f"audio_codes must lie in [0, {size}), found {int(codes.min())} to {int(codes.max())}")
+        return codes, mask
+
+    # ------------------------------------------------------------------ noise
+
+    def make_generators(
+        self, generator: torch.Generator | Sequence[torch.Generator] | None, batch: int
+    ) -> list[torch.Generator]:
+        """One generator a row: those given, or fresh ones on the CPU seeded with `config.noise_seed`."""
+        if generator is None:
+            return [torch.Generator().manual_seed(self.config.noise_seed) for _ in range(batch)]
+        if isinstance(generator, torch.Generator):
+            return [generator] * batch
+        if len(generator) != batch:
+            raise ValueError(f"generator has {len(generator)} items for a batch of {batch}")
+        return list(generator)
+
+    def draw_initial_noise(self, num_frames: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+        """What the solver starts from: (batch, num_mel_bins, frames), zero past each row's `num_frames` (batch,)."""
+        noise = [
+            torch.randn(self.config.flow_config.num_mel_bins, frames, generator=generator, device=generator.device)
+            for frames, generator in zip(num_frames.tolist(), generators, strict=True)
+        ]
+        return self._pad(noise)
+
+    def draw_source_noise(
+        self, num_frames: torch.Tensor, generators: list[torch.Generator]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Phases, uniform in [-pi, pi), (batch, 1 + num_harmonics, 1), and noise, (batch, 1 + num_harmonics, samples),
+        of the vocoder's source for `num_frames` (batch,) log-mel frames a row."""
+        config = self.config.vocoder_config
+        phases, noises = [], []
+        for frames, generator in zip(num_frames.tolist(), generators, strict=True):
+            options: dict[str, Any] = {"generator": generator, "device": generator.device}
+            phases.append(torch.rand(config.num_harmonics + 1, 1, **options) * 2 * math.pi - math.pi)
+            noises.append(torch.randn(config.num_harmonics + 1, frames * config.hop_length, **options))
+        return self._pad(phases), self._pad(noises)
+
+    def _pad(self, rows: list[torch.Tensor]) -> torch.Tensor:
+        """Rows (channels, length) as one batch (batch, channels, length) on the model's device, zeros at the end."""
+        return nn.utils.rnn.pad_sequence([row.T.to(self.device) for row in rows], batch_first=True).transpose(1, 2)
+
+    @can_return_tuple
+    def forward(
+        self, input_values: torch.Tensor, padding_mask: torch.Tensor | None = None, **kwargs
+    ) -> Glm4VoiceOutput:
+        """Encodes and decodes: `encode`'s arguments, the speech in the decoder's voice as the result."""
+        encoded = self.encode(input_values, padding_mask)
+        values = self.decode(encoded.audio_codes, encoded.audio_codes_mask).audio_values
+        return Glm4VoiceOutput(audio_codes=encoded.audio_codes, audio_values=values)
+
+
+def _split(waveform: torch.Tensor, size: int) -> list[tuple[int, torch.Tensor]]:
+    """Consecutive parts of a waveform (samples,) of at most `size` samples, and where each begins."""
+    return [(start, waveform[start : start + size]) for start in range(0, len(waveform), size)]
+
+
+def _check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, not {tuple(tensor.shape)}")
+
+
+Glm4VoiceModel.register_for_auto_class("AutoModelForAudioTokenization")
+AutoConfig.register("glm4_voice", Glm4VoiceConfig, exist_ok=True)
+AutoModel.register(Glm4VoiceConfig, Glm4VoiceModel, exist_ok=True)
+AutoModelForAudioTokenization.register(Glm4VoiceConfig, Glm4VoiceModel, exist_ok=True)
+
+__all__ = ["Glm4VoiceModel", "Glm4VoicePreTrainedModel", "Glm4VoiceStreamingDecoder"]
