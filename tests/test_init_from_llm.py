@@ -9,6 +9,7 @@ import pytest
 import torch
 from builders import NUM_CODES, build_codec, tone
 from init_from_llm import draw_rows, extend_tokenizer
+from test_other_audio_tokenizers import build as build_codec_of
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModel,
@@ -225,6 +226,16 @@ def test_what_cannot_be_used_is_refused_before_weights_are_read(initialise, tmp_
         initialise(tmp_path / "llm")
     with pytest.raises(ValueError, match="--row_spread` is -1"):
         initialise(tmp_path / "llm", "--row_spread", "-1")
+
+
+def test_an_audio_tokenizer_of_several_codebooks_gives_a_token_for_each_of_their_codes(initialise, tmp_path):
+    save_llm(tmp_path / "llm", Qwen2Config, CHATML)
+    build_codec_of("mimi").save_pretrained(tmp_path / "mimi")
+    output = initialise(tmp_path / "llm", "--audio_tokenizer", str(tmp_path / "mimi"), "--num_quantizers", "2")
+    processor = AutoProcessor.from_pretrained(output)
+    assert processor.audio_format.num_codes == AutoModel.from_pretrained(output).config.num_audio_codes == 32
+    assert processor.feature_extractor.sampling_rate == 24_000 and processor.audio_chunk_size == 52
+    assert len(processor.encode_audio(tone(1.0, 24_000))[0]) == 2 * 13
 
 
 def test_a_checkpoint_with_an_audio_tokenizer_may_be_named_in_its_place(initialise, tmp_path):

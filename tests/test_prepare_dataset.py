@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+import zipfile
 from multiprocessing import get_context
 
 import datasets
@@ -241,6 +242,22 @@ def test_bare_samples_need_their_rate(model, processor, tmp_path):
     with pytest.raises(ValueError, match="No record gave an example"):
         run(model, tmp_path / "none", path, tasks=["tts"])
     assert "--sampling_rate" in rejections(tmp_path / "none")[0]["reason"]
+
+
+def test_audio_in_an_archive_is_read_by_its_address(model, speech, tmp_path):
+    with zipfile.ZipFile(tmp_path / "speech.zip", "w") as archive:
+        archive.write(speech / "1.wav", "one.wav")
+    rows = [{"audio": f"zip://one.wav::{tmp_path / 'speech.zip'}", "text": TEXTS[1]}]
+    _, examples = run(model, tmp_path / "out", write_lines(tmp_path / "list.jsonl", rows), tasks=["asr"])
+    assert examples == run(model, tmp_path / "expected", speech / "list.jsonl", tasks=["asr"])[1][1:2]
+
+
+def test_the_folder_is_a_dataset_that_loads_by_its_name(model, speech, tmp_path):
+    _, examples = run(model, tmp_path / "out", speech / "list.jsonl", tasks=["asr"], shard_size=3)
+    run(model, tmp_path / "out", speech / "list.jsonl", tasks=["tts"], output_split="test")
+    loaded = datasets.load_dataset(str(tmp_path / "out"))
+    assert loaded["train"].to_list() == examples
+    assert loaded["test"]["task"] == ["tts"] * 4
 
 
 # ------------------------------------------------------------------ records that give no example
@@ -535,4 +552,7 @@ def test_sources_that_are_not_there_are_named(model, tmp_path):
         PrepareArguments(model=str(model), output_dir=tmp_path)
     path = write_lines(tmp_path / "list.jsonl", [{"sound": "x.wav"}])
     with pytest.raises(ValueError, match="Without `--tasks` it needs one of messages"):
+        run(model, tmp_path / "out", path)
+    path = write_lines(tmp_path / "list.jsonl", [{"audio": "x.wav", "text": "x"}])
+    with pytest.raises(ValueError, match="has audio with its text: say with `--tasks`"):
         run(model, tmp_path / "out", path)

@@ -172,11 +172,11 @@ class ExampleBuilder:
             raise RuntimeError("The device is out of memory; choose a smaller `--batch_size`.") from error
         except torch.AcceleratorError:
             raise  # the device's fault, not the audio's
-        except RuntimeError as error:
+        except (ValueError, RuntimeError) as error:
             if len(waveforms) == 1:
                 return [RejectedError("unreadable audio", f"the audio tokenizer fails on it: {error}")]
             return [result for waveform in waveforms for result in self._encode_batch([waveform])]
-        return [row.tolist() or RejectedError("unreadable audio", "too short for a single code") for row in rows]
+        return [row.tolist() for row in rows]
 
     # ------------------------------------------------------------------ token sequences
 

@@ -107,7 +107,7 @@ class RecordReader:
                     f"{', '.join(FIELDS)} and one of the chosen tasks."
                 )
         for task in self.questions:
-            if task not in self.tasks or RECIPES[task].question is None:
+            if task not in self.tasks or task not in RECIPES or RECIPES[task].question is None:
                 raise ValueError(f"`--questions` {task}=...: this is none of the chosen tasks that ask a question.")
 
     def check_columns(self, source: str, available: Sequence[str]) -> None:
@@ -118,6 +118,8 @@ class RecordReader:
                     f"{source} has the columns {', '.join(available)}. Without `--tasks` it needs one of "
                     f"{', '.join(PUBLISHED_COLUMNS)}."
                 )
+            if "audio" in available and not {"messages", "conversations", "prompt"} & set(available):
+                raise ValueError(f"{source} has audio with its text: say with `--tasks` what to make of them.")
             return
         for task in self.tasks:
             named = {key.rpartition(".")[2] for key in self.columns if key.rpartition(".")[0] in ("", task)}

@@ -19,21 +19,19 @@ import torch
 from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
-    AutoModelForAudioTokenization,
     AutoModelForCausalLM,
     AutoTokenizer,
     EncodecFeatureExtractor,
     HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    set_seed,
 )
 
 from modeling_ttt import TttConfig, TttForConditionalGeneration, TttGenerationConfig
 from modeling_ttt.convert_ttt_to_hf import ids_from_tokenizer
 from modeling_ttt.generation_config_ttt import AUDIO_DEFAULTS
 from pipelines import TttAudioToAudioPipeline
-from processing import TttProcessor
+from processing import TttAudioFormat, TttProcessor, load_audio_codec
 from processing.audio_tokenizer_ttt import AUDIO_TOKENIZER_FOLDER
 from processing.interleaving_ttt import (
     AUDIO_PLACEHOLDER,
@@ -56,11 +54,14 @@ TEXT_TOKENS = (START_OF_TURN, END_OF_TURN, BEGIN_OF_AUDIO, END_OF_PROMPT_AUDIO, 
 class InitArguments:
     llm: str = field(metadata={"help": "Text language model: folder or Hub name."})
     audio_tokenizer: str = field(
-        metadata={"help": "Audio tokenizer of one codebook: its folder or Hub name, or a TtT checkpoint that has one."}
+        metadata={"help": "Any Transformers audio codec: folder or Hub name; or a TtT checkpoint that has one."}
     )
     output_dir: Path = field(metadata={"help": "Folder to write."})
     audio_tokenizer_subfolder: str = field(
         default="", metadata={"help": "Where in its repository the audio tokenizer lies."}
+    )
+    num_quantizers: int | None = field(
+        default=None, metadata={"help": "Use only the first so many codebooks, of an audio tokenizer that allows it."}
     )
     feature_extractor: str | None = field(
         default=None, metadata={"help": "Folder or Hub name of its feature extractor, if it lies elsewhere."}
@@ -71,7 +72,10 @@ class InitArguments:
         metadata={"help": "Standard deviation of the new rows around the mean, as a multiple of the old rows' own."},
     )
     text_chunk_size: int = field(default=13, metadata={"help": "Text tokens between two audio spans of an answer."})
-    audio_chunk_size: int = field(default=26, metadata={"help": "Codes of an audio span between text."})
+    audio_chunk_size: int | None = field(
+        default=None,
+        metadata={"help": "Codes of an audio span between text; by default as long as the published ones."},
+    )
     system_prompts: Path | None = field(
         default=None, metadata={"help": "JSON file of system prompts by task, in place of the published ones."}
     )
@@ -212,20 +216,19 @@ def load_audio_tokenizer(args: InitArguments) -> tuple[Any, Any]:
     name, subfolder = args.audio_tokenizer, args.audio_tokenizer_subfolder
     if not subfolder and (Path(name) / AUDIO_TOKENIZER_FOLDER / "config.json").is_file():
         subfolder = AUDIO_TOKENIZER_FOLDER
-    audio_tokenizer = AutoModelForAudioTokenization.from_pretrained(
-        name, subfolder=subfolder, dtype=torch.float32, trust_remote_code=args.trust_remote_code
-    ).eval()
+    options = {} if args.num_quantizers is None else {"num_quantizers": args.num_quantizers}
+    audio_tokenizer = load_audio_codec(
+        name, subfolder, dtype=torch.float32, trust_remote_code=args.trust_remote_code, **options
+    )
     places = [(args.feature_extractor, "")] if args.feature_extractor else [(name, subfolder), (name, "")]
     for place, folder in places:
         try:
             return audio_tokenizer, AutoFeatureExtractor.from_pretrained(place, subfolder=folder)
         except (OSError, ValueError):
             continue
-    rate = getattr(audio_tokenizer.config, "sampling_rate", None)
+    rate = TttAudioFormat.from_config(audio_tokenizer.config).sampling_rate
     if args.feature_extractor or rate is None or audio_tokenizer.main_input_name != "input_values":
-        raise ValueError(
-            f"There is no feature extractor in {places[0][0]}; name its folder with `--feature_extractor`."
-        )
+        raise ValueError(f"{places[0][0]} has no feature extractor; name its folder with `--feature_extractor`.")
     return audio_tokenizer, EncodecFeatureExtractor(feature_size=1, sampling_rate=rate)
 
 
@@ -247,17 +250,14 @@ def build_processor(args: InitArguments, tokenizer: PreTrainedTokenizerBase, aud
 
 def main() -> None:
     (args,) = HfArgumentParser(InitArguments).parse_args_into_dataclasses()
-    set_seed(args.seed)
     audio_tokenizer, extractor = load_audio_tokenizer(args)
-    num_codes = getattr(audio_tokenizer.config, "codebook_size", None)
-    if num_codes is None:
-        raise ValueError(f"`--audio_tokenizer` {args.audio_tokenizer} does not say its `codebook_size`.")
+    num_codes = TttAudioFormat.from_config(audio_tokenizer.config).num_codes
     tokenizer = AutoTokenizer.from_pretrained(args.llm)
     old_size = max(tokenizer.get_vocab().values()) + 1
     extend_tokenizer(tokenizer, num_codes)
     processor = build_processor(args, tokenizer, audio_tokenizer, extractor)
     model = build_model(args.llm, tokenizer, old_size, args.dtype, args.row_spread, args.seed)
-    TttAudioToAudioPipeline(model=model, processor=processor).save_pretrained(args.output_dir)
+    TttAudioToAudioPipeline(model=model, processor=processor, device="cpu").save_pretrained(args.output_dir)
     print(
         f"{args.output_dir}: {model.num_parameters() / 1e6:.2f} M parameters, {old_size} text tokens of the language "
         f"model, {model.config.vocab_size - old_size} new ones with {num_codes} codes"
