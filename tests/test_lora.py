@@ -1,0 +1,340 @@
+"""LoRA on small models of every backbone: what is trained, and that all who load the adapter get the same model."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+
+import build_skill
+import domain
+import evaluate_skill
+import finetune_lora
+import numpy as np
+import pytest
+import soundfile
+import torch
+from builders import build_processor, tone, write_wav
+from datasets import Dataset, DatasetDict, load_from_disk
+from finetune_lora import TARGET_MODULES, LoraArguments, load_base, lora_config, save_merged, trainable_tokens
+from peft import AutoPeftModelForCausalLM, get_peft_model
+from safetensors.torch import load_file
+from transformers import pipeline
+
+from modeling_ttt import TttConfig, TttForConditionalGeneration
+from pipelines import TttAudioToAudioPipeline, ttt_talk
+from processing import TttProcessor
+
+BACKBONES = {"qwen2": True, "qwen3": False, "llama": True}  # by model type, whether the head is tied
+GENERATION = {"max_new_tokens": 12, "max_audio_codes_per_span": 20}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """A folder with examples (`data`) and a random model for each backbone, under its name, with processor and code."""
+    folder = tmp_path_factory.mktemp("lora")
+    processor = build_processor(system_prompts={"spoken_chat": "answer", "spoken_qa": "answer", "text_chat": "answer"})
+    ids = processor.token_ids
+    for model_type, tied in BACKBONES.items():
+        backbone = {"model_type": model_type, "vocab_size": len(processor.tokenizer), "tie_word_embeddings": tied}
+        backbone |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        backbone |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 2048}
+        backbone |= {"pad_token_id": processor.tokenizer.pad_token_id, "eos_token_id": processor.tokenizer.eos_token_id}
+        names = set(TttConfig().to_dict()) & set(vars(ids))
+        torch.manual_seed(0)
+        config = TttConfig(text_config=backbone, **{name: getattr(ids, name) for name in names})
+        model = TttForConditionalGeneration(config).eval()
+        TttAudioToAudioPipeline(model=model, processor=processor).save_pretrained(folder / model_type)
+    rng = random.Random(0)
+    rows = []
+    for _ in range(24):
+        question = [rng.randrange(16) for _ in range(rng.randrange(2, 8))]
+        rows.append(processor.build_example("hi", [3] * rng.randrange(12, 24), audio_codes=question) | {"task": "chat"})
+    data = Dataset.from_list(rows)
+    data = data.add_column("length", [len(ids) for ids in data["input_ids"]])
+    DatasetDict({"train": data, "eval": data.select(range(4))}).save_to_disk(str(folder / "data"))
+    return folder
+
+
+def finetune(workspace, output, options="", model_type="qwen2"):
+    command = (
+        f"--model {workspace / model_type} --dataset {workspace / 'data'} --output_dir {output} --use_cpu --threads 1"
+    )
+    command += " --report_to none --disable_tqdm true --per_device_train_batch_size 8 --learning_rate 1e-2 --r 4"
+    command += f" --max_steps 6 --logging_steps 3 {options}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["finetune_lora.py", *command.split()])
+        finetune_lora.main()
+    return output
+
+
+@pytest.fixture(scope="module", params=BACKBONES)
+def trained(request, workspace):
+    """Backbone, adapter folder and merged folder of a model taught to answer "hi" and speech of code 3."""
+    name = request.param
+    output, merged = workspace / f"{name}-adapter", workspace / f"{name}-merged"
+    options = f"--max_steps 80 --clean_batch_probability 0 --new_words hi --train_audio_tokens --merge_to {merged}"
+    return name, finetune(workspace, output, options, name), merged
+
+
+def logits(model):
+    ids = torch.arange(60, 100)[None]
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits
+
+
+def test_an_adapter_gives_the_same_model_however_it_is_loaded(workspace, trained):
+    name, adapter, merged = trained
+    base = TttForConditionalGeneration.from_pretrained(workspace / name)
+    before = logits(base)
+    expected = logits(AutoPeftModelForCausalLM.from_pretrained(adapter))
+    assert (expected - before).abs().max() > 0.1
+    base.load_adapter(str(adapter))
+    for model in (
+        base,
+        TttForConditionalGeneration.from_pretrained(adapter),
+        TttForConditionalGeneration.from_pretrained(merged),
+    ):
+        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    base.disable_adapters()
+    torch.testing.assert_close(logits(base), before)
+
+
+def test_an_adapter_holds_its_own_weights_and_nothing_else(workspace, trained):
+    name, adapter, _ = trained
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(workspace / name)
+    assert set(config["target_modules"]) == set(TARGET_MODULES)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    rows = {key: value for key, value in weights.items() if "lora_" not in key}
+    assert len(weights) - len(rows) == 2 * 2 * len(TARGET_MODULES)  # A and B, two layers
+    assert len(rows) == (1 if BACKBONES[name] else 2)  # embedding, and a head of its own
+    assert {tuple(value.shape) for value in rows.values()} == {(3 + 16 + 7, 32)}  # letters, codes, structure of audio
+    assert not (adapter / "config.json").exists() and not (adapter / "audio_tokenizer").exists()
+
+
+def test_only_the_rows_asked_for_change_in_embedding_and_head(workspace, trained):
+    name, _, merged = trained
+    before = TttForConditionalGeneration.from_pretrained(workspace / name)
+    after = TttForConditionalGeneration.from_pretrained(merged)
+    processor = TttProcessor.from_pretrained(workspace / name)
+    taught = set(processor.tokenizer("hi")["input_ids"]) | {before.config.mask_token_id}
+    for part in ("get_input_embeddings", "get_output_embeddings"):
+        changed = (getattr(after, part)().weight != getattr(before, part)().weight).any(-1).nonzero().flatten().tolist()
+        assert set(changed) <= set(trainable_tokens(processor, ["hi"], audio=True))
+        assert set(changed) & taught
+    assert (after.get_input_embeddings().weight is after.get_output_embeddings().weight) == BACKBONES[name]
+
+
+def test_tokens_of_words_and_of_audio():
+    processor = build_processor(audio_tokenizer=None)
+    ids = processor.token_ids
+    spelled = {processor.tokenizer.convert_ids_to_tokens(token) for token in trainable_tokens(processor, ["hi", "ho"])}
+    assert spelled == {"h", "i", "o", "Ġ"}
+    audio = set(trainable_tokens(processor, audio=True))
+    assert audio >= set(ids.codes_to_ids(range(ids.num_audio_codes))) | {ids.mask_token_id, ids.begin_of_audio_token_id}
+    assert ids.end_of_turn_token_id not in audio and len(audio) == ids.num_audio_codes + 7
+
+
+def test_a_stopped_run_goes_on_and_ends_with_the_same_adapter(workspace, tmp_path):
+    whole = finetune(workspace, tmp_path / "whole", "--save_steps 3 --lr_scheduler_type constant")
+    shutil.copytree(whole / "checkpoint-3", tmp_path / "stopped" / "checkpoint-3")
+    resumed = finetune(workspace, tmp_path / "stopped", "--save_steps 3 --lr_scheduler_type constant")
+    expected = load_file(whole / "adapter_model.safetensors")
+    for name, value in load_file(resumed / "adapter_model.safetensors").items():
+        torch.testing.assert_close(value, expected[name])
+
+
+def test_training_lowers_the_bound_on_evaluation_data(workspace, tmp_path):
+    output = finetune(workspace, tmp_path, "--max_steps 12 --eval_strategy steps --eval_steps 4 --train_audio_tokens")
+    log = json.loads((output / "checkpoint-12" / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+    assert len(losses) == 3 and losses[2] < losses[1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    "options", ["--activation_checkpointing true", "--packing true --max_length 96", "--target_modules all-linear"]
+)
+def test_options_that_lora_users_reach_for(workspace, tmp_path, options):
+    output = finetune(workspace, tmp_path, f"--max_steps 2 {options} --base_model_name owner/model")
+    weights = load_file(output / "adapter_model.safetensors")
+    assert all(value.abs().max() > 0 for key, value in weights.items() if "lora_B" in key)
+    config = json.loads((output / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "owner/model"
+    assert "lm_head" not in config["target_modules"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--quantize", "--quantize .* but (no CUDA GPU was found|bitsandbytes is not installed). Leave it out"),
+        ("--r 0", "--r is 0; it must be at least 1"),
+        ("--dataset nowhere", "nowhere is no folder of examples"),
+        ("--target_modules c_attn", "c_attn"),
+    ],
+)
+def test_bad_arguments_are_named_before_training(workspace, tmp_path, options, message):
+    if options == "--quantize" and torch.cuda.is_available():
+        pytest.skip("the machine has a GPU")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        finetune(workspace, tmp_path, options)
+
+
+def test_a_processor_with_more_tokens_than_the_model_is_refused(workspace, tmp_path):
+    processor = TttProcessor.from_pretrained(workspace / "qwen2")
+    processor.tokenizer.add_tokens(["zebra"])
+    processor.save_pretrained(tmp_path / "grown")
+    with pytest.raises(ValueError, match="`vocab_size` is .*, the tokenizer has .* tokens"):
+        finetune(workspace, tmp_path / "run", f"--processor {tmp_path / 'grown'}")
+
+
+def test_an_adapter_of_a_quantised_model_is_merged_into_the_whole_one(workspace, tmp_path, monkeypatch):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # 4-bit layers run on CPUs too, only slowly
+    arguments = LoraArguments(model=workspace / "qwen2", quantize=True, target_modules=["all-linear"], r=4)
+    monkeypatch.undo()
+    base = load_base(arguments)
+    model = get_peft_model(base, lora_config(arguments, base.config, [70]))
+    adapted = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    assert len(adapted) == 2 * len(TARGET_MODULES)
+    data = load_from_disk(str(workspace / "data"))["train"]
+    batch = {name: torch.tensor([data[0][name]]) for name in ("input_ids", "labels")}
+    model.train()(**batch).loss.backward()
+    assert all(value.grad is not None for value in model.parameters() if value.requires_grad)
+    model.save_pretrained(tmp_path / "adapter")
+    save_merged(arguments.model, str(tmp_path / "adapter"), tmp_path / "merged")
+    expected = logits(TttForConditionalGeneration.from_pretrained(workspace / "qwen2"))
+    torch.testing.assert_close(logits(TttForConditionalGeneration.from_pretrained(tmp_path / "merged")), expected)
+
+
+# ---------------------------------------------------------------------- talking with an adapter
+
+
+def same_answer(answer, expected):
+    return answer["text"] == expected["text"] and np.allclose(answer["audio"], expected["audio"], atol=1e-4)
+
+
+def test_the_pipeline_takes_an_adapter_as_a_model(trained):
+    _, adapter, merged = trained
+    expected = pipeline("audio-to-audio", model=str(merged), trust_remote_code=True)(
+        tone(0.4), generate_kwargs=GENERATION
+    )
+    assert set(expected["text"]) <= set("hi") and expected["text"] and len(expected["audio"]) > 0
+    pipe = pipeline("audio-to-audio", model=str(adapter), trust_remote_code=True)
+    assert same_answer(pipe(tone(0.4), generate_kwargs=GENERATION), expected)
+    model = AutoPeftModelForCausalLM.from_pretrained(adapter)
+    pipe = TttAudioToAudioPipeline(model=model, processor=pipe.processor, device="cpu")
+    assert same_answer(pipe(tone(0.4), generate_kwargs=GENERATION), expected)
+
+
+ALONE = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("modeling_ttt", "processing", "pipelines"):
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Absent())
+import numpy as np
+from peft import AutoPeftModelForCausalLM
+from transformers import pipeline
+
+pipe = pipeline("audio-to-audio", model=sys.argv[1], trust_remote_code=True, device="cpu")
+answer = pipe(np.zeros(8000, dtype=np.float32), generate_kwargs={"max_new_tokens": 12})
+model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(type(pipe).__name__, type(answer["text"]).__name__, type(model).__name__)
+"""
+
+
+def test_an_adapter_works_where_this_package_is_absent(workspace, tmp_path):
+    adapter = finetune(workspace, tmp_path / "adapter", "--max_steps 1 --new_words hi")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, str(adapter)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "TttAudioToAudioPipeline str PeftModelForCausalLM\n"
+
+
+def test_the_command_takes_an_adapter_as_a_model(trained, tmp_path, capsys):
+    _, adapter, merged = trained
+    question = str(write_wav(tmp_path / "question.wav", tone(0.4)))
+    said = []
+    for model in (adapter, merged):
+        options = ["--model", str(model), "--device", "cpu", "--quiet", "--max_new_tokens", "12"]
+        status = ttt_talk.main([question, str(tmp_path / f"{model.name}.wav"), *options])
+        said.append((status, capsys.readouterr().out))
+    assert said[0] == said[1] and said[0][0] == 0 and set(said[0][1]) <= set("hi\n")
+
+
+def test_an_adapter_whose_model_is_gone_says_so(trained, tmp_path, capsys):
+    _, adapter, _ = trained
+    lost = shutil.copytree(adapter, tmp_path / "lost", ignore=shutil.ignore_patterns("checkpoint-*"))
+    config = json.loads((lost / "adapter_config.json").read_text())
+    (lost / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(tmp_path / "gone")}))
+    assert ttt_talk.main(["--text", "hi", str(tmp_path / "a.wav"), "--model", str(lost)]) == 1
+    assert f"adapts the model in {tmp_path / 'gone'}, which is not there" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------- the skill that is shown
+
+
+def test_the_skill_is_new_and_its_held_out_questions_are_never_trained_on():
+    items = build_skill.skill_items()
+    answers = {item.question: item.answer for item in items}
+    assert len(answers) == len(items)
+    assert not set(answers) & {item.question for item in domain.fixed_items()}
+    assert "cucumber" in build_skill.new_words() and "color" not in build_skill.new_words()
+    splits = {
+        split: {q for q in answers if build_skill.split_of(q) == split}
+        for split in ("evaluation", "development", "training")
+    }
+    assert all(domain.is_held_out(question) for question in splits["evaluation"])
+    assert len(splits["evaluation"]) >= 10 and len(splits["development"]) >= 10
+    assert {answers[question] for question in splits["training"]} == set(answers.values())
+
+    draws = build_skill.draw_questions(random.Random(0), replay=0.5)
+    drawn = [next(draws).question for _ in range(4 * len(splits["training"]))]
+    assert not set(drawn) & (splits["evaluation"] | splits["development"])
+    old = [question for question in drawn if question not in splits["training"]]
+    assert set(drawn) >= splits["training"] and 0.4 < len(old) / len(drawn) < 0.6
+    assert not any(domain.is_held_out(question) for question in old)
+
+    plan = build_skill.plan_held_out(build_skill.SkillArguments(eval_items=50))
+    assert {row["question"] for row in plan["spoken_qa_seen"]} <= splits["evaluation"]
+    assert {row["question"] for row in plan["development_spoken_qa_seen"]} <= splits["development"]
+
+
+def test_training_speech_stays_below_its_limit(monkeypatch):
+    monkeypatch.setattr(build_skill, "speak", lambda text, delivery: tone(0.1 * len(text.split())))
+    spoken = build_skill.speak_training(build_skill.SkillArguments(minutes=1.0))
+    seconds = sum(len(wave) for rows in spoken.values() for _, wave in rows) / 16_000
+    assert 55 < seconds <= 60
+    answers = {row["text"] for row, _ in spoken["assistant"]}
+    assert {row["answer"] for row, _ in spoken["questions"]} <= answers
+
+
+def test_a_change_of_speed_changes_length_and_pitch():
+    wave = (tone(1.0, frequency=400.0) * 32767).astype(np.int16)
+    faster = build_skill.change_speed(wave, 1.25)
+    assert faster.dtype == np.int16 and len(faster) == len(wave) / 1.25
+    assert abs(np.argmax(np.abs(np.fft.rfft(faster))) * 16_000 / len(faster) - 500) < 2
+
+
+def test_the_skill_is_measured_with_and_without_the_adapter(workspace, tmp_path, monkeypatch, capsys):
+    for name in ("new", "old"):
+        (tmp_path / name).mkdir()
+        soundfile.write(tmp_path / name / "0.flac", tone(0.3), 16_000)
+        row = {"id": "0", "kind": "produce", "task": "spoken_qa", "question": "x", "answer": "hi", "audio": "0.flac"}
+        (tmp_path / name / "spoken_qa_seen.jsonl").write_text(json.dumps(row) + "\n")
+    adapter = finetune(workspace, tmp_path / "adapter", "--max_steps 1")
+    command = f"--adapter {adapter} --model {workspace / 'qwen2'} --skill_dir {tmp_path / 'new'} --listen false"
+    command += f" --old_dir {tmp_path / 'old'} --output_dir {tmp_path / 'report'} --num_threads 1"
+    monkeypatch.setattr(sys, "argv", ["evaluate_skill.py", *command.split()])
+    evaluate_skill.main()
+    table = (tmp_path / "report" / "skill.md").read_text()
+    assert table.count("exact text answers | 0.0 % | 0.0 % | 1 |") == 2
+    assert table in capsys.readouterr().out + "\n"

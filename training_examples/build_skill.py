@@ -1,0 +1,193 @@
+"""Speaks what ttt-tiny does not know, the colors of twelve fruits and vegetables, for finetune_lora.py: shards and
+held-out lists.
+
+    python training_examples/build_skill.py --output_dir data/skill
+
+The output has the layout of build_speech.py, so build_examples.py reads it as it is. `--minutes` bounds the speech of
+the training in all: all answers, then questions in many voices, of which a share (`--replay`) are old ones with their
+answers, so that the old skills stay. A fifth of the new questions is held out by the hash of domain.py, half of it for
+development: their words and facts occur in training, the sentence never does.
+"""
+
+import json
+import random
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import domain
+import numpy as np
+from build_speech import speak_list
+from domain import Item
+from safetensors.numpy import save_file
+from scipy.signal import resample_poly
+from synthesis import ASSISTANT_VOICE, SAMPLING_RATE, TRAINED_VOICES, Delivery, random_delivery, speak
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+COLORS = dict(
+    pair.split("-")
+    for pair in (
+        "cucumber-green cherry-red strawberry-red pumpkin-orange coconut-brown pineapple-yellow cauliflower-white "
+        "avocado-green mushroom-white eggplant-purple radish-red cabbage-green"
+    ).split()
+)
+QUESTIONS = (
+    "what color is {}",
+    "what color has {}",
+    "which color is {}",
+    "which color has {}",
+    "what is the color of {}",
+    "name the color of {}",
+    "say the color of {}",
+    "tell me the color of {}",
+    "tell me what color is {}",
+    "please name the color of {}",
+    "please say the color of {}",
+    "please tell me the color of {}",
+    "please tell me what color is {}",
+    "do you know the color of {}",
+    "do you know what color is {}",
+    "can you tell me what color is {}",
+)
+
+
+@dataclass
+class SkillArguments:
+    output_dir: Path = field(default=Path("data/skill"), metadata={"help": "Where the speech goes."})
+    minutes: float = field(default=9.5, metadata={"help": "Most minutes of speech to train on, answers included."})
+    replay: float = field(default=0.4, metadata={"help": "Share of old questions among those spoken, 0 to below 1."})
+    speeds: list[float] = field(
+        default_factory=lambda: [1.0, 0.9, 1.1], metadata={"help": "Speeds at which every question is trained on."}
+    )
+    eval_items: int = field(default=200, metadata={"help": "Spoken questions in each held-out list."})
+    seed: int = field(default=0, metadata={"help": "Seed of every draw."})
+
+    def __post_init__(self):
+        if not 0.0 <= self.replay < 1.0:
+            raise ValueError(f"--replay is {self.replay}; it is a share, from 0 to below 1.")
+
+
+def skill_items() -> list[Item]:
+    """Every question of the skill, with its answer."""
+    things = {f"{'an' if name[0] in 'aeiou' else 'a'} {name}": color for name, color in COLORS.items()}
+    return [
+        Item("produce", question.format(thing), f"{thing} is {color}")
+        for thing, color in things.items()
+        for question in QUESTIONS
+    ]
+
+
+def new_words() -> list[str]:
+    """The words of the skill that the domain lacks."""
+    words = {word for item in skill_items() for word in (item.question + " " + item.answer).split()}
+    return sorted(words - set(domain.vocabulary()))
+
+
+def split_of(question: str) -> str:
+    """Where a new question belongs: "evaluation" (what domain.py holds out), "development" or "training"."""
+    if domain.is_held_out(question):
+        return "evaluation"
+    return "development" if zlib.crc32(question.encode()) % 100 < 2 * domain.HELD_OUT_PERCENT else "training"
+
+
+def draw_questions(rng: random.Random, replay: float) -> Iterator[Item]:
+    """Training questions without end: the new ones in turn, each time in a new order, and old ones in between."""
+    new = [item for item in skill_items() if split_of(item.question) == "training"]
+    old: dict[str, list[Item]] = {}
+    for item in domain.fixed_items():
+        if not domain.is_held_out(item.question):
+            old.setdefault(item.kind, []).append(item)
+    kinds = sorted(old)
+    while True:
+        for item in rng.sample(new, len(new)):
+            while rng.random() < replay:
+                yield rng.choice(old[rng.choice(kinds)])
+            yield item
+
+
+def speak_training(args: SkillArguments) -> dict[str, list[tuple[dict, np.ndarray]]]:
+    """Rows and int16 waveforms of the shards `assistant` and `questions`, `--minutes` of speech in all."""
+    rng = random.Random(args.seed)
+    spoken: dict[str, list[tuple[dict, np.ndarray]]] = {"assistant": [], "questions": []}
+    samples, limit = 0, int(args.minutes * 60 * SAMPLING_RATE)
+
+    def add(shard: str, delivery: Delivery, text: str, **columns: str) -> None:
+        nonlocal samples
+        wave = np.round(speak(text, delivery) * 32767).astype(np.int16)
+        samples += len(wave)
+        if samples <= limit:
+            spoken[shard].append(({"text": text, **columns, **asdict(delivery)}, wave))
+            bar.update(len(wave) / SAMPLING_RATE / 60)
+
+    with tqdm(
+        total=args.minutes, desc="speaking", unit="min", bar_format="{l_bar}{bar}| {n:.1f}/{total:.1f} min"
+    ) as bar:
+        answers = {item.answer for item in skill_items()}
+        for answer in sorted(answers):
+            add("assistant", Delivery(ASSISTANT_VOICE), answer)
+        for item in draw_questions(rng, args.replay):
+            if samples > limit:
+                break
+            if item.answer not in answers:
+                answers.add(item.answer)
+                add("assistant", Delivery(ASSISTANT_VOICE), item.answer)
+            add("questions", random_delivery(rng, TRAINED_VOICES), item.question, answer=item.answer, kind=item.kind)
+    return spoken
+
+
+def change_speed(wave: np.ndarray, speed: float) -> np.ndarray:
+    """An int16 waveform played faster, which also raises its pitch (speed perturbation, Ko et al., 2015)."""
+    samples = resample_poly(wave.astype(np.float64), 100, round(100 * speed))
+    return samples.round().clip(-32768, 32767).astype(np.int16)
+
+
+def write_shard(path: Path, utterances: list[tuple[dict, np.ndarray]]) -> None:
+    """Writes one shard in the form that build_speech.py's `read_shard` reads."""
+    rows, waves = zip(*utterances, strict=True)
+    offsets = np.cumsum([0, *map(len, waves)], dtype=np.int64)
+    save_file({"samples": np.concatenate(waves), "offsets": offsets}, path, metadata={"rows": json.dumps(rows)})
+
+
+def plan_held_out(args: SkillArguments) -> dict[str, list[dict]]:
+    """The held-out lists, named as build_speech.py names them: questions in trained voices, answers to read aloud."""
+    rng = random.Random(args.seed + 1)
+    plan = {}
+    for prefix, split in (("", "evaluation"), ("development_", "development")):
+        items = [item for item in skill_items() if split_of(item.question) == split]
+        questions = [items[index % len(items)] for index in range(args.eval_items)]
+        plan[f"{prefix}spoken_qa_seen"] = [
+            {"task": "spoken_qa", "question": item.question, "answer": item.answer, "kind": item.kind}
+            | {"seen_voice": True, **asdict(random_delivery(rng, TRAINED_VOICES))}
+            for item in questions
+        ]
+    answers = sorted({item.answer for item in skill_items()})
+    plan["tts"] = [
+        {"task": "tts", "question": "", "answer": answer, "kind": "answer", "seen_voice": True} for answer in answers
+    ]
+    return plan
+
+
+def main() -> None:
+    (args,) = HfArgumentParser(SkillArguments).parse_args_into_dataclasses()
+    speech, evaluation = args.output_dir / "speech", args.output_dir / "eval"
+    for folder in (speech, evaluation):
+        folder.mkdir(parents=True, exist_ok=True)
+    spoken = speak_training(args)
+    write_shard(speech / "assistant-0000.safetensors", spoken["assistant"])
+    for index, speed in enumerate(args.speeds):
+        copies = [(row, change_speed(wave, speed)) for row, wave in spoken["questions"]]
+        write_shard(speech / f"questions-{index:04d}.safetensors", copies)
+    for name, rows in tqdm(plan_held_out(args).items(), desc="held-out lists", unit="list"):
+        speak_list(evaluation, name, rows)
+    minutes = sum(len(wave) for rows in spoken.values() for _, wave in rows) / SAMPLING_RATE / 60
+    new = sum(row["kind"] == "produce" for row, _ in spoken["questions"])
+    print(
+        f"{args.output_dir}: {minutes:.1f} minutes, {len(spoken['questions'])} questions ({new} of them new) and "
+        f"{len(spoken['assistant'])} answers; new words: {' '.join(new_words())}"
+    )
+
+
+if __name__ == "__main__":
+    main()

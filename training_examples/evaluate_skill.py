@@ -1,0 +1,102 @@
+"""Measures what an adapter has taught and what it has cost: held-out questions of the new skill and of the old domain,
+answered with and without it.
+
+    python training_examples/evaluate_skill.py --adapter runs/skill
+
+Needs the lists of build_skill.py and, for the old domain, of `build_speech.py --evaluation_only`. Choices are made with
+`--split development`. Each part is kept in --output_dir, so a killed run goes on where it stopped; skill.md there is
+the table that is printed.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import domain
+import torch
+from build_skill import new_words, skill_items, split_of
+from evaluate_ttt import EvaluationArguments, Talker, figures_of_list, measure_list
+from evaluation import Figure, fingerprint, markdown_table, remember
+from recognition import VOICE_MEAN, VOICE_WARP, Recognizer
+from transformers import HfArgumentParser
+
+# Rows of the table: data, figure, title.
+ROWS = [
+    ("new", "exact", "new skill, spoken questions: exact text answers"),
+    ("new", "spoken_wer", "the same: speech of the answers against the right text, recogniser WER"),
+    ("old", "exact", "old domain, spoken questions: exact text answers"),
+    ("old", "speech_wer", "the same: speech of the answers against their own text, recogniser WER"),
+]
+
+
+@dataclass
+class SkillEvaluationArguments:
+    adapter: str = field(metadata={"help": "Output folder of finetune_lora.py."})
+    model: str = field(default="model_cards/ttt-tiny", metadata={"help": "Folder of the model it adapts."})
+    skill_dir: Path = field(default=Path("data/skill/eval"), metadata={"help": "Lists of the new skill."})
+    old_dir: Path = field(default=Path("data/ttt_tiny/eval"), metadata={"help": "Lists of the old domain."})
+    split: Literal["evaluation", "development"] = field(
+        default="evaluation", metadata={"help": "Which held-out lists: choose on development, report evaluation."}
+    )
+    output_dir: Path = field(default=Path("runs/evaluate_skill"), metadata={"help": "Where parts and table go."})
+    limit: int | None = field(default=None, metadata={"help": "Rows per list; all by default."})
+    listen: bool = field(default=True, metadata={"help": "Have the recogniser listen to the answers."})
+    batch_size: int = field(default=32, metadata={"help": "Questions answered at once."})
+    num_threads: int = field(default=2, metadata={"help": "Threads of PyTorch."})
+    num_workers: int = field(default=2, metadata={"help": "Processes of the recogniser."})
+
+
+def recognizer(num_workers: int) -> Recognizer:
+    """The domain's recogniser with the words and the training sentences of the skill added."""
+    sentences = [
+        text for item in skill_items() if split_of(item.question) == "training" for text in (item.question, item.answer)
+    ]
+    return Recognizer(
+        [*domain.vocabulary(), *new_words()],
+        [*domain.lm_sentences(seed=0, n=20_000), *sentences * 10],
+        num_workers=num_workers,
+        frequency_warp=VOICE_WARP,
+        cepstral_mean=VOICE_MEAN,
+    )
+
+
+def main() -> None:
+    (args,) = HfArgumentParser(SkillEvaluationArguments).parse_args_into_dataclasses()
+    torch.set_num_threads(args.num_threads)
+    figures: dict[tuple[str, str, str], Figure] = {}
+    with recognizer(args.num_workers) if args.listen else nullcontext() as listener:
+        for data, folder in (("new", args.skill_dir), ("old", args.old_dir)):
+            settings = EvaluationArguments(
+                model=args.model, split=args.split, data_dir=folder, batch_size=args.batch_size
+            )
+            before = Talker(args.model, settings)
+            after = Talker(args.adapter, settings, before)
+            for when, talker in (("before", before), ("after", after)):
+                name = settings.in_split("spoken_qa_seen")
+                rows = remember(
+                    args.output_dir / "parts" / f"{data}-{name}-{when}.json",
+                    {
+                        "model": talker.fingerprint,
+                        "list": fingerprint(folder / f"{name}.jsonl"),
+                        "limit": args.limit,
+                        "listen": args.listen,
+                    },
+                    partial(measure_list, talker, "spoken_qa_seen", args.limit, listener, {}),
+                )["rows"]
+                figures |= {(data, key, when): figure for key, figure in figures_of_list(rows).items()}
+    table = markdown_table(
+        ["", "before", "after", "samples"],
+        [
+            [title, *(figures[data, key, when] for when in ("before", "after")), figures[data, key, "after"].count]
+            for data, key, title in ROWS
+            if (data, key, "after") in figures
+        ],
+    )
+    (args.output_dir / "skill.md").write_text(table + "\n", encoding="utf-8")
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

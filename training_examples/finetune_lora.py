@@ -1,0 +1,177 @@
+"""Adapts a TtT checkpoint with LoRA: PEFT and the plain Transformers Trainer.
+
+    python training_examples/finetune_lora.py --model model_cards/ttt-tiny --dataset data/skill/examples/dataset \
+        --output_dir runs/skill --max_steps 400 --learning_rate 1e-3 --new_words kitten puppy
+
+The output folder holds the adapter alone and names the model it belongs to: `pipeline("audio-to-audio", model=FOLDER)`,
+`ttt-talk --model FOLDER`, `AutoPeftModelForCausalLM` and `model.load_adapter` find both. `--merge_to` also writes the
+whole model, as if it had been trained. Data, objective and TrainingArguments are those of train_ttt.py. A run that was
+killed goes on from its last checkpoint when started again.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from train_ttt import CONFIG_OPTIONS, ModelArguments, check_lengths, check_vocabulary, load_data
+from training_metrics import EvaluationMetrics, TrainingScores
+from training_runs import DataOrder, RankSeed, last_complete_checkpoint
+from transformers import BitsAndBytesConfig, HfArgumentParser, Trainer, TrainingArguments, set_seed
+
+from modeling_ttt import TttConfig, TttForConditionalGeneration
+from pipelines import TttAudioToAudioPipeline
+from processing import TttDataCollator, TttProcessor
+
+# All linear layers of a decoder layer, as the published script adapts them. Qwen2, Qwen3 and Llama share the names.
+TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass
+class LoraArguments(ModelArguments):
+    r: int = field(default=32, metadata={"help": "Rank of the adapter; 64 as published."})
+    alpha: int = field(default=64, metadata={"help": "The adapter is scaled by alpha / r; 16 as published."})
+    dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the adapter, as published."})
+    target_modules: list[str] = field(
+        default_factory=lambda: list(TARGET_MODULES),
+        metadata={"help": "Linear layers to adapt, by the end of their names; all-linear for a backbone with others."},
+    )
+    new_words: list[str] | None = field(
+        default=None,
+        metadata={"help": "Words the model has never met: the rows of the tokens that spell them are trained."},
+    )
+    train_audio_tokens: bool = field(
+        default=False,
+        metadata={
+            "help": "Train the rows of codes, mask, begin and end tokens, for a model fresh from init_from_llm.py."
+        },
+    )
+    quantize: bool = field(
+        default=False, metadata={"help": "QLoRA: the frozen model in 4 bit (needs bitsandbytes and a CUDA GPU)."}
+    )
+    base_model_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the adapter calls its model: a Hub name, if others shall use it (default: the folder)."
+        },
+    )
+    merge_to: Path | None = field(default=None, metadata={"help": "Folder for the merged model with its processor."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("r", "alpha"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.quantize and not (find_spec("bitsandbytes") and torch.cuda.is_available()):
+            missing = "no CUDA GPU was found" if find_spec("bitsandbytes") else "bitsandbytes is not installed"
+            raise ValueError(
+                f"--quantize keeps the model in 4 bit with bitsandbytes on a CUDA GPU, but {missing}. Leave it out to "
+                "train the adapter on the unquantised model."
+            )
+
+
+def trainable_tokens(processor: TttProcessor, words: Iterable[str] = (), audio: bool = False) -> list[int]:
+    """
+    Ids of the tokens whose rows are trained whole, sorted.
+
+    Args:
+        words: the tokens that spell them, at the start of a text and within one, are taken.
+        audio: whether to take the codes, the mask, and the tokens that begin and end audio.
+    """
+    tokenizer, ids = processor.tokenizer, processor.token_ids
+    found: set[int] = set()
+    for word in words:
+        for text in (word, f" {word}"):
+            found.update(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if audio:
+        found.update(range(ids.audio_token_id_start, ids.audio_code_id_start + ids.num_audio_codes))
+        found.update((ids.mask_token_id, ids.end_of_audio_token_id, ids.end_of_last_audio_token_id))
+        found.update(ids.structural - {ids.end_of_turn_token_id})
+    return sorted(found)
+
+
+def lora_config(args: LoraArguments, config: TttConfig, tokens: list[int]) -> LoraConfig:
+    """The adapter of the arguments. A tied head shares the embedding's trained rows, any other gets its own."""
+    rows = {"embed_tokens": tokens} if config.tie_word_embeddings else {"embed_tokens": tokens, "lm_head": tokens}
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=args.r,
+        lora_alpha=args.alpha,
+        lora_dropout=args.dropout,
+        target_modules="all-linear" if args.target_modules == ["all-linear"] else args.target_modules,
+        trainable_token_indices=rows if tokens else None,
+    )
+
+
+def load_base(args: LoraArguments) -> TttForConditionalGeneration:
+    """The frozen model, loaded by its full path, which is what the adapter will call it."""
+    path = args.model.resolve()
+    config = TttConfig.from_pretrained(path, **{name: getattr(args, name) for name in CONFIG_OPTIONS})
+    options = {"config": config, "dtype": args.dtype, "attn_implementation": args.attn_implementation}
+    if not args.quantize:
+        return TttForConditionalGeneration.from_pretrained(path, **options)
+    four_bit = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    quantised = TttForConditionalGeneration.from_pretrained(path, quantization_config=four_bit, **options)
+    return prepare_model_for_kbit_training(quantised, gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def save_merged(model: Path, adapter: str, folder: Path) -> None:
+    """Writes `model` with the adapter's change in its weights, its processor and its code."""
+    base = TttForConditionalGeneration.from_pretrained(model)
+    merged = PeftModel.from_pretrained(base, adapter).merge_and_unload().eval()
+    TttAudioToAudioPipeline(model=merged, processor=TttProcessor.from_pretrained(model)).save_pretrained(folder)
+
+
+def main() -> None:
+    arguments, training = HfArgumentParser((LoraArguments, TrainingArguments)).parse_args_into_dataclasses()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    set_seed(training.seed)
+    training.remove_unused_columns = False
+    training.label_names = ["labels"]
+    training.include_num_input_tokens_seen = "non_padding"
+    training.accelerator_config.dispatch_batches = False
+
+    train_dataset, eval_dataset = load_data(arguments, training)
+    processor = TttProcessor.from_pretrained(arguments.processor or arguments.model, load_audio_tokenizer=False)
+    base = load_base(arguments)
+    check_vocabulary(base.config, processor)
+    train_dataset = check_lengths(arguments, base.config, train_dataset)
+    tokens = trainable_tokens(processor, arguments.new_words or (), arguments.train_audio_tokens)
+    model = get_peft_model(base, lora_config(arguments, base.config, tokens))
+    if arguments.base_model_name is not None:
+        model.peft_config["default"].base_model_name_or_path = arguments.base_model_name
+    model.print_trainable_parameters()
+    trainer = Trainer(
+        model=model,
+        args=training,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=TttDataCollator(
+            processor.tokenizer,
+            span_truncation_probability=arguments.span_truncation_probability,
+            max_length=arguments.max_length,
+            packing=arguments.packing,
+            seed=training.seed,
+        ),
+        compute_metrics=EvaluationMetrics(),
+        callbacks=[DataOrder(), *([RankSeed()] if training.world_size > 1 else [])],
+    )
+    TrainingScores.attach_to(trainer)
+    trainer.train(
+        resume_from_checkpoint=training.resume_from_checkpoint or last_complete_checkpoint(training.output_dir)
+    )
+    trainer.save_model()
+    if arguments.merge_to is not None and trainer.is_world_process_zero():
+        save_merged(arguments.model, training.output_dir, arguments.merge_to)
+
+
+if __name__ == "__main__":
+    main()
