@@ -132,17 +132,18 @@ def convert(tokenizer: Path, decoder: Path, output: Path) -> Glm4VoiceModel:
         "flow": read_decoder_weights(decoder / "flow.pt"),
         "vocoder": fold_weight_norm(read_decoder_weights(decoder / "hift.pt")),
     }
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     weights: dict[str, torch.Tensor] = {}
     problems: list[str] = []
     for part, names in published_names(model).items():
-        found, expected = published[part], {names[name]: (name, model.state_dict()[name].shape) for name in names}
+        found, expected = published[part], {name: own_name for own_name, name in names.items()}
         problems += [f"{part}: {name} is missing" for name in expected.keys() - found.keys()]
         problems += [f"{part}: {name} is unexpected" for name in found.keys() - expected.keys()]
         for name in expected.keys() & found.keys():
-            own_name, shape = expected[name]
+            shape = shapes[expected[name]]
             if found[name].shape != shape:
                 problems.append(f"{part}: {name} has shape {tuple(found[name].shape)}, expected {tuple(shape)}")
-            weights[own_name] = found[name].float()
+            weights[expected[name]] = found[name].float()
     if problems:
         raise ValueError(f"The weights do not fit the configuration. {'; '.join(sorted(problems))}.")
     model.load_state_dict(weights, assign=True)

@@ -306,7 +306,7 @@ class Glm4VoiceUNetStage(nn.Module):
         attention_mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """hidden (batch, in_channels, frames) -> after the layers, and after the convolution as well."""
-        hidden = self.resnet(hidden, time, mask).transpose(1, 2)
+        hidden = self.resnet(hidden, time, mask).transpose(1, 2).contiguous()
         for layer in self.layers:
             hidden = layer(hidden, attention_mask)
         hidden = apply_mask(hidden.transpose(1, 2), mask)

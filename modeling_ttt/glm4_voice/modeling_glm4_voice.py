@@ -151,17 +151,12 @@ class Glm4VoiceModel(Glm4VoicePreTrainedModel):
                 pad_to_multiple_of=self.config.hop_length,
                 return_attention_mask=True,
                 return_tensors="pt",
-                device=self.device.type if self.device.type != "meta" else "cpu",
+                device=str(self.device),
             )
             for waveform in waveforms
         ]
-        frames = max(row["input_features"].shape[-1] for row in rows)
-        features = torch.zeros(len(rows), self.config.encoder_config.num_mel_bins, frames)
-        mask = torch.zeros(len(rows), frames, dtype=torch.long)
-        for index, row in enumerate(rows):
-            features[index, :, : row["input_features"].shape[-1]] = row["input_features"][0]
-            mask[index, : row["attention_mask"].shape[-1]] = row["attention_mask"][0]
-        return features.to(self.device), mask.to(self.device)
+        features = self._pad([row["input_features"][0] for row in rows])
+        return features, self._pad([row["attention_mask"] for row in rows])[:, 0]
 
     def _unpad(self, input_values: torch.Tensor, padding_mask: torch.Tensor | None) -> list[torch.Tensor]:
         """Each row's waveform without its padding."""

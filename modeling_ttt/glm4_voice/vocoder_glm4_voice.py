@@ -84,7 +84,8 @@ class Glm4VoiceSnake(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         alpha = self.alpha[:, None]
-        return hidden + torch.sin(alpha * hidden).square() / (alpha + 1e-9)
+        sine = torch.sin(alpha * hidden)
+        return torch.addcmul(hidden, sine, sine / (alpha + 1e-9))
 
 
 class Glm4VoiceVocoderResidualBlock(nn.Module):
