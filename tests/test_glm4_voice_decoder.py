@@ -178,7 +178,7 @@ def test_mel_of_a_row_does_not_depend_on_neighbours_or_padding(model):
     for row, length in enumerate(LENGTHS):
         alone, _ = model.decode_mel(codes[row : row + 1, :, :length])
         assert alone.shape[-1] == num_frames[row]
-        close(together[row, :, : alone.shape[-1]], alone[0], 1e-5)
+        torch.testing.assert_close(together[row, :, : alone.shape[-1]], alone[0], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

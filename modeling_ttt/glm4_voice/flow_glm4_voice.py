@@ -24,8 +24,9 @@ MAX_TIMESCALE = 10_000.0
 def count_mel_frames(num_codes: torch.Tensor, config: Glm4VoiceFlowConfig) -> torch.Tensor:
     """Log-mel frames of so many codes (any shape), rounded down. In float32 as published: from a few thousand codes on
     it can be one frame less than exact."""
-    seconds = num_codes.to(torch.float32) / config.code_rate
-    return (seconds * config.sampling_rate / config.hop_length).long()
+    # On the CPU, since a GPU divides by a number as it multiplies by its rounded inverse: a frame less here and there.
+    seconds = num_codes.to("cpu", torch.float32) / config.code_rate
+    return (seconds * config.sampling_rate / config.hop_length).long().to(num_codes.device)
 
 
 def nearest_positions(lengths: torch.Tensor, new_lengths: torch.Tensor, size: int) -> torch.Tensor:
