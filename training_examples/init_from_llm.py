@@ -5,8 +5,8 @@
 
 The language model (Qwen2, Qwen3 or Llama; a folder or a Hub name) keeps its weights and its text behaviour: on text
 alone its logits stay what they were. Its vocabulary gains the special tokens and one token per code, in the published
-order; their rows are drawn with the mean and covariance of the others. The output is one folder as on the Hub: model,
-processor, audio tokenizer, pipeline and their code.
+order; their rows are drawn around the mean of the others, with their covariance. The output is one folder as on the
+Hub: model, processor, audio tokenizer, pipeline and their code.
 """
 
 import json
@@ -47,6 +47,8 @@ from processing.interleaving_ttt import (
 from processing.tasks_ttt import START_OF_TURN
 
 BACKBONES = ("qwen2", "qwen3", "llama")  # a plain head on a plain decoder, under the names TtT uses
+# Close to the mean, new tokens take the least from the probabilities of the old ones (Hewitt, 2021).
+ROW_SPREAD = 1e-9**0.5
 TEXT_TOKENS = (START_OF_TURN, END_OF_TURN, BEGIN_OF_AUDIO, END_OF_PROMPT_AUDIO, BEGIN_OF_LAST_AUDIO)
 
 
@@ -68,8 +70,11 @@ class InitArguments:
     )
     dtype: str = field(default="auto", metadata={"help": "Precision to store: auto (the LLM's), bfloat16, float32."})
     row_spread: float = field(
-        default=1.0,
-        metadata={"help": "Standard deviation of the new rows around the mean, as a multiple of the old rows' own."},
+        default=ROW_SPREAD,
+        metadata={
+            "help": "Standard deviation of the new rows around the mean, as a multiple of the old rows' own. The "
+            "default is that of Transformers' `mean_resizing`."
+        },
     )
     text_chunk_size: int = field(default=13, metadata={"help": "Text tokens between two audio spans of an answer."})
     audio_chunk_size: int | None = field(
@@ -121,11 +126,10 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, num_codes: int) -> None
 @torch.no_grad()
 def draw_rows(rows: torch.Tensor, count: int, spread: float, generator: torch.Generator) -> torch.Tensor:
     """
-    New rows like the old ones: drawn from the normal distribution of their mean m and covariance Σ (estimated in
-    slices, so that no float32 copy of a large embedding is needed).
+    New rows around the old ones: drawn from the normal distribution with their mean m and covariance spread² Σ.
 
-    Transformers' own `mean_resizing` stays within 3e-5 standard deviations of the mean, which is less than half
-    precision can tell apart: thousands of codes would start as one.
+    What `resize_token_embeddings(mean_resizing=True)` does, but estimated in slices: that makes several float32 copies
+    of the embedding, here there is none.
 
     Args:
         rows: (old, hidden).
@@ -162,7 +166,7 @@ def build_model(
     tokenizer: PreTrainedTokenizerBase,
     old_size: int,
     dtype: str = "auto",
-    spread: float = 1.0,
+    spread: float = ROW_SPREAD,
     seed: int = 0,
 ) -> TttForConditionalGeneration:
     """
