@@ -12,6 +12,7 @@ import numpy as np
 import prepare_dataset
 import pyarrow.parquet as pq
 import pytest
+import torch
 from builders import build_processor, tone, write_wav
 from data_shards import ShardFolder
 from datasets import Audio, ClassLabel, Dataset, DatasetDict, disable_progress_bars
@@ -550,6 +551,9 @@ def test_sources_that_are_not_there_are_named(model, tmp_path):
         run(model, tmp_path / "out", tmp_path / "notes.txt", tasks=["asr"])
     with pytest.raises(ValueError, match="either `--source` or `--data_config`"):
         PrepareArguments(model=str(model), output_dir=tmp_path)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="`--device` is 'cuda'.*no GPU"):
+            run(model, tmp_path / "out", "x", device="cuda")
     path = write_lines(tmp_path / "list.jsonl", [{"sound": "x.wav"}])
     with pytest.raises(ValueError, match="Without `--tasks` it needs one of messages"):
         run(model, tmp_path / "out", path)

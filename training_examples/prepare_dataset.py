@@ -93,6 +93,8 @@ class PrepareArguments:
         for name in ("max_audio_seconds", "max_length", "shard_size", "batch_size", "num_proc"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"`--{name}` is {getattr(self, name)}; it must be above 0.")
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"`--device` is {self.device!r}, but PyTorch finds no GPU; use cpu.")
         self.output_split = self.output_split or self.split
         if not re.fullmatch(r"\w+", self.output_split):
             raise ValueError(f"`--output_split` is {self.output_split!r}; use letters, digits and underscores.")
