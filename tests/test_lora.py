@@ -297,11 +297,14 @@ def test_the_skill_is_new_and_its_held_out_questions_are_never_trained_on():
     assert {answers[question] for question in splits["training"]} == set(answers.values())
 
     draws = build_skill.draw_questions(random.Random(0), replay=0.5)
-    drawn = [next(draws).question for _ in range(4 * len(splits["training"]))]
+    items = [next(draws) for _ in range(4 * len(splits["training"]))]
+    drawn = [item.question for item in items]
     assert not set(drawn) & (splits["evaluation"] | splits["development"])
     old = [question for question in drawn if question not in splits["training"]]
     assert set(drawn) >= splits["training"] and 0.4 < len(old) / len(drawn) < 0.6
     assert not any(domain.is_held_out(question) for question in old)
+    replayed = {item.kind for item in items if item.question not in splits["training"]}
+    assert replayed == set(domain.KIND_WEIGHTS)  # every old skill, repeating words among them
 
     plan = build_skill.plan_held_out(build_skill.SkillArguments(eval_items=50))
     assert {row["question"] for row in plan["spoken_qa_seen"]} <= splits["evaluation"]

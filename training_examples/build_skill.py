@@ -93,17 +93,13 @@ def split_of(question: str) -> str:
 
 
 def draw_questions(rng: random.Random, replay: float) -> Iterator[Item]:
-    """Training questions without end: the new ones in turn, each time in a new order, and old ones in between."""
+    """Training questions without end: the new ones in turn, each time in a new order, and old ones in between, as often
+    of each kind as the domain asks them."""
     new = [item for item in skill_items() if split_of(item.question) == "training"]
-    old: dict[str, list[Item]] = {}
-    for item in domain.fixed_items():
-        if not domain.is_held_out(item.question):
-            old.setdefault(item.kind, []).append(item)
-    kinds = sorted(old)
     while True:
         for item in rng.sample(new, len(new)):
             while rng.random() < replay:
-                yield rng.choice(old[rng.choice(kinds)])
+                yield from domain.sample_items(rng, 1, held_out=False)
             yield item
 
 
