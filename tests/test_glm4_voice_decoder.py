@@ -305,3 +305,13 @@ def test_bad_input_is_refused_by_name():
         model.decode(codes, prompt_mel=torch.zeros(1, 7, 7))
     with pytest.raises(ValueError, match="prompt_mel has 34 frames, as many as prompt and codes together"):
         model.decode(codes, prompt_mel=torch.zeros(1, 80, 34))
+    with pytest.raises(ValueError, match="num_steps is 0; the solver takes at least 1 step"):
+        model.decode(codes, num_steps=0)
+    with pytest.raises(ValueError, match="guidance_scale is -0.1; use at least 0"):
+        model.decode(codes, guidance_scale=-0.1)
+    with pytest.raises(ValueError, match=r"speaker_embedding must have shape \(1, 192\), not \(192,\)"):
+        model.decode(codes, speaker_embedding=torch.zeros(192))
+    with pytest.raises(ValueError, match=r"audio_codes must be \(batch, codes\) or .* not \(1, 2, 5\)"):
+        model.decode(torch.zeros(1, 2, 5, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"audio_codes_mask must have shape \(1, 5\), not \(1, 4\)"):
+        model.decode(codes, torch.ones(1, 4))

@@ -78,6 +78,8 @@ def test_codes_of_a_batch_are_the_published_ones(batch_size):
     golden = golden_tensors("tokenizer")
     long, short = codes_of([golden_waveform("long"), golden_waveform("waveform")], batch_size=batch_size)
     assert torch.equal(long, golden["pair.tokens_long"]) and torch.equal(short, golden["pair.tokens_wave"])
+    output = golden_model().encode(*pad_waveforms(golden_batch()), batch_size=batch_size)
+    assert torch.equal(output.audio_codes_mask, golden["batch.pooled_attention_mask"].long())
     rows = codes_of(golden_batch(), batch_size=batch_size)
     assert [len(row) for row in rows] == golden_description("tokenizer")["batch"]["valid_token_counts"]
     for index, row in enumerate(rows):
@@ -131,3 +133,5 @@ def test_bad_input_is_refused_by_name():
         golden_model().encode(torch.zeros(1, 2, 3000))
     with pytest.raises(ValueError, match="samples > 0"):
         golden_model().encode(torch.zeros(1, 0))
+    with pytest.raises(ValueError, match=r"padding_mask must have .* shape \(1, 3000\), not \(1, 2999\)"):
+        golden_model().encode(torch.zeros(1, 3000), torch.ones(1, 2999))

@@ -213,12 +213,31 @@ def test_parts_that_do_not_fit_are_refused():
 
 
 def test_a_processor_takes_it_as_its_audio_tokenizer(tmp_path):
-    processor = build_processor(audio_tokenizer=small_model())
-    first, second = processor.encode_audio([tone(0.5), tone(0.2)])
-    assert (len(first), len(second)) == (7, 3)
-    waveforms = processor.decode_audio([first.tolist(), second.tolist()])
-    assert all(waveform.ndim == 1 and waveform.size for waveform in waveforms)
+    """Rows of unequal length go through it together, and each gets what it gets alone."""
+    model = small_model()
+    processor = build_processor(audio_tokenizer=model)
+    sounds = [tone(0.5), tone(0.2, frequency=900)]
+    rows = processor.encode_audio(sounds)
+    assert [len(row) for row in rows] == [7, 3]
+    waveforms = processor.decode_audio([row.tolist() for row in rows])
+    for sound, row, waveform in zip(sounds, rows, waveforms, strict=True):
+        assert torch.equal(row, model.encode(torch.from_numpy(sound)[None]).audio_codes[0, 0])
+        alone = model.decode(row[None]).audio_values[0, 0]
+        torch.testing.assert_close(torch.from_numpy(waveform), alone, atol=5e-3, rtol=0)
     processor.save_pretrained(tmp_path)
     loaded = type(processor).from_pretrained(tmp_path)
     assert type(loaded.audio_tokenizer) is Glm4VoiceModel
-    assert torch.equal(loaded.encode_audio(tone(0.5))[0], first)
+    assert torch.equal(loaded.encode_audio(sounds[0])[0], rows[0])
+
+
+def test_a_processor_gives_it_unequal_rows_in_one_batch(monkeypatch):
+    model, seen = small_model(), []
+    decode = model.decode
+
+    def record(audio_codes, **options):
+        seen.append(tuple(audio_codes.shape))
+        return decode(audio_codes, **options)
+
+    monkeypatch.setattr(model, "decode", record)
+    build_processor(audio_tokenizer=model).decode_audio([[1, 2, 3], [4] * 7])
+    assert seen == [(2, 1, 7)]

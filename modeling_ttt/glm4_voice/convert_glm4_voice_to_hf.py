@@ -5,6 +5,7 @@ python -m modeling_ttt.glm4_voice.convert_glm4_voice_to_hf \
 """
 
 import json
+import pickle
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -204,7 +205,14 @@ def _is_later(name: str, num_layers: int) -> bool:
 def read_decoder_weights(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a PyTorch file, which may hold nothing but tensors by name."""
     _check_file(path)
-    weights = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # PyTorch's own message goes on to say how to run whatever is in the file.
+        raise ValueError(
+            f"{path} holds more than tensors, or is damaged; it is not read, since that could run code that it brings. "
+            "Download it again from where it was published."
+        ) from error
     if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
         raise ValueError(f"{path} does not hold tensors by name.")
     return weights

@@ -70,8 +70,9 @@ class Glm4VoiceQuantizer(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states x (batch, codes, d_model) to the nearest codes (batch, codes), measured in float32."""
         codebook = self.codebook.weight.float()
+        squared_norms = torch.linalg.vector_norm(codebook, dim=-1).square()  # without a copy of the codebook
         # |c|^2 - 2 x.c: the squared distance less |x|^2, which is the same for every code c.
-        distances = torch.addmm(codebook.square().sum(-1), hidden.float().flatten(0, 1), codebook.T, alpha=-2)
+        distances = torch.addmm(squared_norms, hidden.float().flatten(0, 1), codebook.T, alpha=-2)
         return distances.argmin(-1).unflatten(0, hidden.shape[:2])
 
     def embed(self, codes: torch.Tensor) -> torch.Tensor:

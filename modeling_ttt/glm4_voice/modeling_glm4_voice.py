@@ -66,6 +66,7 @@ class Glm4VoicePreTrainedModel(PreTrainedAudioTokenizerBase):
     base_model_prefix = "glm4_voice"
     main_input_name = "input_values"
     input_modalities = "audio"
+    batch_invariant = True  # rows of a padded batch get what they get alone: the processor may batch them
     _keep_in_fp32_modules_strict = ["quantizer"]  # in bfloat16 another code would often be the nearest
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -115,7 +116,7 @@ class Glm4VoiceModel(Glm4VoicePreTrainedModel):
             [`Glm4VoiceEncoderOutput`]; a row of n samples has exactly ceil(n / config.hop_length) codes.
 
         Raises:
-            ValueError: if the waveforms are not mono or have no samples.
+            ValueError: if the waveforms are not mono or have no samples, or the mask is not of their shape.
         """
         waveforms = self._unpad(input_values, padding_mask)
         hop_length = self.config.hop_length
@@ -168,6 +169,11 @@ class Glm4VoiceModel(Glm4VoicePreTrainedModel):
             raise ValueError(f"input_values must be (batch, samples) with samples > 0, not {tuple(input_values.shape)}")
         if padding_mask is None:
             return list(input_values)
+        if padding_mask.numel() != input_values.numel():
+            raise ValueError(
+                f"padding_mask must have a value for each sample, shape {tuple(input_values.shape)}, not "
+                f"{tuple(padding_mask.shape)}"
+            )
         lengths = padding_mask.reshape(input_values.shape).long().sum(-1).tolist()
         return [waveform[:length] for waveform, length in zip(input_values, lengths, strict=True)]
 
@@ -211,7 +217,8 @@ class Glm4VoiceModel(Glm4VoicePreTrainedModel):
             `config.output_sampling_rate`.
 
         Raises:
-            ValueError: if a code lies outside the codebook, or the prompt or the noise does not fit the codes.
+            ValueError: if a code lies outside the codebook, the solver's settings are out of range, or the mask, the
+                speaker, the prompt or the noise does not fit the codes.
         """
         codes, mask = self._check_codes(audio_codes, audio_codes_mask)
         num_prompt_codes = 0 if prompt_codes is None else prompt_codes.shape[-1]
@@ -245,7 +252,15 @@ class Glm4VoiceModel(Glm4VoicePreTrainedModel):
         """The first half of `decode`, which see: log-mel frames (batch, num_mel_bins, frames), and how many each row
         has, (batch,)."""
         config = self.config.flow_config
+        num_steps = config.num_steps if num_steps is None else num_steps
+        guidance_scale = config.guidance_scale if guidance_scale is None else guidance_scale
+        if num_steps < 1:
+            raise ValueError(f"num_steps is {num_steps}; the solver takes at least 1 step")
+        if guidance_scale < 0:
+            raise ValueError(f"guidance_scale is {guidance_scale}; use at least 0, which switches guidance off")
         codes, mask = self._check_codes(audio_codes, audio_codes_mask)
+        if speaker_embedding is not None:
+            _check_shape("speaker_embedding", speaker_embedding, (len(codes), config.speaker_embedding_size))
         has_codes = mask.any(-1)
         if not has_codes.any():
             raise ValueError("audio_codes holds no codes")
@@ -269,8 +284,8 @@ class Glm4VoiceModel(Glm4VoicePreTrainedModel):
             codes,
             mask,
             initial_noise,
-            config.num_steps if num_steps is None else num_steps,
-            config.guidance_scale if guidance_scale is None else guidance_scale,
+            num_steps,
+            guidance_scale,
             speaker_embedding,
             prompt_mel,
         )
@@ -284,8 +299,11 @@ class Glm4VoiceModel(Glm4VoicePreTrainedModel):
         self, audio_codes: torch.Tensor, mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and mask, (batch, codes) each, long, on the model's device; 0 where the mask is."""
-        codes = (audio_codes[:, 0] if audio_codes.ndim == 3 else audio_codes).long().to(self.device)
+        codes = (audio_codes.squeeze(1) if audio_codes.ndim == 3 else audio_codes).long().to(self.device)
+        if codes.ndim != 2:
+            raise ValueError(f"audio_codes must be (batch, codes) or (batch, 1, codes), not {tuple(audio_codes.shape)}")
         mask = torch.ones_like(codes) if mask is None else mask.long().to(self.device)
+        _check_shape("audio_codes_mask", mask, tuple(codes.shape))
         codes = codes * mask
         size = self.config.flow_config.codebook_size
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
