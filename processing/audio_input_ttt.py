@@ -12,6 +12,8 @@ from urllib.parse import unquote, urlparse
 
 import numpy as np
 
+MIN_SAMPLING_RATE = 1000  # Hz; what is below was given in kHz
+
 
 def is_single_audio(audio: Any) -> bool:
     """Whether this is one audio rather than a sequence of them. Strings, paths, bytes, mappings, decoders, 1-D and 2-D
@@ -39,11 +41,12 @@ def load_waveform(audio: Any, sampling_rate: int, source_rate: int | None = None
         (samples,) float32; channels are averaged, other rates resampled as librosa does.
 
     Raises:
-        ValueError: no samples, NaN or infinite samples, an unreadable file, a shape or type that is not audio.
+        ValueError: no samples, NaN or infinite samples, an unreadable file, a shape or type that is not audio, a
+            sampling rate that is no number of Hz.
         FileNotFoundError: the file does not exist.
     """
-    waveform, rate = _decode(audio, source_rate or sampling_rate, name)
-    waveform = _to_mono(np.asarray(waveform), name)
+    waveform, rate = _decode(audio, sampling_rate if source_rate is None else source_rate, name)
+    waveform = _to_mono(waveform, name)
     if waveform.size == 0:
         raise ValueError(f"{name} is empty (0 samples). Pass at least one sample, or leave the item out.")
     if not np.isfinite(waveform).all():
@@ -52,9 +55,18 @@ def load_waveform(audio: Any, sampling_rate: int, source_rate: int | None = None
             f"{name} holds {waveform[position]} at sample {position}. Remove NaN and infinite samples first, "
             "for example with `numpy.nan_to_num`."
         )
-    if rate <= 0:
-        raise ValueError(f"{name} has sampling rate {rate}; it must be a positive number of Hz.")
-    return np.ascontiguousarray(resample(waveform, rate, sampling_rate), dtype=np.float32)
+    return np.ascontiguousarray(resample(waveform, _checked_rate(rate, name), sampling_rate), dtype=np.float32)
+
+
+def _checked_rate(rate: Any, name: str) -> float:
+    """A sampling rate as a number of Hz."""
+    try:
+        number = float(rate)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not MIN_SAMPLING_RATE <= number < math.inf:
+        raise ValueError(f"{name} has sampling rate {rate}; give it in Hz, a number of at least {MIN_SAMPLING_RATE}.")
+    return number
 
 
 def resample(waveform: np.ndarray, source_rate: float, target_rate: float) -> np.ndarray:
@@ -69,13 +81,13 @@ def resample(waveform: np.ndarray, source_rate: float, target_rate: float) -> np
     return np.pad(resampled, (0, max(0, length - len(resampled))))[:length]
 
 
-def _decode(audio: Any, default_rate: int, name: str) -> tuple[Any, float]:
+def _decode(audio: Any, default_rate: int, name: str) -> tuple[np.ndarray, Any]:
     """Samples of any shape, and their rate."""
     if isinstance(audio, Mapping):
         if audio.get("array") is not None:
             if audio.get("sampling_rate") is None:
                 raise ValueError(f"{name} has an `array` but no `sampling_rate`; add it in Hz.")
-            return audio["array"], audio["sampling_rate"]
+            return _to_numpy(audio["array"], name), audio["sampling_rate"]
         for key in ("bytes", "path", "url", "audio"):
             if audio.get(key) is not None:
                 return _decode(audio[key], audio.get("sampling_rate") or default_rate, name)
@@ -87,18 +99,24 @@ def _decode(audio: Any, default_rate: int, name: str) -> tuple[Any, float]:
     if hasattr(audio, "get_all_samples"):
         audio = audio.get_all_samples()
     if hasattr(audio, "sample_rate") and hasattr(audio, "data"):
-        return _to_numpy(audio.data), audio.sample_rate
+        return _to_numpy(audio.data, name), audio.sample_rate
     if audio is None or isinstance(audio, (bool, int, float)):
         raise ValueError(f"{name} is {audio!r}, not audio. Pass an array, a path, an address or a mapping.")
-    return _to_numpy(audio), default_rate
+    return _to_numpy(audio, name), default_rate
 
 
-def _to_numpy(samples: Any) -> np.ndarray:
+def _to_numpy(samples: Any, name: str) -> np.ndarray:
     if hasattr(samples, "detach"):
         samples = samples.detach().cpu()
         samples = samples.float() if samples.is_floating_point() else samples
         return samples.numpy()
-    return np.asarray(samples)
+    try:
+        return np.asarray(samples)
+    except ValueError as error:  # such as a pair of sampling rate and array
+        raise ValueError(
+            f"{name} is a {type(samples).__name__} whose items do not make one array. Pass samples and their rate as "
+            '`{"array": ..., "sampling_rate": ...}`, several audios as a list.'
+        ) from error
 
 
 def _read_address(address: str, name: str) -> tuple[np.ndarray, float]:
@@ -125,11 +143,12 @@ def _fetch(address: str, name: str) -> bytes:
         except ValueError as error:
             raise ValueError(f"{name}: the `data:` address is not valid base64.") from error
     import urllib.request
+    from http.client import HTTPException
 
     try:
         with urllib.request.urlopen(address, timeout=30.0) as response:
             return response.read()
-    except OSError as error:  # connection refused, timeout, HTTP status
+    except (OSError, HTTPException) as error:  # connection refused, timeout, HTTP status; an answer or address cut off
         raise ValueError(f"{name}: could not fetch {address!r} ({error}).") from error
 
 
@@ -142,8 +161,9 @@ def _read_file(file: str | io.BytesIO, name: str) -> tuple[np.ndarray, float]:
     except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:
         decoder = _torchcodec_decoder()
         if decoder is None:
+            reason = str(getattr(error, "error_string", error)).rstrip(".")
             raise ValueError(
-                f"{name}: {described} cannot be read as audio ({error}). "
+                f"{name}: {described} cannot be read as audio ({reason}). "
                 "Convert it to WAV, FLAC, OGG or MP3, or install torchcodec for other formats."
             ) from error
         try:

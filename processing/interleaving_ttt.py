@@ -3,6 +3,7 @@ last span used in training. Nothing here needs a model, a tokenizer or PyTorch."
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,12 +76,18 @@ class TttTokenIds:
         return self.audio_code_id_start <= token_id < self.audio_code_id_start + self.num_audio_codes
 
     def codes_to_ids(self, codes: Iterable[int], name: str = "codes") -> list[int]:
-        """Codes 0 .. num_audio_codes - 1 to token ids.
+        """Codes (codes,), 0 .. num_audio_codes - 1, to token ids.
 
         Raises:
-            ValueError: a code outside the codebook; `name` says whose.
+            ValueError: not integers in one dimension, or a code outside the codebook; `name` says whose.
         """
-        codes = to_list(codes)
+        try:
+            codes = [operator.index(code) for code in to_list(codes)]
+        except TypeError as error:
+            raise ValueError(
+                f"{name}: codes must be integers in one dimension, (codes,). The processor's `flatten_codes` makes "
+                "them of an audio tokenizer's (codebooks, frames)."
+            ) from error
         for position, code in enumerate(codes):
             if not 0 <= code < self.num_audio_codes:
                 raise ValueError(

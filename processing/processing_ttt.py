@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -161,6 +161,8 @@ class TttProcessor(ProcessorMixin):
             return self._pad(rows, padding, padding_side, pad_to_multiple_of, return_tensors)
         audios = None if audio is None else self.encode_audio(audio, sampling_rate)
         size = max(len(texts or []), len(audios or []))
+        if size == 0:
+            raise ValueError("`audio` is an empty list. Pass an audio or more.")
         for name, values in (("text", texts), ("audio", audios)):
             if values is not None and len(values) not in (1, size):
                 raise ValueError(f"`{name}` has {len(values)} items, but the other input has {size}.")
@@ -496,7 +498,9 @@ class TttProcessor(ProcessorMixin):
             raise ValueError(f"There is no task {task!r}; choose one of {', '.join(self.tasks)}.")
 
     def _check_texts(self, text: Any) -> list[str]:
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = list(text) if isinstance(text, Iterable) and not isinstance(text, str) else [text]
+        if not texts:
+            raise ValueError("`text` is an empty list. Pass a text or more.")
         for index, item in enumerate(texts):
             if not isinstance(item, str):
                 raise ValueError(f"text {index} is a {type(item).__name__}, not a string. Pass audio as `audio`.")

@@ -119,7 +119,8 @@ def check_messages(messages: Sequence[Any], name: str) -> None:
             raise ValueError(f"{where} has `content` {content!r}; it must be a string or a list of parts.")
         for part in content:
             if not isinstance(part, dict) or part.get("type") not in ("text", "audio"):
-                raise ValueError(f"{where} has the part {part!r}; its `type` must be 'text' or 'audio'.")
+                kind = repr(part.get("type")) if isinstance(part, dict) else f"none, {part!r}"
+                raise ValueError(f"{where} has a part of type {kind}; it must be a mapping of type 'text' or 'audio'.")
             if part["type"] == "text" and not isinstance(part.get("text"), str):
                 raise ValueError(f"{where} has a text part without a string under `text`.")
 

@@ -174,9 +174,14 @@ def test_unusable_audio_is_refused_by_name(processor, tmp_path):
         ("what is two plus two", FileNotFoundError, "audio 1: there is no file 'what is two.*text goes into `text`"),
         ("data:audio/wav;base64,???", ValueError, "audio 1: the `data:` address is not valid base64"),
         ("http://127.0.0.1:9/none.wav", ValueError, "audio 1: could not fetch"),
+        ("http://127.0.0.1:9/a b.wav", ValueError, "audio 1: could not fetch"),
         (None, ValueError, "audio 1 is None"),
         ({"array": good}, ValueError, "audio 1 has an `array` but no `sampling_rate`"),
         ({"array": good, "sampling_rate": -1}, ValueError, "audio 1 has sampling rate -1"),
+        ({"array": good, "sampling_rate": 16}, ValueError, "audio 1 has sampling rate 16; give it in Hz"),
+        ({"array": good, "sampling_rate": "16k"}, ValueError, "audio 1 has sampling rate 16k"),
+        ({"array": good, "sampling_rate": np.nan}, ValueError, "audio 1 has sampling rate nan"),
+        ((16_000, good), ValueError, "audio 1 is a tuple whose items do not make one array"),
         ({"words": 1}, ValueError, r"audio 1 is a mapping with keys \['words'\]"),
         (np.zeros((2, 2, 2)), ValueError, r"audio 1 has shape \(2, 2, 2\)"),
         (np.array(["a", "b"]), ValueError, "audio 1 holds values of type <U1"),
@@ -185,6 +190,8 @@ def test_unusable_audio_is_refused_by_name(processor, tmp_path):
     for audio, error, message in cases:
         with pytest.raises(error, match=message):
             processor.encode_audio([good, audio])
+    with pytest.raises(ValueError, match="audio 0 has sampling rate 0"):
+        processor.encode_audio(good, sampling_rate=0)
 
 
 # ---------------------------------------------------------------------- prompts
@@ -310,6 +317,9 @@ def test_input_that_does_not_fit_its_task_is_refused(processor):
         ({"audio": sound, "task": "tts"}, "'tts' needs `text`"),
         ({"text": "hello", "audio": sound, "task": "tts"}, "takes `text` alone"),
         ({}, "Pass `text`, `audio` or both"),
+        ({"audio": []}, "`audio` is an empty list"),
+        ({"text": []}, "`text` is an empty list"),
+        ({"text": 3}, "text 0 is a int, not a string"),
         ({"text": ["a", "b"], "audio": [sound] * 3, "task": "captioning"}, "`text` has 2 items, but .* has 3"),
         ({"text": [sound], "task": "tts"}, "text 0 is a ndarray, not a string"),
         (
@@ -331,7 +341,7 @@ def test_conversations_with_too_many_or_too_few_audios_are_refused(processor):
         ([first, [{"role": "user", "content": [part, part]}]], [sound], "audio part 1 of conversation 1 has no audio"),
         ([first], [sound], "`audio` holds 1 more audios than"),
         ([first, [{"role": "user", "content": "<|audio|>"}]], None, "conversation 1 has more"),
-        ([[{"role": "user", "content": [{"type": "video"}]}]], None, "message 0 of conversation 0 has the part"),
+        ([[{"role": "user", "content": [{"type": "video"}]}]], None, "message 0 of conversation 0 has a part of type"),
         ([[{"role": "user"}]], None, "message 0 of conversation 0 must be a mapping with `role` and `content`"),
         ([first, []], None, "conversation 1 has no messages"),
         ([[{"role": "user", "content": [{"type": "audio", "audio": np.zeros(0)}]}]], None, "audio part 0 .* is empty"),
@@ -406,6 +416,9 @@ def test_codes_outside_the_codebook_are_refused_by_name(processor):
         processor.decode_audio([[1], [0, 1, 16]])
     with pytest.raises(ValueError, match="code -1 at position 0 is outside"):
         processor.build_response("a", [-1])
+    for codes in ([1.5], [[1, 2]], torch.tensor([[1, 2]]), "12"):
+        with pytest.raises(ValueError, match=r"codes must be integers in one dimension, \(codes,\)"):
+            processor.build_response("a", codes)
     with pytest.raises(ValueError, match="code 99 at position 0 is outside"):
         processor.build_messages(audio_codes=[99]) and processor.apply_chat_template(
             processor.build_messages(audio_codes=[99]), tokenize=True
