@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from transformers import Pipeline
+from transformers import AutoModel, Pipeline
 
 TEXT_TASKS = ("tts", "text_chat")
 
@@ -65,7 +65,7 @@ class TttAudioToAudioPipeline(Pipeline):
                 system turn this task's.
             stream: for one request, return an iterator over `{"text"}` and `{"audio", "sampling_rate"}` pieces, filled
                 while the answer is generated.
-            batch_size: requests answered at once.
+            batch_size: requests answered at once, 1 by default.
             system_prompt: replaces the task's.
             sampling_rate: of arrays that bring none of their own, Hz.
             generate_kwargs: passed to `generate`, for example `{"audio_steps_per_block": 8}`.
@@ -75,13 +75,21 @@ class TttAudioToAudioPipeline(Pipeline):
             iterator over them for any other iterable.
 
         Raises:
-            ValueError: a request that cannot be used; the message names it by its position.
+            ValueError: a request that cannot be used; the message names it by its position. Options that make no sense:
+                a `batch_size` below 1, several answers to a request.
         """
         preprocess_params, forward_params, postprocess_params = self._sanitize_parameters(**kwargs)
         preprocess_params = {**self._preprocess_params, **preprocess_params, "task": task, "text": text}
         forward_params = {**self._forward_params, **forward_params}
         postprocess_params = {**self._postprocess_params, **postprocess_params}
-        batch_size = batch_size or self._batch_size or 1
+        batch_size = batch_size if batch_size is not None else self._batch_size or 1
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` is {batch_size}; use 1 or more.")
+        if (forward_params.get("num_return_sequences") or 1) > 1:
+            raise ValueError(
+                f"`num_return_sequences` is {forward_params['num_return_sequences']}, but a request gets one answer: "
+                "pass it several times, or call the model's `generate`."
+            )
         if inputs is None and text is None:
             raise ValueError("Pass a request, or `text`.")
         if inputs is None or self._is_single(inputs):
@@ -227,5 +235,11 @@ def _rows(inputs: Any, column: str) -> Iterator[Any]:
     for row in inputs:
         yield row[column]
 
+
+# What `save_pretrained` needs to write the class into a folder. Registering sets it too, but code that came with a
+# model folder is never registered.
+TttAudioToAudioPipeline._registered_impl = {
+    "audio-to-audio": {"impl": TttAudioToAudioPipeline, "pt": (AutoModel,), "type": "multimodal"}
+}
 
 __all__ = ["TttAudioToAudioPipeline"]

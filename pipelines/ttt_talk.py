@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
     import numpy as np
 
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "model_cards" / "ttt-tiny"
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 CONFIG_NAMES = ("config.json", "adapter_config.json")
 TASK_NAMES = ("spoken_chat", "asr", "tts", "captioning", "spoken_qa", "text_chat")
 TEXT_TASKS = ("tts", "text_chat")
+DTYPES = ("float32", "bfloat16", "float16")
 PLAYERS = (["aplay", "-q"], ["paplay"], ["afplay"], ["ffplay", "-nodisp", "-autoexit", "-loglevel", "quiet"])
 
 EXAMPLES = """\
@@ -36,7 +39,7 @@ examples:
   ttt-talk --json question.wav | jq .text
 
 With exactly two files and no --output_dir the second is written; three or more are all questions.
-Exit status: 0 all answered, 1 something failed, 2 wrong arguments.
+Exit status: 0 all answered, 1 something failed, 2 wrong arguments, 130 interrupted.
 """
 
 
@@ -68,8 +71,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--model", default=None, help="folder or Hub name of a model or an adapter (default: the repository's ttt-tiny)"
     )
     parser.add_argument("--output_dir", type=Path, help="write the answers here, under the questions' names")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the first accelerator, else cpu)")
-    parser.add_argument("--dtype", help="of the model: float32, bfloat16 (default: float32 on cpu, else as saved)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the model (default: float32 on cpu, else as saved)")
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps per audio block: fewer are faster")
     parser.add_argument("--max_new_tokens", type=int, metavar="N", help="longest answer, text and codes together")
     parser.add_argument("--seed", type=int, help="of sampled answers, to hear the same one again")
@@ -87,9 +90,9 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
         UsageError: arguments that do not go together.
     """
     files, text, task, folder = arguments.files, arguments.text, arguments.task, arguments.output_dir
-    for name in ("steps", "max_new_tokens"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            raise UsageError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    for name, least in (("steps", 1), ("max_new_tokens", 1), ("seed", 0)):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < least:
+            raise UsageError(f"--{name} must be at least {least}, got {getattr(arguments, name)}")
     if task in TEXT_TASKS and text is None:
         raise UsageError(f"--task {task} needs --text")
     if text is not None and not text.strip():
@@ -140,6 +143,7 @@ def load_pipeline(arguments: argparse.Namespace) -> Any:
     Raises:
         FileNotFoundError: there is no such folder, no default model, or no model where an adapter expects it.
         RuntimeError: PEFT is needed for an adapter and is not installed.
+        ValueError: PyTorch cannot use --device.
     """
     model_path = arguments.model
     if model_path is None:
@@ -149,6 +153,8 @@ def load_pipeline(arguments: argparse.Namespace) -> Any:
                 "its model_cards folder is found, or pass --model"
             )
         model_path = str(DEFAULT_MODEL)
+    elif not Path(model_path).exists() and not HUB_NAME.fullmatch(model_path):
+        raise FileNotFoundError(f"there is no folder {model_path}, and the Hub has no such names")
     elif Path(model_path).exists() and not any((Path(model_path) / name).exists() for name in CONFIG_NAMES):
         raise FileNotFoundError(
             f"{model_path} holds no {' or '.join(CONFIG_NAMES)}; pass a folder with either, or a name on the Hub"
@@ -163,11 +169,19 @@ def load_pipeline(arguments: argparse.Namespace) -> Any:
 
     from .pipeline_ttt import TttAudioToAudioPipeline
 
-    base_path = _base_model(model_path)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=device).item()
+    except Exception as error:  # each kind of device has its own
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"PyTorch cannot use --device {device} here ({reason}); use cpu") from error
+    base_path = _base_model(model_path)
     dtype = arguments.dtype or ("float32" if device == "cpu" else "auto")
-    model = TttForConditionalGeneration.from_pretrained(model_path, dtype=dtype).eval()
-    processor = TttProcessor.from_pretrained(base_path, trust_remote_code=arguments.trust_remote_code or None)
+    try:
+        model = TttForConditionalGeneration.from_pretrained(model_path, dtype=dtype).eval()
+        processor = TttProcessor.from_pretrained(base_path, trust_remote_code=arguments.trust_remote_code or None)
+    except OSError as error:
+        raise OSError(f"the model {model_path} cannot be loaded: {error}") from error
     return TttAudioToAudioPipeline(model=model, processor=processor, device=device)
 
 
@@ -224,7 +238,7 @@ def answer(pipe: Any, job: Job, arguments: argparse.Namespace, show_text: bool) 
         _note("the answer came without speech; reading it aloud")
         _, chunks = ask(None, text, "tts", False)
     if not chunks:
-        raise RuntimeError("the model gave no speech. Try another seed or more --steps, or check the model")
+        raise RuntimeError("the model gave no speech. Try a larger --max_new_tokens, more --steps or another --seed")
     return text, np.concatenate(chunks), pipe.processor.sampling_rate
 
 

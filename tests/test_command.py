@@ -125,6 +125,8 @@ def test_a_player_is_used_where_one_is_installed(talk, question, tmp_path, monke
         (["--task", "tts"], "--task tts needs --text"),
         (["--task", "tts", "--text", " "], "--text is empty"),
         (["a.wav", "--steps", "0"], "--steps must be at least 1"),
+        (["a.wav", "--seed", "-1"], "--seed must be at least 0, got -1"),
+        (["a.wav", "--dtype", "float"], "invalid choice: 'float'"),
         (["--text", "hi", "a.wav", "b.wav"], "--text takes one file at most"),
         (["a.wav", "reply.mp3"], "ends in .wav"),
         (["a.wav", "a.wav"], "would be overwritten"),
@@ -142,7 +144,12 @@ def test_wrong_arguments_exit_with_2_before_any_model_is_loaded(talk, question, 
 def test_what_fails_exits_with_1_and_says_why(talk, question, tmp_path, monkeypatch, capsys):
     for arguments, message in [
         (["missing.wav"], "there is no file missing.wav"),
-        ([question, "--model", "no/such/model"], "no/such/model"),
+        ([question, "--model", "no/such/model"], "there is no folder no/such/model"),
+        ([question, "--model", "/missing"], "there is no folder /missing"),
+        ([question, "--model", "nobody/nothing"], "nobody/nothing"),
+        ([question, "--device", "cuda:99"], "cannot use --device cuda:99"),
+        ([question, "--device", "gpu"], "cannot use --device gpu"),
+        ([question, "--max_new_tokens", "1"], "Try a larger --max_new_tokens"),
         ([question, "--model", str(tmp_path)], "holds no config.json"),
         ([question, "--steps", "1000", "--max_new_tokens", "99999"], "max_position_embeddings"),
     ]:

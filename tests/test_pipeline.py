@@ -164,6 +164,22 @@ def test_generate_kwargs_are_passed_on(pipe):
     assert pipe(tone(0.3), generate_kwargs={"max_new_tokens": 1})["text"] == "h"
 
 
+def test_a_pipeline_that_came_with_a_folder_saves_its_code_again(folder, tmp_path):
+    loaded = pipeline("audio-to-audio", model=str(folder), trust_remote_code=True, device="cpu")
+    assert type(loaded) is not TttAudioToAudioPipeline
+    loaded.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.glob("*.py")} == {path.name for path in folder.glob("*.py")}
+    assert loaded.model.config.custom_pipelines["audio-to-audio"]["impl"] == "pipeline_ttt.TttAudioToAudioPipeline"
+
+
+def test_one_answer_a_request_and_one_request_a_batch_at_least(pipe):
+    with pytest.raises(ValueError, match="`num_return_sequences` is 2, but a request gets one answer"):
+        pipe([tone(0.1)] * 2, generate_kwargs={"do_sample": True, "num_return_sequences": 2})
+    for batch_size in (0, -1):
+        with pytest.raises(ValueError, match=f"`batch_size` is {batch_size}"):
+            pipe([tone(0.1)], batch_size=batch_size)
+
+
 def test_unusable_requests_are_named_by_position(pipe):
     with pytest.raises(ValueError, match="audio part 0 of input 2 is empty"):
         pipe([tone(0.1), tone(0.1), np.zeros(0)], batch_size=2)
