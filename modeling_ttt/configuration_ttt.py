@@ -130,15 +130,16 @@ class TttConfig(PreTrainedConfig):
                 setattr(self, name, getattr(self.text_config, name, None))
             setattr(self.text_config, name, getattr(self, name))
         self.eval_noise_levels = list(self.eval_noise_levels)
-        self._validate()
+        self.validate_ids()
+        self._validate_objective()
 
     @property
     def vocab_size(self) -> int:
         """Number of tokens on both sides, the backbone's."""
         return self.text_config.vocab_size
 
-    def _validate(self) -> None:
-        """Raise a `ValueError` that names the first argument out of range."""
+    def validate_ids(self) -> None:
+        """Raise a `ValueError` that names the first id on the wrong side, outside the vocabulary or on another."""
         vocab_size, start = self.vocab_size, self.audio_token_id_start
         last_code = self.audio_code_id_start + self.num_audio_codes - 1
         if self.num_audio_codes < 1:
@@ -171,6 +172,8 @@ class TttConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` and `{seen[value]}` are both {value}: every token needs an id of its own.")
             seen[value] = name
 
+    def _validate_objective(self) -> None:
+        """Raise a `ValueError` that names the first probability, noise level or objective out of range."""
         for name in PROBABILITIES:
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; a probability lies between 0 and 1.")

@@ -1,5 +1,6 @@
 """The TtT model: a causal backbone with bidirectional audio spans, its head and the training loss."""
 
+import copy
 import os
 from dataclasses import dataclass
 
@@ -91,6 +92,19 @@ class TttPreTrainedModel(PreTrainedModel):
         """
         _refuse_flash_attention(attn_implementation)
         super().set_attn_implementation(attn_implementation, **kwargs)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
+        """
+        As any model.
+
+        Raises:
+            ValueError: if an audio code or a token of `TttConfig` would be cut off, before anything is changed.
+        """
+        if new_num_tokens is not None:
+            resized = copy.deepcopy(self.config)
+            resized.text_config.vocab_size = new_num_tokens
+            resized.validate_ids()
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
 
 class TttModel(TttPreTrainedModel):

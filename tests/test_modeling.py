@@ -236,6 +236,14 @@ def test_vocabulary_can_be_resized(tied, tmp_path):
     torch.testing.assert_close(logits_of(TttForConditionalGeneration.from_pretrained(tmp_path))[..., :178], expected)
 
 
+def test_a_vocabulary_too_small_for_the_audio_is_refused_before_anything_is_cut():
+    model = make_model()
+    for size, message in [(170, "reaches id 174"), (177, "`end_of_last_audio_token_id` is 177")]:
+        with pytest.raises(ValueError, match=message):
+            model.resize_token_embeddings(size)
+    assert model.config.vocab_size == model.lm_head.weight.shape[0] == 178
+
+
 def test_bfloat16_runs_and_stays_close():
     model = make_model()
     expected = logits_of(model)
