@@ -1,6 +1,9 @@
-"""Turn a published TtT checkpoint folder into one that AutoModel loads. What is audio-tokenizer specific is not here.
+"""Turn a published TtT checkpoint folder into a Hub repository. What is audio-tokenizer specific is not here.
 
-python -m modeling_ttt.convert_ttt_to_hf --checkpoint TtT-3B --output TtT-3B-hf
+python -m modeling_ttt.convert_ttt_to_hf --checkpoint TtT-3B --audio_tokenizer glm-4-voice --output TtT-3B-hf
+
+With an audio tokenizer the output is all that `pipeline("audio-to-audio")` needs: model, processor, audio tokenizer,
+generation settings, code and a model card. Without one it is model and tokenizer only.
 """
 
 import json
@@ -9,18 +12,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, HfArgumentParser, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from . import TttConfig, TttForConditionalGeneration
+from . import TttConfig, TttForConditionalGeneration, TttGenerationConfig
+from .generation_config_ttt import AUDIO_DEFAULTS
 
+CARD = Path(__file__).with_name("model_card_ttt_3b.md")  # model_cards/ttt-3b/README.md is a link to it
+END_OF_TURN, MASK = "<|im_end|>", "<|mask_token|>"
 # TttConfig's argument, the token's string in a published tokenizer, its name in a --token_ids file.
 TOKENS = (
     ("audio_token_id_start", "<|audio|>", "audio_token_id_start"),
     ("audio_code_id_start", "<|audio_0|>", "audio_0"),
-    ("mask_token_id", "<|mask_token|>", "mask_token"),
+    ("mask_token_id", MASK, "mask_token"),
     ("begin_of_audio_token_id", "<|begin_of_audio|>", "begin_of_audio"),
     ("end_of_prompt_audio_token_id", "<|end_of_audio|>", "end_of_audio"),
     ("begin_of_last_audio_token_id", "<|begin_of_quad|>", "begin_of_quad"),
@@ -34,6 +41,9 @@ PUBLISHED_KEYS = {
     "unmasked_audio_prob": "clean_batch_probability",
     "prefix_preservation_ratio": "prefix_preservation_probability",
 }
+# The defaults of the published sampler's script.
+PUBLISHED_SAMPLER = {**AUDIO_DEFAULTS, "audio_guidance_scale": 0.1, "do_sample": True, "top_k": 10, "top_p": 0.95}
+MAX_NEW_TOKENS = 2048  # not published; some two minutes of speech
 PUBLISHED_PREFIX, PREFIX = "model.", "model.language_model."
 
 
@@ -43,34 +53,84 @@ class ConversionArguments:
 
     checkpoint: Path = field(metadata={"help": "Published checkpoint folder: config.json, safetensors, tokenizer."})
     output: Path = field(metadata={"help": "Folder to write; made if missing."})
+    audio_tokenizer: Path | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the audio tokenizer whose codes the checkpoint speaks in, as "
+            "`modeling_ttt.glm4_voice.convert_glm4_voice_to_hf` writes it; without it, no processor is written."
+        },
+    )
     token_ids: Path | None = field(
         default=None,
         metadata={"help": "JSON file with the ids of the special tokens, for a checkpoint without tokenizer."},
     )
 
 
-def convert(checkpoint: Path, output: Path, token_ids: Path | None = None) -> TttForConditionalGeneration:
+def convert(
+    checkpoint: Path, output: Path, token_ids: Path | None = None, audio_tokenizer: Path | None = None
+) -> TttForConditionalGeneration:
     """
-    Convert a published checkpoint folder and save the model, its code and, where there is one, its tokenizer.
+    Convert a published checkpoint folder and save the model, its code and, where there is one, its tokenizer; with an
+    audio tokenizer, the whole Hub repository.
+
+    Of a published generation_config.json nothing is kept: the published sampler does not read it. Its own defaults are
+    written instead, and a turn ends with `<|im_end|>` whatever the backbone's end-of-sequence token is.
 
     Args:
         checkpoint (`Path`): folder with config.json (Qwen2's, plus the published keys) and safetensors weights.
-        output (`Path`): folder to write.
+        output (`Path`): folder to write. A README.md that is there already is kept.
         token_ids (`Path`, *optional*):
             JSON file that names the ids as the goldens' `vocab` does; needed where the folder holds no tokenizer.
+        audio_tokenizer (`Path`, *optional*):
+            folder of an audio tokenizer with as many codes as the checkpoint has tokens for.
 
     Returns:
         [`TttForConditionalGeneration`]: the converted model, in eval mode and the checkpoint's precision.
 
     Raises:
-        FileNotFoundError: if config, weights or both tokenizer and `token_ids` are missing.
-        ValueError: if the ids contradict the published config, or the weights do not fit.
+        FileNotFoundError: if config, weights, audio tokenizer or both tokenizer and `token_ids` are missing.
+        ValueError: if the ids contradict the published config, the audio tokenizer has other codes, or the weights do
+            not fit.
     """
+    if audio_tokenizer is not None and token_ids is not None:
+        raise ValueError("--audio_tokenizer needs the checkpoint's own tokenizer; leave --token_ids out.")
     published = _read_json(checkpoint / "config.json")
-    tokenizer = None if token_ids is not None else _load_tokenizer(checkpoint)
-    ids = ids_from_file(token_ids) if token_ids is not None else ids_from_tokenizer(tokenizer)
+    if token_ids is None:
+        tokenizer = _load_tokenizer(checkpoint)
+        ids = ids_from_tokenizer(tokenizer)
+        published |= set_special_tokens(tokenizer)
+    else:
+        tokenizer, ids = None, ids_from_file(token_ids)
     config = convert_config(published, ids)
+    processor = None if audio_tokenizer is None else build_processor(tokenizer, audio_tokenizer)
+    model = load_model(checkpoint, config)
+    if processor is not None:
+        save_repository(model, processor, output)
+    else:
+        model.save_pretrained(output)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(output)
+    return model.eval()
 
+
+def set_special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """
+    Give a published tokenizer its mask token and, where it has it, `<|im_end|>` as end-of-sequence token; the former
+    one pads where there is no padding token.
+
+    Returns:
+        `dict`: what the config must say of it, `eos_token_id` and `pad_token_id`; nothing without `<|im_end|>`.
+    """
+    tokenizer.mask_token = MASK
+    if END_OF_TURN not in tokenizer.get_vocab():
+        return {}
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or END_OF_TURN
+    tokenizer.eos_token = END_OF_TURN
+    return {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+
+
+def load_model(checkpoint: Path, config: TttConfig) -> TttForConditionalGeneration:
+    """The model with a published folder's weights, which must fit, and the published sampler's settings."""
     state_dict = {
         PREFIX + name.removeprefix(PUBLISHED_PREFIX) if name.startswith(PUBLISHED_PREFIX) else name: tensor
         for name, tensor in load_weights(checkpoint).items()
@@ -81,14 +141,53 @@ def convert(checkpoint: Path, output: Path, token_ids: Path | None = None) -> Tt
     problems = {kind: sorted(report[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(problems.values()):
         raise ValueError(f"The weights in {checkpoint} do not fit the config: {problems}.")
+    model.generation_config = TttGenerationConfig(
+        pad_token_id=config.pad_token_id,
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        max_new_tokens=min(MAX_NEW_TOKENS, config.text_config.max_position_embeddings // 2),  # the prompt needs room
+        **PUBLISHED_SAMPLER,
+    )
+    return model
 
-    if (checkpoint / "generation_config.json").is_file():
-        model.generation_config = type(model.generation_config).from_pretrained(checkpoint)
-    _fill_token_ids(model.generation_config, config)
-    model.save_pretrained(output)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(output)
-    return model.eval()
+
+# A whole repository takes all three packages. Those that build on this one are imported when the command runs, never
+# when this module is imported.
+
+
+def build_processor(tokenizer: PreTrainedTokenizerBase, audio_tokenizer: Path) -> Any:
+    """The processor of a published tokenizer, whose chat template is set, and an audio tokenizer's folder.
+
+    Raises:
+        FileNotFoundError: if there is no audio tokenizer in the folder.
+        ValueError: if it has other codes than the tokenizer.
+    """
+    from processing import TttAudioFormat, TttProcessor, TttTokenIds, load_audio_codec, load_feature_extractor
+
+    if not (audio_tokenizer / "config.json").is_file():
+        raise FileNotFoundError(f"{audio_tokenizer} has no config.json: name an audio tokenizer's converted folder.")
+    codec = load_audio_codec(audio_tokenizer, dtype=torch.float32)
+    found = TttAudioFormat.from_config(codec.config).num_codes
+    expected = TttTokenIds.from_tokenizer(tokenizer).num_audio_codes
+    if found != expected:
+        raise ValueError(
+            f"The audio tokenizer in {audio_tokenizer} has {found} codes, the checkpoint {expected}: "
+            "convert it with the one it was trained with."
+        )
+    extractor = load_feature_extractor(codec, [(audio_tokenizer, "")])
+    processor = TttProcessor(extractor, tokenizer, codec)
+    processor.encode_audio(np.zeros(extractor.sampling_rate, dtype=np.float32))  # do they fit? a second of silence
+    tokenizer.chat_template = processor.chat_template
+    return processor
+
+
+def save_repository(model: TttForConditionalGeneration, processor: Any, output: Path) -> None:
+    """Saves model, processor, audio tokenizer, pipeline, their code and the model card as one Hub repository."""
+    from pipelines import TttAudioToAudioPipeline
+
+    TttAudioToAudioPipeline(model=model, processor=processor, device="cpu").save_pretrained(output)
+    if not (output / "README.md").exists():
+        (output / "README.md").write_text(CARD.read_text(encoding="utf-8"), encoding="utf-8")
 
 
 def convert_config(published: Mapping[str, Any], ids: Mapping[str, int]) -> TttConfig:
@@ -170,12 +269,6 @@ def _load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(checkpoint)
 
 
-def _fill_token_ids(generation_config: GenerationConfig, config: TttConfig) -> None:
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        if getattr(generation_config, name) is None:
-            setattr(generation_config, name, getattr(config, name))
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist.")
@@ -185,11 +278,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 def main() -> None:
     parser = HfArgumentParser(
         ConversionArguments,
-        description="Turn a published TtT checkpoint folder into one that AutoModel loads.",
-        epilog="Example: python -m modeling_ttt.convert_ttt_to_hf --checkpoint TtT-3B --output TtT-3B-hf",
+        description="Turn a published TtT checkpoint folder into a Hub repository.",
+        epilog="Example: python -m modeling_ttt.convert_ttt_to_hf --checkpoint TtT-3B --audio_tokenizer glm-4-voice "
+        "--output TtT-3B-hf",
     )
     (arguments,) = parser.parse_args_into_dataclasses()
-    convert(arguments.checkpoint, arguments.output, arguments.token_ids)
+    convert(arguments.checkpoint, arguments.output, arguments.token_ids, arguments.audio_tokenizer)
     print(f"Converted {arguments.checkpoint} to {arguments.output}")
 
 

@@ -8,7 +8,8 @@ from transformers import GenerationConfig
 
 AUDIO_REMASKING_RULES = ("low_confidence", "random", "entropy")
 
-# What `generate` uses where neither the caller nor the checkpoint says otherwise: the published sampler's settings.
+# What `generate` uses where neither the caller nor the checkpoint says otherwise: the published sampler's settings, but
+# for its guidance of 0.1, which takes a forward over the whole sequence at every step.
 AUDIO_DEFAULTS: dict[str, Any] = {
     "audio_block_size": 26,
     "audio_steps_per_block": 2,

@@ -4,7 +4,7 @@ from transformers import AutoProcessor
 
 from modeling_ttt import TttConfig
 
-from .audio_tokenizer_ttt import load_audio_codec
+from .audio_tokenizer_ttt import load_audio_codec, load_feature_extractor
 from .codebooks_ttt import TttAudioFormat, flatten_codes, unflatten_codes
 from .collator_ttt import TttDataCollator
 from .interleaving_ttt import TttTokenIds, deinterleave, interleave
@@ -26,5 +26,6 @@ __all__ = [
     "flatten_codes",
     "interleave",
     "load_audio_codec",
+    "load_feature_extractor",
     "unflatten_codes",
 ]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
+from transformers import EncodecFeatureExtractor
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.configuration_auto import AutoConfig
+from transformers.models.auto.feature_extraction_auto import AutoFeatureExtractor
 from transformers.models.auto.modeling_auto import AutoModel, AutoModelForAudioTokenization
 from transformers.processing_utils import AUDIO_TOKENIZER_KWARGS
 
@@ -93,3 +96,28 @@ def load_audio_codec(name_or_path: str | os.PathLike, subfolder: str = "", **kwa
     is_listed = is_listed or "AutoModelForAudioTokenization" in getattr(config, "auto_map", {})
     auto_class = AutoModelForAudioTokenization if is_listed else AutoModel
     return auto_class.from_pretrained(name_or_path, subfolder=subfolder, **kwargs).eval()
+
+
+def load_feature_extractor(audio_tokenizer: Any, places: Sequence[tuple[str | os.PathLike, str]]) -> Any:
+    """Loads what prepares waveforms for an audio tokenizer: the first feature extractor found, or, for one that takes
+    plain waveforms, one that only pads them.
+
+    Args:
+        places: where to look, in this order: a folder or Hub name and a subfolder of it, which may be "".
+
+    Raises:
+        ValueError: none is found, and the audio tokenizer takes more than plain waveforms.
+    """
+    for name, subfolder in places:
+        try:
+            return AutoFeatureExtractor.from_pretrained(name, subfolder=subfolder)
+        except (OSError, ValueError):
+            continue
+    sampling_rate = TttAudioFormat.from_config(audio_tokenizer.config).sampling_rate
+    if sampling_rate is None or audio_tokenizer.main_input_name != "input_values":
+        looked = " or ".join(os.path.join(name, subfolder) for name, subfolder in places)
+        raise ValueError(
+            f"There is no feature extractor for {type(audio_tokenizer).__name__} in {looked}; put its "
+            "preprocessor_config.json there."
+        )
+    return EncodecFeatureExtractor(feature_size=1, sampling_rate=sampling_rate)

@@ -2,6 +2,9 @@
 audio tokenizer, and a whole model folder."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,18 @@ from modeling_ttt.ttt_codec import TttCodecConfig, TttCodecModel
 from processing import TttProcessor
 
 NUM_CODES = 16
+
+# Hides this repository's packages from the process that runs it first.
+WITHOUT_PACKAGES = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("modeling_ttt", "processing", "pipelines"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())
+"""
 
 
 def build_tokenizer(num_codes: int = NUM_CODES) -> PreTrainedTokenizerFast:
@@ -110,3 +125,13 @@ def write_wav(path: Path, samples: np.ndarray, sampling_rate: int = 16_000) -> P
 
     soundfile.write(path, samples, sampling_rate)
     return path
+
+
+def run_without_packages(script: str, *arguments: object, cwd: Path) -> list[str]:
+    """The lines that a Python script prints in a process that has no part of this repository and no network."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(cwd / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", WITHOUT_PACKAGES + script, *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()

@@ -243,6 +243,8 @@ def test_an_audio_tokenizer_of_several_codebooks_gives_a_token_for_each_of_their
     assert processor.audio_format.num_codes == AutoModel.from_pretrained(output).config.num_audio_codes == 32
     assert processor.feature_extractor.sampling_rate == 24_000 and processor.audio_chunk_size == 52
     assert len(processor.encode_audio(tone(1.0, 24_000))[0]) == 2 * 13
+    settings = AutoModel.from_pretrained(output).generation_config
+    assert (settings.audio_block_size, settings.max_audio_codes_per_span) == (52, 5200)
 
 
 def test_a_checkpoint_with_an_audio_tokenizer_may_be_named_in_its_place(initialise, tmp_path):

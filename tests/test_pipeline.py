@@ -1,13 +1,9 @@
 """The audio-to-audio pipeline: all forms of request, streams, batches, and a process that has only the model folder."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
-from builders import build_model, build_processor, tone, write_wav
+from builders import build_model, build_processor, run_without_packages, tone, write_wav
 from torch.utils.data import Dataset
 from transformers import pipeline
 
@@ -201,14 +197,6 @@ def test_pipeline_builds_everything_from_a_path(pipe, folder):
 
 
 ALONE = """
-import sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("modeling_ttt", "processing", "pipelines"):
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Absent())
 import numpy as np
 from transformers import AutoConfig, AutoModel, AutoModelForAudioTokenization, AutoProcessor, pipeline
 
@@ -227,13 +215,7 @@ for options in ({"subfolder": "audio_tokenizer"}, {}):
 
 
 def test_the_folder_alone_is_enough(folder, tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE, str(folder)], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split("\n")[:-1] == [
+    assert run_without_packages(ALONE, folder, cwd=tmp_path) == [
         "TttAudioToAudioPipeline hi 51200 16000",
         "hi 51200",
         "TttConfig",

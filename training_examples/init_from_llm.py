@@ -21,7 +21,6 @@ from transformers import (
     AutoFeatureExtractor,
     AutoModelForCausalLM,
     AutoTokenizer,
-    EncodecFeatureExtractor,
     HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -31,7 +30,7 @@ from modeling_ttt import TttConfig, TttForConditionalGeneration, TttGenerationCo
 from modeling_ttt.convert_ttt_to_hf import ids_from_tokenizer
 from modeling_ttt.generation_config_ttt import AUDIO_DEFAULTS
 from pipelines import TttAudioToAudioPipeline
-from processing import TttAudioFormat, TttProcessor, load_audio_codec
+from processing import TttAudioFormat, TttProcessor, load_audio_codec, load_feature_extractor
 from processing.audio_tokenizer_ttt import AUDIO_TOKENIZER_FOLDER
 from processing.interleaving_ttt import (
     AUDIO_PLACEHOLDER,
@@ -49,6 +48,7 @@ from processing.tasks_ttt import START_OF_TURN
 BACKBONES = ("qwen2", "qwen3", "llama")  # a plain head on a plain decoder, under the names TtT uses
 # Close to the mean, new tokens take the least from the probabilities of the old ones (Hewitt, 2021).
 ROW_SPREAD = 1e-9**0.5
+BLOCKS_PER_SPAN = AUDIO_DEFAULTS["max_audio_codes_per_span"] // AUDIO_DEFAULTS["audio_block_size"]
 TEXT_TOKENS = (START_OF_TURN, END_OF_TURN, BEGIN_OF_AUDIO, END_OF_PROMPT_AUDIO, BEGIN_OF_LAST_AUDIO)
 
 
@@ -205,7 +205,7 @@ def build_model(
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        max_new_tokens=min(2048, llm.config.max_position_embeddings),
+        max_new_tokens=min(2048, llm.config.max_position_embeddings // 2),  # the prompt needs room
         do_sample=True,
         top_k=10,
         top_p=0.95,
@@ -224,16 +224,9 @@ def load_audio_tokenizer(args: InitArguments) -> tuple[Any, Any]:
     audio_tokenizer = load_audio_codec(
         name, subfolder, dtype=torch.float32, trust_remote_code=args.trust_remote_code, **options
     )
-    places = [(args.feature_extractor, "")] if args.feature_extractor else [(name, subfolder), (name, "")]
-    for place, folder in places:
-        try:
-            return audio_tokenizer, AutoFeatureExtractor.from_pretrained(place, subfolder=folder)
-        except (OSError, ValueError):
-            continue
-    rate = TttAudioFormat.from_config(audio_tokenizer.config).sampling_rate
-    if args.feature_extractor or rate is None or audio_tokenizer.main_input_name != "input_values":
-        raise ValueError(f"{places[0][0]} has no feature extractor; name its folder with `--feature_extractor`.")
-    return audio_tokenizer, EncodecFeatureExtractor(feature_size=1, sampling_rate=rate)
+    if args.feature_extractor:
+        return audio_tokenizer, AutoFeatureExtractor.from_pretrained(args.feature_extractor)
+    return audio_tokenizer, load_feature_extractor(audio_tokenizer, [(name, subfolder), (name, "")])
 
 
 def build_processor(args: InitArguments, tokenizer: PreTrainedTokenizerBase, audio_tokenizer: Any, extractor: Any):
@@ -261,6 +254,9 @@ def main() -> None:
     extend_tokenizer(tokenizer, num_codes)
     processor = build_processor(args, tokenizer, audio_tokenizer, extractor)
     model = build_model(args.llm, tokenizer, old_size, args.dtype, args.row_spread, args.seed)
+    # Blocks last as long as the published ones, in whole frames; so does the longest span.
+    model.generation_config.audio_block_size = processor.audio_format.chunk_size
+    model.generation_config.max_audio_codes_per_span = BLOCKS_PER_SPAN * processor.audio_format.chunk_size
     TttAudioToAudioPipeline(model=model, processor=processor, device="cpu").save_pretrained(args.output_dir)
     print(
         f"{args.output_dir}: {model.num_parameters() / 1e6:.2f} M parameters, {old_size} text tokens of the language "
