@@ -8,22 +8,31 @@ HOP = 256
 
 
 class Recorder:
-    """Keeps what goes into the vocoder and comes out of the flow."""
+    """Keeps what goes into the flow and the vocoder of each block, and what comes out of them."""
 
     def __init__(self, model, monkeypatch):
-        self.mels, self.flow_mels, self.prompts, self.sources = [], [], [], []
+        self.mels, self.flow_mels, self.prompts, self.sources, self.waveforms = [], [], [], [], []
+        self.initial_noises, self.phases, self.noises, self.cached_sources = [], [], [], []
         decode_mel, vocode = model.decode_mel, model.vocoder.forward
 
         def decode(codes, prompt_codes, prompt_mel, **options):
             mel, num_frames = decode_mel(codes, prompt_codes=prompt_codes, prompt_mel=prompt_mel, **options)
             self.flow_mels.append(mel.clone())
             self.prompts.append((prompt_codes, prompt_mel))
+            self.initial_noises.append(options["initial_noise"])
             return mel, num_frames
 
-        def vocoder(mel, *arguments):
-            waveform, source = vocode(mel, *arguments)
-            self.mels.append(mel)
-            self.sources.append(source)
+        def vocoder(mel, num_frames, phase, noise, cached_source):
+            waveform, source = vocode(mel, num_frames, phase, noise, cached_source)
+            for kept, value in (
+                (self.mels, mel),
+                (self.phases, phase),
+                (self.noises, noise),
+                (self.cached_sources, mel.new_zeros(1, 0) if cached_source is None else cached_source),
+                (self.waveforms, waveform),
+                (self.sources, source),
+            ):
+                kept.append(value)
             return waveform, source
 
         monkeypatch.setattr(model, "decode_mel", decode)
@@ -54,11 +63,20 @@ def test_a_stream_is_the_published_one_block_by_block(monkeypatch):
     for index in range(3):
         call = golden_case("flow", f"call{index}", "stream")
         codes, mel = seen.prompts[index]
+        mel_length = call["returned_mel"].shape[-1]
         assert torch.equal(codes, call["prompt_token"][0].long())
         close(mel, call["prompt_feat"].transpose(1, 2), 1e-4)
         close(seen.flow_mels[index], call["flow_mel"], 1e-4)
         close(seen.mels[index], call["returned_mel"], 1e-4)
+        close(seen.initial_noises[index], call["initial_noise"], 1e-6)
+        close(seen.phases[index], call["phase_drawn"], 1e-6)
+        close(seen.noises[index], call["sine_noise"], 1e-6)
+        close(model.vocoder.predict_pitch(call["returned_mel"], torch.tensor([mel_length])), call["f0"], 3e-3)
+        close(seen.cached_sources[index], call["cache_source"].reshape(1, -1), 5e-3)
         close(seen.sources[index], call["source"][:, 0], 5e-3)
+        trimmed = call["trimmed_tail"].reshape(1, -1)
+        assert trimmed.shape[1] == (0 if index == 2 else HOP)
+        close(seen.waveforms[index][:, seen.waveforms[index].shape[1] - trimmed.shape[1] :], trimmed, 5e-3)
 
 
 @pytest.mark.parametrize("step", [1, 7, 10, 25, 26])
