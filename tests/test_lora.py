@@ -17,7 +17,15 @@ import soundfile
 import torch
 from builders import build_processor, tone, write_wav
 from datasets import Dataset, DatasetDict, load_from_disk
-from finetune_lora import TARGET_MODULES, LoraArguments, load_base, lora_config, save_merged, trainable_tokens
+from finetune_lora import (
+    TARGET_MODULES,
+    LoraArguments,
+    load_base,
+    load_config,
+    lora_config,
+    save_merged,
+    trainable_tokens,
+)
 from peft import AutoPeftModelForCausalLM, get_peft_model
 from safetensors.torch import load_file
 from transformers import pipeline
@@ -151,6 +159,21 @@ def test_training_lowers_the_bound_on_evaluation_data(workspace, tmp_path):
     log = json.loads((output / "checkpoint-12" / "trainer_state.json").read_text())["log_history"]
     losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
     assert len(losses) == 3 and losses[2] < losses[1] < losses[0]
+    lines = [json.loads(line) for line in (output / "log_history.jsonl").read_text().splitlines()]
+    assert {"text_loss", "audio_accuracy"} <= set(lines[0]) and (output / "curves.png").is_file()
+
+
+def test_an_adapter_is_trained_under_its_models_settings_unless_told_otherwise(workspace, tmp_path):
+    """A twin stays a twin, whose spans are not truncated; probabilities and the least noise stay the model's own."""
+    base = shutil.copytree(workspace / "qwen2", tmp_path / "twin")
+    settings = {"audio_objective": "autoregressive", "noise_epsilon": 0.05, "clean_batch_probability": 0.1}
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | settings))
+    arguments = LoraArguments(model=base, clean_batch_probability=0.0)
+    config = load_config(arguments)
+    assert (config.audio_objective, config.noise_epsilon, config.clean_batch_probability) == ("autoregressive", 0.05, 0)
+    log = finetune(tmp_path, tmp_path / "adapter", f"--dataset {workspace / 'data'}", "twin") / "log_history.jsonl"
+    assert not any("audio_accuracy_" in line for line in log.read_text().splitlines())  # no noise, no noise levels
 
 
 @pytest.mark.parametrize(
@@ -172,6 +195,7 @@ def test_options_that_lora_users_reach_for(workspace, tmp_path, options):
         ("--r 0", "--r is 0; it must be at least 1"),
         ("--dataset nowhere", "nowhere is no folder of examples"),
         ("--target_modules c_attn", "c_attn"),
+        ("--audio_objective autoregressive", "--audio_objective is autoregressive, but .* was trained with diffusion"),
     ],
 )
 def test_bad_arguments_are_named_before_training(workspace, tmp_path, options, message):
@@ -194,7 +218,7 @@ def test_an_adapter_of_a_quantised_model_is_merged_into_the_whole_one(workspace,
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # 4-bit layers run on CPUs too, only slowly
     arguments = LoraArguments(model=workspace / "qwen2", quantize=True, target_modules=["all-linear"], r=4)
     monkeypatch.undo()
-    base = load_base(arguments)
+    base = load_base(arguments, load_config(arguments))
     model = get_peft_model(base, lora_config(arguments, base.config, [70]))
     adapted = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     assert len(adapted) == 2 * len(TARGET_MODULES)

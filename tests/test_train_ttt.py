@@ -251,6 +251,15 @@ def test_each_model_of_the_papers_comparison_learns(workspace, tmp_path, objecti
     assert ("eval_audio_accuracy_0.00-0.25" in evaluation[0]) == (audio == "diffusion")
 
 
+def test_a_run_keeps_the_settings_of_its_model_where_it_sets_none(workspace, tmp_path):
+    """A twin goes on as a twin; what a run sets is written into the model it saves."""
+    train(workspace, tmp_path / "first", max_steps=1, audio_objective="autoregressive", noise_epsilon=0.05)
+    train(workspace, tmp_path / "second", max_steps=1, model=tmp_path / "first", clean_batch_probability=0.1)
+    config = TttConfig.from_pretrained(tmp_path / "second")
+    assert (config.audio_objective, config.noise_epsilon) == ("autoregressive", 0.05)
+    assert (config.clean_batch_probability, config.span_truncation_probability) == (0.1, 0.5)
+
+
 def test_mixtures_with_weights_and_an_evaluation_set_elsewhere(workspace, tmp_path):
     other = tmp_path / "other"
     data = DatasetDict.load_from_disk(str(workspace / "data"))

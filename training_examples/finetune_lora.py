@@ -5,8 +5,8 @@
 
 The output folder holds the adapter alone and names the model it belongs to: `pipeline("audio-to-audio", model=FOLDER)`,
 `ttt-talk --model FOLDER`, `AutoPeftModelForCausalLM` and `model.load_adapter` find both. `--merge_to` also writes the
-whole model, as if it had been trained. Data, objective and TrainingArguments are those of train_ttt.py. A run that was
-killed goes on from its last checkpoint when started again.
+whole model, as if it had been trained. Data, objective, TrainingArguments, log and curves are those of train_ttt.py. A
+run that was killed goes on from its last checkpoint when started again.
 """
 
 from collections.abc import Iterable
@@ -16,14 +16,20 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from train_ttt import CONFIG_OPTIONS, ModelArguments, check_lengths, check_vocabulary, load_data
-from training_metrics import EvaluationMetrics, TrainingScores
-from training_runs import DataOrder, RankSeed, last_complete_checkpoint
-from transformers import BitsAndBytesConfig, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from train_ttt import (
+    ModelArguments,
+    check_lengths,
+    check_vocabulary,
+    load_data,
+    make_trainer,
+    parse_arguments,
+    run,
+)
+from transformers import BitsAndBytesConfig
 
 from modeling_ttt import TttConfig, TttForConditionalGeneration
 from pipelines import TttAudioToAudioPipeline
-from processing import TttDataCollator, TttProcessor
+from processing import TttProcessor
 
 # All linear layers of a decoder layer, as the published script adapts them. Qwen2, Qwen3 and Llama share the names.
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -105,10 +111,28 @@ def lora_config(args: LoraArguments, config: TttConfig, tokens: list[int]) -> Lo
     )
 
 
-def load_base(args: LoraArguments) -> TttForConditionalGeneration:
+def load_config(args: LoraArguments) -> TttConfig:
+    """
+    The model's configuration with the run's options.
+
+    Raises:
+        ValueError: another objective than the model's, under whose configuration the adapter will be used.
+    """
+    config = TttConfig.from_pretrained(args.model)
+    for name, value in args.config_options().items():
+        if name.endswith("_objective") and value != getattr(config, name):
+            raise ValueError(
+                f"--{name} is {value}, but {args.model} was trained with {getattr(config, name)}, and an adapter is "
+                "used under its model's configuration. Leave the option out, or train the whole model with "
+                "train_ttt.py."
+            )
+        setattr(config, name, value)
+    return config
+
+
+def load_base(args: LoraArguments, config: TttConfig) -> TttForConditionalGeneration:
     """The frozen model, loaded by its full path, which is what the adapter will call it."""
     path = args.model.resolve()
-    config = TttConfig.from_pretrained(path, **{name: getattr(args, name) for name in CONFIG_OPTIONS})
     options = {"config": config, "dtype": args.dtype, "attn_implementation": args.attn_implementation}
     if not args.quantize:
         return TttForConditionalGeneration.from_pretrained(path, **options)
@@ -130,45 +154,19 @@ def save_merged(model: Path, adapter: str, folder: Path) -> None:
 
 
 def main() -> None:
-    arguments, training = HfArgumentParser((LoraArguments, TrainingArguments)).parse_args_into_dataclasses()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    set_seed(training.seed)
-    training.remove_unused_columns = False
-    training.label_names = ["labels"]
-    training.include_num_input_tokens_seen = "non_padding"
-    training.accelerator_config.dispatch_batches = False
-
+    arguments, training = parse_arguments(LoraArguments)
     train_dataset, eval_dataset = load_data(arguments, training)
     processor = TttProcessor.from_pretrained(arguments.processor or arguments.model, load_audio_tokenizer=False)
-    base = load_base(arguments)
-    check_vocabulary(base.config, processor)
-    train_dataset = check_lengths(arguments, base.config, train_dataset)
+    config = load_config(arguments)
+    check_vocabulary(config, processor)
+    train_dataset = check_lengths(arguments, config, train_dataset)
     tokens = trainable_tokens(processor, arguments.new_words or (), arguments.train_audio_tokens)
-    model = get_peft_model(base, lora_config(arguments, base.config, tokens))
+    model = get_peft_model(load_base(arguments, config), lora_config(arguments, config, tokens))
     if arguments.base_model_name is not None:
         model.peft_config["default"].base_model_name_or_path = arguments.base_model_name
     model.print_trainable_parameters()
-    trainer = Trainer(
-        model=model,
-        args=training,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        data_collator=TttDataCollator(
-            processor.tokenizer,
-            span_truncation_probability=arguments.span_truncation_probability,
-            max_length=arguments.max_length,
-            packing=arguments.packing,
-            seed=training.seed,
-        ),
-        compute_metrics=EvaluationMetrics(),
-        callbacks=[DataOrder(), *([RankSeed()] if training.world_size > 1 else [])],
-    )
-    TrainingScores.attach_to(trainer)
-    trainer.train(
-        resume_from_checkpoint=training.resume_from_checkpoint or last_complete_checkpoint(training.output_dir)
-    )
-    trainer.save_model()
+    trainer = make_trainer(arguments, training, model, config, processor, (train_dataset, eval_dataset))
+    run(trainer)
     if arguments.merge_to is not None and trainer.is_world_process_zero():
         save_merged(arguments.model, training.output_dir, arguments.merge_to)
 

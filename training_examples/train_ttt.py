@@ -13,7 +13,7 @@ curves (curves.png).
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow.compute
 import torch
@@ -38,6 +38,7 @@ CONFIG_OPTIONS = (
     "stratified_noise",
 )
 OBJECTIVES = ["diffusion", "autoregressive"]
+Arguments = TypeVar("Arguments", bound="ModelArguments")
 
 
 @dataclass
@@ -63,22 +64,40 @@ class ModelArguments:
         metadata={"help": "Longer examples lose their end; with --packing the length of a row, in tokens."},
     )
     packing: bool = field(default=False, metadata={"help": "Lay the examples of a batch into rows of --max_length."})
-    audio_objective: str = field(
-        default="diffusion",
-        metadata={"help": "diffusion (TtT) or autoregressive (the twin).", "choices": OBJECTIVES},
+    # None: as the model's configuration says; a new model's says what was published.
+    audio_objective: str | None = field(
+        default=None,
+        metadata={
+            "help": "diffusion (TtT) or autoregressive (the twin); by default the model's.",
+            "choices": OBJECTIVES,
+        },
     )
-    text_objective: str = field(
-        default="autoregressive",
-        metadata={"help": "autoregressive (TtT) or diffusion (the purely diffused model).", "choices": OBJECTIVES},
+    text_objective: str | None = field(
+        default=None,
+        metadata={
+            "help": "autoregressive (TtT) or diffusion (the purely diffused model); by default the model's.",
+            "choices": OBJECTIVES,
+        },
     )
-    clean_batch_probability: float = field(default=0.3, metadata={"help": "BANOM, the paper's p_mix; 0 is off."})
-    prefix_preservation_probability: float = field(default=0.3, metadata={"help": "PPM, p_prefix; 0 is off."})
-    prefix_preservation_unit: str = field(
-        default="span",
-        metadata={"help": "Where a kept prefix may end: before a span, or at any token.", "choices": ["span", "token"]},
+    clean_batch_probability: float | None = field(
+        default=None, metadata={"help": "BANOM, the paper's p_mix; 0 is off; by default the model's (a new one's 0.3)."}
     )
-    span_truncation_probability: float = field(default=0.5, metadata={"help": "SST, the paper's p_trunc; 0 is off."})
-    noise_epsilon: float = field(default=1e-3, metadata={"help": "Smallest noise level."})
+    prefix_preservation_probability: float | None = field(
+        default=None, metadata={"help": "PPM, p_prefix; 0 is off; by default the model's (a new one's 0.3)."}
+    )
+    prefix_preservation_unit: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where a kept prefix may end: before a span, or at any token; by default the model's (span).",
+            "choices": ["span", "token"],
+        },
+    )
+    span_truncation_probability: float | None = field(
+        default=None, metadata={"help": "SST, the paper's p_trunc; 0 is off; by default the model's (a new one's 0.5)."}
+    )
+    noise_epsilon: float | None = field(
+        default=None, metadata={"help": "Smallest noise level; by default the model's (a new one's 0.001)."}
+    )
     stratified_noise: bool = field(default=True, metadata={"help": "Spread the noise levels of a batch evenly."})
     dtype: str = field(
         default="float32",
@@ -93,10 +112,10 @@ class ModelArguments:
     threads: int = field(default=0, metadata={"help": "Torch threads; 0 leaves torch's own choice."})
 
     def __post_init__(self):
-        for name in CONFIG_OPTIONS:
-            if name.endswith("_probability") and not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}; a probability lies between 0 and 1.")
-        if not 0 < self.noise_epsilon < 1:
+        for name, value in self.config_options().items():
+            if name.endswith("_probability") and not 0 <= value <= 1:
+                raise ValueError(f"--{name} is {value}; a probability lies between 0 and 1.")
+        if self.noise_epsilon is not None and not 0 < self.noise_epsilon < 1:
             raise ValueError(f"--noise_epsilon is {self.noise_epsilon}; it lies between 0 and 1, both excluded.")
         if self.text_objective == "diffusion" and self.audio_objective == "autoregressive":
             raise ValueError("--text_objective diffusion needs --audio_objective diffusion: all is diffused, or audio.")
@@ -106,6 +125,27 @@ class ModelArguments:
             folder = getattr(self, name)
             if folder is not None and not folder.is_dir():
                 raise ValueError(f"--{name} {folder} is no folder; init_from_llm.py and create_tiny.py make one.")
+
+    def config_options(self) -> dict[str, Any]:
+        """The options of the configuration that the run sets."""
+        return {name: getattr(self, name) for name in CONFIG_OPTIONS if getattr(self, name) is not None}
+
+
+def parse_arguments(kind: type[Arguments]) -> tuple[Arguments, TrainingArguments]:
+    """The command line, with what every run of these scripts has in common."""
+    arguments, training = HfArgumentParser((kind, TrainingArguments)).parse_args_into_dataclasses()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    set_seed(training.seed)
+    training.remove_unused_columns = False
+    training.label_names = ["labels"]
+    training.include_num_input_tokens_seen = "non_padding"  # logs tokens per second
+    training.include_for_metrics.append("loss")
+    if training.ddp_find_unused_parameters is None:
+        training.ddp_find_unused_parameters = False  # every step uses all parameters
+    # A process of several reads its own share of a stream; batches of different lengths cannot be handed round.
+    training.accelerator_config.dispatch_batches = False
+    return arguments, training
 
 
 def load_data(args: ModelArguments, training: TrainingArguments) -> tuple[Any, Dataset | None]:
@@ -162,59 +202,68 @@ def check_lengths(args: ModelArguments, config: TttConfig, dataset: Any) -> Any:
     return dataset
 
 
-def main() -> None:
-    arguments, training = HfArgumentParser((ModelArguments, TrainingArguments)).parse_args_into_dataclasses()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    set_seed(training.seed)
-    training.remove_unused_columns = False
-    training.include_num_input_tokens_seen = "non_padding"  # logs tokens per second
-    training.include_for_metrics.append("loss")
-    if training.ddp_find_unused_parameters is None:
-        training.ddp_find_unused_parameters = False  # every step uses all parameters
-    # A process of several reads its own share of a stream; batches of different lengths cannot be handed round.
-    training.accelerator_config.dispatch_batches = False
+def make_trainer(
+    args: ModelArguments,
+    training: TrainingArguments,
+    model: torch.nn.Module,
+    config: TttConfig,
+    processor: TttProcessor,
+    data: tuple[Any, Dataset | None],
+    **options: Any,
+) -> Trainer:
+    """The plain Trainer with this repository's collator and metrics; `data` is that of `load_data`, `options` are the
+    Trainer's own."""
+    # Truncated spans teach the end from content to a model that writes whole blocks; the twin writes code by code.
+    probability = config.span_truncation_probability if config.audio_objective == "diffusion" else 0.0
+    trainer = Trainer(
+        model=model,
+        args=training,
+        train_dataset=data[0],
+        eval_dataset=data[1],
+        data_collator=TttDataCollator(
+            processor.tokenizer,
+            span_truncation_probability=probability,
+            max_length=args.max_length,
+            packing=args.packing,
+            seed=training.seed,
+        ),
+        compute_metrics=EvaluationMetrics(),
+        callbacks=[DataOrder(), *([RankSeed()] if training.world_size > 1 else [])],
+        **options,
+    )
+    TrainingScores.attach_to(trainer)
+    return trainer
 
+
+def run(trainer: Trainer) -> None:
+    """Trains to the end, from the last checkpoint if there is one; saves the model, the log and its curves."""
+    output_dir = Path(trainer.args.output_dir)
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint or last_complete_checkpoint(output_dir))
+    evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    if trainer.eval_dataset is not None and trainer.state.global_step not in evaluated:
+        trainer.evaluate()
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        write_log(trainer.state.log_history, output_dir / "log_history.jsonl")
+        plot_curves(trainer.state.log_history, output_dir / "curves.png")
+
+
+def main() -> None:
+    arguments, training = parse_arguments(ModelArguments)
     train_dataset, eval_dataset = load_data(arguments, training)
-    options = {name: getattr(arguments, name) for name in CONFIG_OPTIONS}
-    config = TttConfig.from_pretrained(arguments.model, **options)
+    config = TttConfig.from_pretrained(arguments.model, **arguments.config_options())
     processor = TttProcessor.from_pretrained(arguments.processor or arguments.model)
     check_vocabulary(config, processor)
     train_dataset = check_lengths(arguments, config, train_dataset)
     model = TttForConditionalGeneration.from_pretrained(
         arguments.model, config=config, dtype=arguments.dtype, attn_implementation=arguments.attn_implementation
     )
-    # Truncated spans teach the end from content to a model that writes whole blocks; the twin writes code by code.
-    probability = arguments.span_truncation_probability if arguments.audio_objective == "diffusion" else 0.0
-    trainer = Trainer(
-        model=model,
-        args=training,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        data_collator=TttDataCollator(
-            processor.tokenizer,
-            span_truncation_probability=probability,
-            max_length=arguments.max_length,
-            packing=arguments.packing,
-            seed=training.seed,
-        ),
-        processing_class=processor.tokenizer,
-        compute_metrics=EvaluationMetrics(),
-        callbacks=[DataOrder(), *([RankSeed()] if training.world_size > 1 else [])],
-    )
-    TrainingScores.attach_to(trainer)
-    trainer.train(
-        resume_from_checkpoint=training.resume_from_checkpoint or last_complete_checkpoint(training.output_dir)
-    )
-    evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    if eval_dataset is not None and trainer.state.global_step not in evaluated:
-        trainer.evaluate()
-    trainer.save_model()
-    trainer.save_state()
+    data = train_dataset, eval_dataset
+    trainer = make_trainer(arguments, training, model, config, processor, data, processing_class=processor.tokenizer)
+    run(trainer)
     if trainer.is_world_process_zero():
         processor.save_pretrained(training.output_dir)
-        write_log(trainer.state.log_history, Path(training.output_dir) / "log_history.jsonl")
-        plot_curves(trainer.state.log_history, Path(training.output_dir) / "curves.png")
 
 
 if __name__ == "__main__":
