@@ -292,8 +292,12 @@ class TttGenerationMixin(GenerationMixin):
         """Raises a ValueError that names the argument for every call that cannot be served."""
         if input_ids is None:
             raise ValueError("`inputs` is missing: pass the prompts' token ids (`inputs_embeds` hide what is audio).")
-        if input_ids.ndim != 2 or input_ids.shape[1] == 0:
-            raise ValueError(f"`inputs` has shape {tuple(input_ids.shape)}; use (batch, length) with a token or more.")
+        if not torch.is_tensor(input_ids):
+            raise ValueError(f"`inputs` is a {type(input_ids).__name__}; pass a tensor (batch, length) of token ids.")
+        if input_ids.ndim != 2 or input_ids.numel() == 0:
+            raise ValueError(
+                f"`inputs` has shape {tuple(input_ids.shape)}; use (batch, length), with a row and a token or more."
+            )
         for name, is_asked, what, remedy in REFUSED_OPTIONS:
             value = getattr(options, name, None)
             if is_asked(value):

@@ -206,6 +206,8 @@ def test_refusals_also_come_from_the_models_own_settings_and_a_passed_config(tin
     [
         ({"inputs": None}, "inputs"),
         ({"inputs": torch.tensor([1, 2])}, "shape"),
+        ({"inputs": torch.zeros(0, 3).long()}, r"shape \(0, 3\); use \(batch, length\)"),
+        ({"inputs": [[1, 2]]}, "`inputs` is a list; pass a tensor"),
         ({"attention_mask": torch.ones(1, 5).long()}, "whole conversation"),
         ({"attention_mask": torch.zeros(1, 3).long()}, "without any token"),
         ({"seed": [1, 2], "do_sample": True}, "seed"),

@@ -101,6 +101,15 @@ def test_overlap_add_restores_a_doubly_windowed_signal():
     assert torch.allclose(restored[:, 640:-640], signal[:, 640:-640], atol=1e-5)
 
 
+@pytest.mark.parametrize("vocoder", ["neural", "griffin_lim"])
+def test_m_codes_give_exactly_1280_m_samples_for_none_too(codec, vocoder):
+    assert codec.decode(torch.zeros(2, 0).long(), vocoder=vocoder).audio_values.shape == (2, 1, 0)
+    mask = torch.tensor([[1, 1, 1], [0, 0, 0]])
+    output = codec.decode(torch.ones(2, 3).long(), mask, vocoder=vocoder)
+    assert output.audio_values.shape == (2, 1, 3 * HOP) and output.audio_lengths.tolist() == [3 * HOP, 0]
+    assert output.audio_values[0].any() and not output.audio_values[1].any()
+
+
 def test_loads_through_the_auto_class_with_equal_results(codec, tmp_path):
     codec.save_pretrained(tmp_path)
     loaded = AutoModelForAudioTokenization.from_pretrained(tmp_path)
@@ -118,7 +127,14 @@ def test_bad_input_is_refused_by_name(codec):
         codec.encode(torch.zeros(1, 0))
     with pytest.raises(ValueError, match=r"\[0, 400\), found 0 to 400"):
         codec.decode(torch.tensor([[0, 400]]))
-    with pytest.raises(ValueError, match="'vocoder'|vocoder must be"):
+    for codes in (torch.zeros(1, 2, 3).long(), torch.zeros(3).long(), torch.zeros(1, 3)):
+        with pytest.raises(ValueError, match=r"integers of shape \(batch, codes\) or \(batch, 1, codes\), not"):
+            codec.decode(codes)
+    with pytest.raises(ValueError, match=r"padding_mask has shape \(2, 2000\)"):
+        codec.encode(noise(2, 3000), torch.ones(2, 2000))
+    with pytest.raises(ValueError, match="vocoder must be one of"):
         codec.decode(torch.tensor([[0]]), vocoder="wavenet")
+    with pytest.raises(ValueError, match=r"fsq_levels \(\[5, 1\]\) must be 2 or more"):
+        TttCodecConfig(fsq_levels=[5, 1])
     with pytest.raises(ValueError, match="hop_length"):
         TttCodecConfig(hop_length=1000)

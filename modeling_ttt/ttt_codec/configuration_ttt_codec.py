@@ -4,6 +4,8 @@ import math
 
 from transformers import PreTrainedConfig
 
+VOCODERS = ("neural", "griffin_lim")
+
 
 class TttCodecConfig(PreTrainedConfig):
     r"""Configuration of a [`TttCodecModel`].
@@ -76,8 +78,10 @@ class TttCodecConfig(PreTrainedConfig):
             )
         if n_fft != 4 * mel_hop_length:
             raise ValueError(f"n_fft ({n_fft}) must be 4 * mel_hop_length ({4 * mel_hop_length})")
-        if vocoder not in ("neural", "griffin_lim"):
-            raise ValueError(f"vocoder must be 'neural' or 'griffin_lim', not {vocoder!r}")
+        if min(self.fsq_levels) < 2:
+            raise ValueError(f"fsq_levels ({self.fsq_levels}) must be 2 or more each")
+        if vocoder not in VOCODERS:
+            raise ValueError(f"vocoder must be one of {VOCODERS}, not {vocoder!r}")
         for name in ("encoder", "code", "mel", "vocoder"):
             if getattr(self, f"{name}_kernel_size") % 2 == 0:
                 raise ValueError(f"{name}_kernel_size must be odd, not {getattr(self, f'{name}_kernel_size')}")

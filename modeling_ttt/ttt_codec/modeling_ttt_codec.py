@@ -17,7 +17,7 @@ from transformers.modeling_utils import PreTrainedAudioTokenizerBase
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_ttt_codec import TttCodecConfig
+from .configuration_ttt_codec import VOCODERS, TttCodecConfig
 
 LOG_FLOOR = 1e-4
 
@@ -299,7 +299,7 @@ class TttCodecModel(TttCodecPreTrainedModel):
             [`TttCodecEncoderOutput`]; a row of n samples has exactly ceil(n / hop_length) codes.
 
         Raises:
-            ValueError: if the waveforms are not mono or have no samples.
+            ValueError: if the waveforms are not mono or have no samples, or the mask does not fit them.
         """
         waveform, codes_mask = self._pad_waveform(input_values, padding_mask)
         grid = self.quantizer(self.encoder(self.log_mel(waveform).to(self.dtype), codes_mask))
@@ -317,6 +317,11 @@ class TttCodecModel(TttCodecPreTrainedModel):
             raise ValueError(f"input_values must be (batch, samples) with samples > 0, not {tuple(input_values.shape)}")
         if padding_mask is None:
             padding_mask = torch.ones_like(input_values, dtype=torch.long)
+        if padding_mask.numel() != input_values.numel():
+            raise ValueError(
+                f"padding_mask has shape {tuple(padding_mask.shape)}, input_values {tuple(input_values.shape)}; give "
+                "each sample its 1 or 0"
+            )
         padding_mask = padding_mask.reshape(input_values.shape)
         lengths = padding_mask.long().sum(-1)
         extra = -input_values.shape[-1] % hop
@@ -336,33 +341,36 @@ class TttCodecModel(TttCodecPreTrainedModel):
 
         Args:
             audio_codes: Codes in [0, codebook_size), shape (batch, codes) or (batch, 1, codes).
-            audio_codes_mask: 1 for codes, 0 for right padding, shape (batch, codes).
+            audio_codes_mask: 1 for codes, 0 for right padding, shape (batch, codes) or (batch, 1, codes).
             vocoder: `"neural"` or `"griffin_lim"` (slower, phase by iteration); the configuration's by default.
 
         Returns:
             [`TttCodecDecoderOutput`] with exactly codes * hop_length samples.
 
         Raises:
-            ValueError: if a code lies outside the codebook or `vocoder` is unknown.
+            ValueError: if the codes are not integers of one codebook in rows, if one lies outside the codebook, or if
+                `vocoder` is unknown.
         """
-        codes = audio_codes[:, 0] if audio_codes.ndim == 3 else audio_codes
-        mask = torch.ones_like(codes) if audio_codes_mask is None else audio_codes_mask.long()
-        codes = codes * mask
-        if codes.numel():
-            lowest, highest = int(codes.min()), int(codes.max())
-            if lowest < 0 or highest >= self.config.codebook_size:
-                raise ValueError(
-                    f"audio_codes must lie in [0, {self.config.codebook_size}), found {lowest} to {highest}"
-                )
+        codes = audio_codes[:, 0] if audio_codes.ndim == 3 and audio_codes.shape[1] == 1 else audio_codes
+        if codes.ndim != 2 or codes.is_floating_point():
+            raise ValueError(
+                "audio_codes must be integers of shape (batch, codes) or (batch, 1, codes), not "
+                f"{audio_codes.dtype} of shape {tuple(audio_codes.shape)}"
+            )
         vocoder = vocoder or self.config.vocoder
+        if vocoder not in VOCODERS:
+            raise ValueError(f"vocoder must be one of {VOCODERS}, not {vocoder!r}")
+        mask = torch.ones_like(codes) if audio_codes_mask is None else audio_codes_mask.long().reshape(codes.shape)
+        codes = codes * mask
+        if codes.numel() == 0:
+            silence = self.mel_window.new_zeros(len(codes), 1, 0)
+            return TttCodecDecoderOutput(audio_values=silence, audio_lengths=mask.sum(-1))
+        lowest, highest = int(codes.min()), int(codes.max())
+        if lowest < 0 or highest >= self.config.codebook_size:
+            raise ValueError(f"audio_codes must lie in [0, {self.config.codebook_size}), found {lowest} to {highest}")
         mel = self.decode_mel(codes, mask)
         frame_mask = mask.repeat_interleave(self.config.frames_per_code, 1)
-        if vocoder == "neural":
-            waveform = self.vocoder(mel, frame_mask)
-        elif vocoder == "griffin_lim":
-            waveform = self._griffin_lim(mel, frame_mask)
-        else:
-            raise ValueError(f"vocoder must be 'neural' or 'griffin_lim', not {vocoder!r}")
+        waveform = (self.vocoder if vocoder == "neural" else self._griffin_lim)(mel, frame_mask)
         waveform = waveform * frame_mask.repeat_interleave(self.config.mel_hop_length, 1)
         lengths = mask.sum(-1) * self.config.hop_length
         return TttCodecDecoderOutput(audio_values=waveform.clamp(-1, 1)[:, None], audio_lengths=lengths)
@@ -371,6 +379,7 @@ class TttCodecModel(TttCodecPreTrainedModel):
         """Codes (batch, codes) to scaled log-mel frames (batch, codes * frames_per_code, bins)."""
         return self.decoder(self.quantizer.to_grid(codes).to(self.dtype), codes, mask)
 
+    @torch.no_grad()
     def _griffin_lim(self, mel: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
         """Phase by alternating projections (Griffin and Lim, 1984), row by row on unpadded frames."""
         import librosa
@@ -380,6 +389,8 @@ class TttCodecModel(TttCodecPreTrainedModel):
         inverse = torch.linalg.pinv(self.mel_filters.float())
         waveform = mel.new_zeros(mel.shape[0], mel.shape[1] * config.mel_hop_length, dtype=torch.float32)
         for row, frames in enumerate(frame_mask.sum(-1).tolist()):
+            if frames == 0:
+                continue
             spectrum = (magnitudes[row, :frames] @ inverse).clamp(min=0).T.cpu().numpy()
             samples = librosa.griffinlim(
                 spectrum,
