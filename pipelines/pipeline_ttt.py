@@ -58,7 +58,8 @@ class TttAudioToAudioPipeline(Pipeline):
                 it is iterated over. A request is audio in any form the processor takes (path, address, array,
                 mapping with `array` and `sampling_rate`, decoded dataset item); for the tasks "tts" and "text_chat" a
                 text; a mapping with `text` and / or `audio`; or a conversation, a list of messages. Of a `datasets`
-                dataset's rows, the column `audio` is taken (`text` for the text tasks).
+                dataset's rows, the column `audio` is taken (`text` for the text tasks), and its files are read by the
+                processor, so that torchcodec is not needed.
             text: user text that goes with every audio of `inputs`; without `inputs`, the request itself.
             task: "spoken_chat" (default), "asr", "tts", "captioning", "spoken_qa", "text_chat" (default for text
                 alone), or another the processor has a system prompt for. For conversations, gives those without a
@@ -232,6 +233,9 @@ def _rows(inputs: Any, column: str) -> Iterator[Any]:
     names = inputs.column_names
     if names is not None and column not in names:
         raise ValueError(f"The dataset has no column `{column}`; it has {', '.join(names)}. Pass one column instead.")
+    feature = (inputs.features or {}).get(column)
+    if getattr(feature, "decode", False):
+        inputs = inputs.cast_column(column, type(feature)(decode=False))
     for row in inputs:
         yield row[column]
 

@@ -107,6 +107,16 @@ def test_a_datasets_transcript_never_reaches_the_model(pipe, prompts):
         list(pipe(dataset.remove_columns("audio")))
 
 
+def test_a_datasets_audio_column_needs_no_decoder(pipe, prompts, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    paths = [str(write_wav(tmp_path / f"{seconds}.wav", tone(seconds))) for seconds in (0.2, 0.4)]
+    dataset = datasets.Dataset.from_dict({"audio": paths}).cast_column("audio", datasets.Audio(sampling_rate=8_000))
+    for inputs in (dataset, dataset.to_iterable_dataset()):
+        assert len(list(pipe(inputs, batch_size=2))) == 2
+    list(pipe(paths))
+    assert prompts[:2] == prompts[2:4] == prompts[4:]
+
+
 def test_text_requests_are_spoken(pipe, prompts):
     assert_answer(pipe, pipe("one two", task="tts"))
     assert_answer(pipe, pipe(text="one two", task="tts"))
