@@ -251,13 +251,8 @@ class TttGenerationMixin(GenerationMixin):
             cache,
             keep_cache,
         )
-        needed = max(row.prompt_length for row in decoder.rows) + decoder.max_new_tokens
-        if decoder.max_positions is not None and needed > decoder.max_positions:
-            raise ValueError(
-                f"The longest prompt ({needed - decoder.max_new_tokens} tokens) and `max_new_tokens` "
-                f"({decoder.max_new_tokens}) make {needed} positions, but the model has `max_position_embeddings` = "
-                f"{decoder.max_positions}: shorten the prompt or lower `max_new_tokens`."
-            )
+        longest = max(row.prompt_length for row in decoder.rows)
+        refuse_overflow(longest, decoder.max_new_tokens, decoder.max_positions)
         decoder.run()
 
         new_tokens = [row.ids[row.prompt_length :] for row in decoder.rows]
@@ -290,6 +285,11 @@ class TttGenerationMixin(GenerationMixin):
         kwargs: dict[str, Any],
     ) -> None:
         """Raises a ValueError that names the argument for every call that cannot be served."""
+        if self.config.text_objective == "diffusion":
+            raise ValueError(
+                "The model's `text_objective` is 'diffusion', so it never learnt to write text left to right: pass "
+                "`custom_generate=diffuse_response`, from modeling_ttt/response_diffusion_ttt.py."
+            )
         if input_ids is None:
             raise ValueError("`inputs` is missing: pass the prompts' token ids (`inputs_embeds` hide what is audio).")
         if not torch.is_tensor(input_ids):
@@ -331,6 +331,17 @@ class TttGenerationMixin(GenerationMixin):
         kinds = set(getattr(self.config.get_text_config(), "layer_types", None) or ()) - {"full_attention"}
         if kinds:
             raise ValueError(f"Backbone layers of type {sorted(kinds)} are not supported; use full attention.")
+
+
+def refuse_overflow(longest_prompt: int, max_new_tokens: int, max_positions: int | None) -> None:
+    """Raises a ValueError where prompt and answer, in tokens, do not fit the positions of the model."""
+    needed = longest_prompt + max_new_tokens
+    if max_positions is not None and needed > max_positions:
+        raise ValueError(
+            f"The longest prompt ({longest_prompt} tokens) and `max_new_tokens` ({max_new_tokens}) make {needed} "
+            f"positions, but the model has `max_position_embeddings` = {max_positions}: shorten the prompt or lower "
+            "`max_new_tokens`."
+        )
 
 
 def _longest_prompt(input_ids: torch.Tensor, kwargs: dict[str, Any]) -> int:

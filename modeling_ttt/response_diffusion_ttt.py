@@ -8,6 +8,7 @@ from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
 from .cache_ttt import TttCache
 from .generation_config_ttt import TttGenerationConfig
+from .generation_ttt import refuse_overflow
 from .runner_ttt import TttRunner
 from .sampling_ttt import choose_positions, confidence_of, draw, keep_probable, split_evenly
 
@@ -42,7 +43,7 @@ def diffuse_response(
         `torch.LongTensor` of shape `(batch, length + new)`: prompts, responses, then the padding token.
 
     Raises:
-        ValueError: if `audio_guidance_scale` is not 0.
+        ValueError: if `audio_guidance_scale` is not 0, or prompt and response do not fit the model's context.
     """
     options, device, mask_token = generation_config, input_ids.device, model.config.mask_token_id
     if options.audio_guidance_scale:
@@ -55,9 +56,10 @@ def diffuse_response(
     max_new_tokens = options.max_length - input_ids.shape[1]
 
     # 1. Prompts.
-    cache = TttCache(model.config.get_text_config().num_hidden_layers, len(prompts))
-    runner = TttRunner(model, cache, mask_token, max(map(len, prompts)) + max_new_tokens)
-    longest = max(map(len, prompts))
+    backbone, longest = model.config.get_text_config(), max(map(len, prompts))
+    refuse_overflow(longest, max_new_tokens, getattr(backbone, "max_position_embeddings", None))
+    cache = TttCache(backbone.num_hidden_layers, len(prompts))
+    runner = TttRunner(model, cache, mask_token, longest + max_new_tokens)
     filled = torch.tensor([prompt + [mask_token] * (longest - len(prompt)) for prompt in prompts], device=device)
     is_prompt = torch.arange(longest, device=device) < torch.tensor([[len(ids)] for ids in prompts], device=device)
     runner.prompt(prompts, [0] * len(prompts), model.model.get_span_ids(filled, is_prompt))

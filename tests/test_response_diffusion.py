@@ -82,3 +82,11 @@ def test_sampling_follows_the_global_generator_and_guidance_is_refused():
     assert texts[0] == texts[1] != texts[2]
     with pytest.raises(ValueError, match="`audio_guidance_scale` is 0.5"):
         generate(model, PROMPTS, audio_guidance_scale=0.5, max_new_tokens=4)
+
+
+def test_what_cannot_be_written_is_refused_before_any_forward():
+    model = make_model(text_objective="diffusion")
+    with pytest.raises(ValueError, match=r"prompt \(8 tokens\) and `max_new_tokens` \(249\) make 257 positions"):
+        generate(model, PROMPTS, max_new_tokens=249)
+    with pytest.raises(ValueError, match="pass `custom_generate=diffuse_response`"):
+        model.generate(torch.tensor([PROMPTS[1]]), max_new_tokens=4)
