@@ -1,5 +1,7 @@
 """The audio-to-audio pipeline: all forms of request, streams, batches, and a process that has only the model folder."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -176,6 +178,28 @@ def test_a_pipeline_that_came_with_a_folder_saves_its_code_again(folder, tmp_pat
     loaded.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.glob("*.py")} == {path.name for path in folder.glob("*.py")}
     assert loaded.model.config.custom_pipelines["audio-to-audio"]["impl"] == "pipeline_ttt.TttAudioToAudioPipeline"
+
+
+def test_pushing_a_pipeline_uploads_a_repository_that_answers(pipe, tmp_path, monkeypatch):
+    """The network calls are replaced by a local folder; everything else is what a real push does."""
+    from huggingface_hub import ModelCard
+    from transformers.utils import hub
+
+    class Hub:
+        def create_repo(self, repo_id, **kwargs):
+            return type("Repo", (), {"repo_id": repo_id})
+
+        def create_commit(self, repo_id, operations, **kwargs):
+            for operation in operations:
+                path = tmp_path / repo_id / operation.path_in_repo
+                path.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(operation.path_or_fileobj, path)
+
+    monkeypatch.setattr(hub, "hf_api", Hub)
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *args, **kwargs: ModelCard("# tiny"))
+    pipe.push_to_hub("someone/tiny")
+    pushed = pipeline("audio-to-audio", model=str(tmp_path / "someone" / "tiny"), trust_remote_code=True, device="cpu")
+    assert_answer(pipe, pushed(tone(0.3)))
 
 
 def test_one_answer_a_request_and_one_request_a_batch_at_least(pipe):

@@ -28,6 +28,10 @@ class TttCodecConfig(PreTrainedConfig):
         vocoder_hidden_size (`int`, *optional*, defaults to 256): Channels of the vocoder.
         vocoder (`str`, *optional*, defaults to `"neural"`): Default of `decode`: `"neural"` or `"griffin_lim"`.
         griffin_lim_iterations (`int`, *optional*, defaults to 32): Iterations of `"griffin_lim"`.
+
+    Raises:
+        ValueError: if lengths in samples do not divide each other as said, a kernel size is even, a dimension has fewer
+            than two levels, or `vocoder` is unknown.
     """
 
     model_type = "ttt_codec"
