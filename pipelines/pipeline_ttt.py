@@ -233,7 +233,7 @@ def _rows(inputs: Any, column: str) -> Iterator[Any]:
     names = inputs.column_names
     if names is not None and column not in names:
         raise ValueError(f"The dataset has no column `{column}`; it has {', '.join(names)}. Pass one column instead.")
-    feature = (inputs.features or {}).get(column)
+    feature: Any = (inputs.features or {}).get(column)
     if getattr(feature, "decode", False):
         inputs = inputs.cast_column(column, type(feature)(decode=False))
     for row in inputs:
