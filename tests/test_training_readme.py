@@ -23,11 +23,13 @@ apt-get() { :; }
 
 
 def commands():
-    """Words of every command that starts a script, as bash reads them."""
+    """
+    Words of every command that starts a script, as bash reads them. A restricted shell that finds no program can
+    neither run nor write anything, whatever the README says.
+    """
     for block in re.findall(r"```bash\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL):
-        done = subprocess.run(
-            [shutil.which("bash") or "bash", "-euc", STUBS + block], capture_output=True, text=True, check=True
-        )
+        shell = [shutil.which("bash") or "bash", "-r", "-euc", STUBS + block]
+        done = subprocess.run(shell, env={"PATH": ""}, capture_output=True, text=True, check=True)
         yield from map(shlex.split, done.stdout.splitlines())
 
 
