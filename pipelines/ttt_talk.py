@@ -26,6 +26,7 @@ CONFIG_NAMES = ("config.json", "adapter_config.json")
 TASK_NAMES = ("spoken_chat", "asr", "tts", "captioning", "spoken_qa", "text_chat")
 TEXT_TASKS = ("tts", "text_chat")
 DTYPES = ("float32", "bfloat16", "float16")
+SOFTWARE = "ttt-talk"  # written into every answer, so that only answers are overwritten
 PLAYERS = (["aplay", "-q"], ["paplay"], ["afplay"], ["ffplay", "-nodisp", "-autoexit", "-loglevel", "quiet"])
 
 EXAMPLES = """\
@@ -38,7 +39,8 @@ examples:
   ttt-talk --output_dir replies *.wav          many questions
   ttt-talk --json question.wav | jq .text
 
-With exactly two files and no --output_dir the second is written; three or more are all questions.
+With exactly two files and no --output_dir the second is written (over an earlier answer only); three or more are all
+questions.
 Exit status: 0 all answered, 1 something failed, 2 wrong arguments, 130 interrupted.
 """
 
@@ -110,8 +112,24 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
     if not files:
         raise UsageError("nothing to answer: pass an audio file, or --text")
     if len(files) == 2 and folder is None:
+        if Path(files[1]).exists() and not _is_answer(files[1]):
+            raise UsageError(
+                f"{files[1]} exists and is no answer of ttt-talk, so it is not overwritten. Give the answer another "
+                "name; if both files are questions, add --output_dir"
+            )
         return _checked([Job(files[0], files[0], text, Path(files[1]))])
     return _checked([Job(name, name, text, _output_path(name, folder)) for name in files])
+
+
+def _is_answer(path: str) -> bool:
+    """Whether ttt-talk wrote this file."""
+    import soundfile
+
+    try:
+        with soundfile.SoundFile(path) as file:
+            return file.software.startswith(SOFTWARE)
+    except (OSError, RuntimeError):
+        return False
 
 
 def _output_path(name: str, folder: Path | None) -> Path:
@@ -260,7 +278,9 @@ def run(arguments: argparse.Namespace, jobs: list[Job]) -> int:
         try:
             text, waveform, rate = answer(pipe, job, arguments, show_text=single and not arguments.json)
             job.output.parent.mkdir(parents=True, exist_ok=True)
-            soundfile.write(job.output, waveform.clip(-1.0, 1.0), rate, subtype="PCM_16", format="WAV")
+            with soundfile.SoundFile(job.output, "w", rate, channels=1, subtype="PCM_16", format="WAV") as file:
+                file.software = SOFTWARE
+                file.write(waveform.clip(-1.0, 1.0))
         except (OSError, RuntimeError, ValueError) as error:
             _note(f"{job.name}: {error}")
             failed += 1

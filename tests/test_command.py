@@ -59,6 +59,16 @@ def test_without_a_name_the_answer_lies_beside_the_question(talk, question, tmp_
     assert_speech(tmp_path / "question.reply.wav")
 
 
+def test_an_earlier_answer_is_overwritten_and_a_recording_is_not(talk, question, tmp_path):
+    recording = write_wav(tmp_path / "recording.wav", tone(0.4))
+    before = recording.read_bytes()
+    for _ in range(2):
+        assert talk(question, "reply.wav")[0] == 0
+    status, _, errors = talk(question, str(recording))
+    assert status == 2 and "--output_dir" in errors
+    assert recording.read_bytes() == before
+
+
 def test_text_is_answered_and_read_aloud(talk, tmp_path):
     assert talk("--text", "how are you")[:2] == (0, "hi\n")
     assert_speech(tmp_path / "reply.wav")
