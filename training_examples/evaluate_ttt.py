@@ -96,7 +96,7 @@ class EvaluationArguments:
     steps_block_size: int = field(default=26, metadata={"help": "Codes a block in that comparison, as published."})
     default_steps: int = field(default=8, metadata={"help": "Steps a block of every other figure."})
     block_sizes: list[int] = field(
-        default_factory=lambda: [8, 13], metadata={"help": "Codes a block to compare at the default steps."}
+        default_factory=lambda: [4, 8, 13], metadata={"help": "Codes a block to compare at the default steps."}
     )
     thresholds: list[float] = field(
         default_factory=lambda: [0.5, 0.7, 0.9], metadata={"help": "Confidence thresholds to compare."}

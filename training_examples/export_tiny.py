@@ -29,12 +29,13 @@ PACKAGES = ("modeling_ttt", "modeling_ttt/ttt_codec", "processing", "pipelines")
 @dataclass
 class ExportArguments:
     model: Path = field(default=Path("runs/tiny/ttt"), metadata={"help": "Trained model with its processor."})
+    processor: Path | None = field(default=None, metadata={"help": "Folder of the processor, if not the model's."})
     audio_tokenizer: Path | None = field(
         default=None, metadata={"help": "Audio tokenizer in place of the model's own."}
     )
     output_dir: Path = field(default=Path("model_cards/ttt-tiny"), metadata={"help": "The folder to write."})
     copy_code: bool = field(default=False, metadata={"help": "Copy code files instead of linking them."})
-    block_size: int = field(default=13, metadata={"help": "Default codes per block."})
+    block_size: int = field(default=4, metadata={"help": "Default codes per block."})
     steps: int = field(default=8, metadata={"help": "Default denoising steps per block."})
 
 
@@ -64,7 +65,7 @@ def main() -> None:
     model = TttForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32).eval()
     model.generation_config.audio_block_size = args.block_size
     model.generation_config.audio_steps_per_block = args.steps
-    processor = TttProcessor.from_pretrained(args.model)
+    processor = TttProcessor.from_pretrained(args.processor or args.model)
     if args.audio_tokenizer is not None:
         processor.audio_tokenizer = TttCodecModel.from_pretrained(args.audio_tokenizer).eval()
     card = args.output_dir / "README.md"
