@@ -7,8 +7,8 @@ Needs the held-out lists of build_speech.py: choices are made with `--split deve
 measured once on the evaluation lists. Speech is judged by an independent recogniser (recognition.py). Each part is kept
 in --output_dir as soon as it is measured, so a killed run goes on where it stopped; evaluation.json, evaluation.md and
 steps.png are the report (development.json, development.md and development_steps.png that of the other split). Run it on
-an idle machine: it measures time too. The main figures rest on all rows of the lists, the comparison of steps,
-thresholds and twin on the first --comparison_limit rows of each.
+an idle machine: it measures time too. The main figures, the twin's too, rest on all rows of the lists, the comparison
+of steps, thresholds and twin on the first --comparison_limit rows of each.
 """
 
 import math
@@ -103,7 +103,7 @@ class EvaluationArguments:
     )
     limit: int | None = field(default=None, metadata={"help": "Rows per list; all by default."})
     comparison_limit: int = field(
-        default=100, metadata={"help": "Rows per list for the comparison of steps, thresholds and the twin."}
+        default=100, metadata={"help": "Rows per list for the comparison of steps and thresholds."}
     )
     batch_size: int = field(default=32, metadata={"help": "Requests answered at once, where time is not measured."})
     timed: int = field(default=20, metadata={"help": "Answers per speed figure, one at a time; 0 leaves speed out."})
@@ -344,8 +344,11 @@ class Evaluation:
         if args.twin:
             # The twin speaks with the model's audio tokenizer, so that only the language models are compared.
             twin = Talker(args.twin, args, talker)
-            self.file("twin/", self.lists(twin, self.names, limit, {}))
-            self.speed(twin, "twin/", {})
+            answers = self.lists(twin, self.names, args.limit, {})
+            self.file("twin/", answers)
+            self.file("compared twin/", {name: answers[name][:limit] for name in SPEECH_LISTS})
+            for prefix in ("twin/", "compared twin/"):
+                self.speed(twin, prefix, {})
 
 
 def comparison_settings(args: EvaluationArguments) -> list[tuple[str, dict[str, Any]]]:
@@ -376,8 +379,8 @@ def report(args: EvaluationArguments, figures: dict[str, Figure], kinds: dict[st
                 row += [twin, twin.count] if twin else ["", ""]
             main_rows.append(row)
     prefixes = [prefix for prefix, _ in comparison_settings(args)]
-    prefixes += [*(["twin/"] if args.twin else []), "original speech/"]
-    titles = {"twin/": "autoregressive twin", "original speech/": "the references' own speech"}
+    prefixes += [*(["compared twin/"] if args.twin else []), "original speech/"]
+    titles = {"compared twin/": "autoregressive twin", "original speech/": "the references' own speech"}
     # Every row rests on the same samples, so their number stands in the header.
     counts = {key: next((figures[p + key].count for p in prefixes if p + key in figures), 0) for key in COMPARED}
     compared_header = ["decoding", *(f"{title} (n = {counts[key]})" for key, title in COMPARED.items())]
@@ -413,7 +416,7 @@ def plot(args: EvaluationArguments, figures: dict[str, Figure], path: Path) -> N
         axes.plot(args.steps, values, "o-", color=color, label=f"{title} (n = {chosen[0].count})", clip_on=False)
         own = 100 * figures[f"original speech/{name}/speech_wer"].value
         axes.axhline(own, color=color, lw=1.2, ls=":", label="the references' own speech", clip_on=False)
-        if (twin := figures.get(f"twin/{name}/speech_wer")) is not None:
+        if (twin := figures.get(f"compared twin/{name}/speech_wer")) is not None:
             axes.axhline(100 * twin.value, color=color, lw=1.2, ls="--", label="autoregressive twin")
     axes.set(
         xscale="log",
