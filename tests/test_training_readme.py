@@ -19,6 +19,7 @@ torchrun() { printf "%q " "$@"; echo; }
 accelerate() { printf "%q " "$@"; echo; }
 pip() { :; }
 apt-get() { :; }
+sed() { :; }
 """
 
 
