@@ -16,13 +16,13 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from datasets import load_dataset, load_from_disk
-from training_runs import RankSeed
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.distributed import DistributedConfig
 
 from modeling_ttt import TttForConditionalGeneration
 from processing import TttDataCollator
 from processing.interleaving_ttt import TttTokenIds
+from training_examples.training.resuming import RankSeed
 
 TOKEN_IDS = TttTokenIds(110, 111, 64, 175, 100, 101, 102, 176, 177, end_of_turn_token_id=104)
 

@@ -36,7 +36,7 @@ def start(folder, part, launcher, *options, port_option):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    paths = [str(WORKER.parent.parent), str(CONFIGS.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    paths = [str(WORKER.parent.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     environment = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", launcher, *options, f"{port_option}={port}", str(WORKER), str(folder), part],

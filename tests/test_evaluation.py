@@ -4,15 +4,23 @@ import dataclasses
 import json
 import math
 
-import evaluate_ttt
 import numpy as np
 import pytest
 import soundfile
 from builders import build_codec, build_model, build_processor, tone
-from evaluate_codec import reconstruct
-from evaluate_ttt import Evaluation, EvaluationArguments, Talker, figures_of_list, plot, report
-from evaluation import Figure, fingerprint, markdown_table, read_audio, read_list, remember
 from transformers import EncodecFeatureExtractor
+
+from training_examples.evaluation.figures import Figure, fingerprint, markdown_table, read_audio, read_list, remember
+from training_examples.ttt_tiny import evaluate_ttt
+from training_examples.ttt_tiny.evaluate_codec import reconstruct
+from training_examples.ttt_tiny.evaluate_ttt import (
+    Evaluation,
+    EvaluationArguments,
+    Talker,
+    figures_of_list,
+    plot,
+    report,
+)
 
 
 def row(**values):

@@ -3,12 +3,10 @@ and a folder that works as on the Hub."""
 
 import sys
 
-import init_from_llm
 import numpy as np
 import pytest
 import torch
 from builders import NUM_CODES, build_codec, tone
-from init_from_llm import draw_rows, extend_tokenizer
 from test_other_audio_tokenizers import build as build_codec_of
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -26,6 +24,8 @@ from transformers import (
 
 from modeling_ttt import TttGenerationConfig
 from processing import TttTokenIds
+from training_examples import init_from_llm
+from training_examples.init_from_llm import draw_rows, extend_tokenizer
 
 CHATML = ["<|im_start|>", "<|im_end|>"]
 CODES = [f"<|audio_{code}|>" for code in range(NUM_CODES)]

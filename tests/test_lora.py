@@ -7,17 +7,21 @@ import shutil
 import subprocess
 import sys
 
-import build_skill
-import domain
-import evaluate_skill
-import finetune_lora
 import numpy as np
 import pytest
 import soundfile
 import torch
 from builders import build_processor, tone, write_wav
 from datasets import Dataset, DatasetDict, load_from_disk
-from finetune_lora import (
+from peft import AutoPeftModelForCausalLM, get_peft_model
+from safetensors.torch import load_file
+from transformers import pipeline
+
+from modeling_ttt import TttConfig, TttForConditionalGeneration
+from pipelines import TttAudioToAudioPipeline, ttt_talk
+from processing import TttProcessor
+from training_examples import finetune_lora
+from training_examples.finetune_lora import (
     TARGET_MODULES,
     LoraArguments,
     load_base,
@@ -26,13 +30,7 @@ from finetune_lora import (
     save_merged,
     trainable_tokens,
 )
-from peft import AutoPeftModelForCausalLM, get_peft_model
-from safetensors.torch import load_file
-from transformers import pipeline
-
-from modeling_ttt import TttConfig, TttForConditionalGeneration
-from pipelines import TttAudioToAudioPipeline, ttt_talk
-from processing import TttProcessor
+from training_examples.ttt_tiny import build_skill, domain, evaluate_skill
 
 BACKBONES = {"qwen2": True, "qwen3": False, "llama": True}  # by model type, whether the head is tied
 GENERATION = {"max_new_tokens": 12, "max_audio_codes_per_span": 20}

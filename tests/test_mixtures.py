@@ -5,10 +5,11 @@ from itertools import islice
 
 import datasets
 import pytest
-from data_shards import FEATURES, ShardFolder
-from data_sources import Chunk
 from datasets import Dataset, DatasetDict, IterableDataset, disable_progress_bars
-from mixtures import load_mixture, parse_source
+
+from training_examples.preparation.mixtures import load_mixture, parse_source
+from training_examples.preparation.shards import FEATURES, ShardFolder
+from training_examples.preparation.sources import Chunk
 
 
 @pytest.fixture(autouse=True)

@@ -9,16 +9,16 @@ from multiprocessing import get_context
 
 import datasets
 import numpy as np
-import prepare_dataset
 import pyarrow.parquet as pq
 import pytest
 import torch
 from builders import build_processor, tone, write_wav
-from data_shards import ShardFolder
 from datasets import Audio, ClassLabel, Dataset, DatasetDict, disable_progress_bars
-from prepare_dataset import PrepareArguments, prepare
 
 from processing import TttProcessor, deinterleave
+from training_examples import prepare_dataset
+from training_examples.preparation.shards import ShardFolder
+from training_examples.prepare_dataset import PrepareArguments, prepare
 
 TEXTS = ["one two three", "a somewhat longer sentence", "hi", "what is this"]
 
@@ -156,13 +156,11 @@ def test_utterances_of_a_recording_become_documents_that_alternate_and_fit(model
 
 
 def test_one_record_serves_several_tasks_and_its_audio_is_encoded_once(model, speech, tmp_path, monkeypatch):
-    import data_examples
+    from training_examples.preparation import examples as room
 
     encoded = []
-    encode = data_examples.encode_waveforms
-    monkeypatch.setattr(
-        data_examples, "encode_waveforms", lambda *args: encoded.extend(map(len, args[2])) or encode(*args)
-    )
+    encode = room.encode_waveforms
+    monkeypatch.setattr(room, "encode_waveforms", lambda *args: encoded.extend(map(len, args[2])) or encode(*args))
     summary, examples = run(model, tmp_path, speech / "list.jsonl", tasks=["asr", "tts", "spoken_chat"])
     assert sorted(encoded) == [8000, 16000, 24000, 32000]
     assert [example["task"] for example in examples[:3]] == ["asr", "tts", "spoken_chat"]
@@ -300,16 +298,16 @@ def test_a_bad_record_is_skipped_and_listed_with_its_reason(model, speech, tmp_p
 
 
 def test_audio_the_tokenizer_fails_on_does_not_take_its_batch_along(model, speech, tmp_path, monkeypatch):
-    import data_examples
+    from training_examples.preparation import examples as room
 
-    encode = data_examples.encode_waveforms
+    encode = room.encode_waveforms
 
     def refuse_short(audio_tokenizer, feature_extractor, waveforms, batch_size):
         if min(map(len, waveforms)) < 100:
             raise RuntimeError("kernel size cannot be greater than input size")
         return encode(audio_tokenizer, feature_extractor, waveforms, batch_size)
 
-    monkeypatch.setattr(data_examples, "encode_waveforms", refuse_short)
+    monkeypatch.setattr(room, "encode_waveforms", refuse_short)
     write_wav(tmp_path / "click.wav", tone(0.005))
     rows = [{"audio": str(speech / f"{i}.wav"), "text": "x"} for i in range(3)] + [{"audio": "click.wav", "text": "x"}]
     summary, examples = run(model, tmp_path / "out", write_lines(tmp_path / "list.jsonl", rows), tasks=["tts"])

@@ -4,19 +4,20 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-import domain
 import numpy as np
 import pytest
 import soundfile
-from recognition import (
+
+from training_examples.evaluation.recognisers import (
     MEAN_SEQUENCE_LENGTH,
     Recognizer,
     bigram_arpa,
-    domain_recognizer,
     prepare_waveform,
     pronouncing_dictionary,
     word_error_rate,
 )
+from training_examples.ttt_tiny import domain
+from training_examples.ttt_tiny.judge import domain_recognizer
 
 SPEECH = Path(__file__).parent / "fixtures" / "recognition"
 WORDS = ["is", "one", "plus", "three", "two"]

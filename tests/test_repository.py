@@ -14,7 +14,9 @@ import pytest
 import soundfile
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from recognition import domain_recognizer, word_error_rate
+
+from training_examples.evaluation.recognisers import word_error_rate
+from training_examples.ttt_tiny.judge import domain_recognizer
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

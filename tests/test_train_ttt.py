@@ -12,17 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_ttt
 from builders import build_processor
 from datasets import Dataset, DatasetDict
 from PIL import Image
 from safetensors.torch import load_file
-from training_metrics import EvaluationMetrics, accuracies, plot_curves
-from training_runs import last_complete_checkpoint
 from transformers import EvalPrediction
 
 from modeling_ttt import TttConfig, TttForConditionalGeneration
 from processing import interleave
+from training_examples import train_ttt
+from training_examples.training.metrics import EvaluationMetrics, accuracies, plot_curves
+from training_examples.training.resuming import last_complete_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 BINS = ["0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00"]

@@ -5,21 +5,17 @@ import json
 import random
 import sys
 
-import build_examples
-import build_speech
-import create_tiny
-import domain
 import numpy as np
 import pytest
 import torch
-import train_codec
-import train_ttt
 from builders import build_codec, build_processor
 from datasets import Dataset, DatasetDict
 from safetensors.numpy import save_file
 
 from modeling_ttt import TttConfig, TttForConditionalGeneration
 from modeling_ttt.ttt_codec import TttCodecConfig, TttCodecModel
+from training_examples import train_ttt
+from training_examples.ttt_tiny import build_examples, build_speech, create_tiny, domain, train_codec
 
 
 def test_no_held_out_sentence_is_ever_drawn_for_training():

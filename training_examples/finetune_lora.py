@@ -16,7 +16,12 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from train_ttt import (
+from transformers import BitsAndBytesConfig
+
+from modeling_ttt import TttConfig, TttForConditionalGeneration
+from pipelines import TttAudioToAudioPipeline
+from processing import TttProcessor
+from training_examples.train_ttt import (
     ModelArguments,
     check_lengths,
     check_vocabulary,
@@ -25,11 +30,6 @@ from train_ttt import (
     parse_arguments,
     run,
 )
-from transformers import BitsAndBytesConfig
-
-from modeling_ttt import TttConfig, TttForConditionalGeneration
-from pipelines import TttAudioToAudioPipeline
-from processing import TttProcessor
 
 # All linear layers of a decoder layer, as the published script adapts them. Qwen2, Qwen3 and Llama share the names.
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data_examples import ExampleBuilder
-from data_records import FIELDS, TASK_NAMES, RecordReader
-from data_shards import ShardFolder
-from data_sources import Chunk, Source, open_data_config, open_source
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from processing import TttProcessor
+from training_examples.preparation.examples import ExampleBuilder
+from training_examples.preparation.records import FIELDS, TASK_NAMES, RecordReader
+from training_examples.preparation.shards import ShardFolder
+from training_examples.preparation.sources import Chunk, Source, open_data_config, open_source
 
 # What may differ when a run is taken up again: it decides how fast the examples are made, not what they are.
 FREE_ARGUMENTS = ("output_dir", "batch_size", "device", "num_proc")

@@ -18,13 +18,13 @@ from typing import Any, TypeVar
 import pyarrow.compute
 import torch
 from datasets import Dataset, IterableDataset
-from mixtures import load_mixture, parse_source
-from training_metrics import EvaluationMetrics, TrainingScores, plot_curves, write_log
-from training_runs import DataOrder, RankSeed, last_complete_checkpoint
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from modeling_ttt import TttConfig, TttForConditionalGeneration
 from processing import TttDataCollator, TttProcessor
+from training_examples.preparation.mixtures import load_mixture, parse_source
+from training_examples.training.metrics import EvaluationMetrics, TrainingScores, plot_curves, write_log
+from training_examples.training.resuming import DataOrder, RankSeed, last_complete_checkpoint
 
 # Options of the configuration that a run may set.
 CONFIG_OPTIONS = (

@@ -22,9 +22,9 @@ from datasets import disable_progress_bars
 from transformers import HfArgumentParser
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "training_examples")]
+sys.path.insert(0, str(ROOT))
 
-import prepare_dataset  # noqa: E402
+from training_examples import prepare_dataset  # noqa: E402
 
 
 @dataclass
@@ -49,8 +49,7 @@ def read_clips(arguments: Arguments) -> list[tuple[np.ndarray, str]]:
         rows = [json.loads(line) for line in arguments.speech.read_text().splitlines()[: arguments.clips]]
         folder = arguments.speech.parent
         return [(soundfile.read(folder / r["audio"], dtype="int16")[0], r["question"] or r["answer"]) for r in rows]
-    import domain
-    import synthesis
+    from training_examples.ttt_tiny import domain, synthesis
 
     print(f"{arguments.speech} is not there: eSpeak NG speaks.")
     texts = [item.question for item in domain.fixed_items()][: arguments.clips]

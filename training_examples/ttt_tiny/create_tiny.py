@@ -1,6 +1,6 @@
 """Creates the untrained ttt-tiny: text tokenizer, processor and a small Qwen2 backbone with random weights.
 
-    python training_examples/create_tiny.py --audio_tokenizer runs/codec/tokenizer --output_dir runs/tiny/initial
+    python training_examples/ttt_tiny/create_tiny.py --output_dir runs/tiny/initial
 
 The text tokenizer is a byte-level BPE in which every word of the domain is one token: in a closed domain a word then
 stands for one sound pattern. It lower-cases, drops punctuation and spells small numbers out, so users can type as they
@@ -11,7 +11,6 @@ start alike.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import domain
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import EncodecFeatureExtractor, HfArgumentParser, PreTrainedTokenizerFast, Qwen2Config, set_seed
@@ -19,6 +18,7 @@ from transformers import EncodecFeatureExtractor, HfArgumentParser, PreTrainedTo
 from modeling_ttt import TttConfig, TttForConditionalGeneration, TttGenerationConfig
 from modeling_ttt.ttt_codec import TttCodecModel
 from processing import TttProcessor
+from training_examples.ttt_tiny import domain
 
 # One word of prompt leaves this domain's short sequences to speech; TttProcessor's defaults are the published ones.
 SYSTEM_PROMPTS = {

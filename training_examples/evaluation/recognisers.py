@@ -1,4 +1,4 @@
-"""An independent recogniser for evaluation: PocketSphinx with a language model of the domain, and word error rates.
+"""An independent recogniser for evaluation: PocketSphinx with a language model of a domain, and word error rates.
 
 PocketSphinx's wheel carries an English acoustic model and a pronouncing dictionary; nothing is downloaded. It shares no
 part with the audio tokenizer, so what it understands is evidence about the speech and not about the codes.
@@ -269,22 +269,3 @@ def word_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> flo
     extra = sum(len(heard.split()) for said, heard in zip(references, hypotheses, strict=True) if not said.split())
     counts = jiwer.process_words([said for said, _ in pairs], [heard for _, heard in pairs])
     return (counts.substitutions + counts.deletions + counts.insertions + extra) / words
-
-
-# The assistant voice of ttt-tiny (flite's slt): its mean cepstrum at this warp, over 200 sentences. On 100 answers
-# and 100 random sequences in that voice the word error rate is 1.4 % and 10.5 %; with neither, 2.6 % and 14.5 %.
-VOICE_WARP = 1.1
-VOICE_MEAN = (44.72, 4.1, 14.9, 17.51, 0.29, 0.36, 0.23, 0.44, 0.25, 5.24, 0.42, 7.4, 7.62)
-
-
-def domain_recognizer(num_workers: int = 2) -> Recognizer:
-    """The recogniser of ttt-tiny's domain and voice, as every figure of its model card uses it."""
-    import domain
-
-    return Recognizer(
-        domain.vocabulary(),
-        domain.lm_sentences(seed=0, n=20_000),
-        num_workers=num_workers,
-        frequency_warp=VOICE_WARP,
-        cepstral_mean=VOICE_MEAN,
-    )

@@ -1,6 +1,6 @@
 """Measures an audio tokenizer: what an independent recogniser understands after encoding and decoding held-out speech.
 
-    python training_examples/evaluate_codec.py --model model_cards/ttt-tiny/audio_tokenizer
+    python training_examples/ttt_tiny/evaluate_codec.py --model model_cards/ttt-tiny/audio_tokenizer
 
 Needs the held-out lists of build_speech.py. Writes codec.json and codec.md into --output_dir and prints the table.
 """
@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from evaluation import Figure, markdown_table, normalized, read_audio, read_list, write_json
-from recognition import domain_recognizer, word_error_rate
 from tqdm.auto import tqdm
 from transformers import AutoModelForAudioTokenization, EncodecFeatureExtractor, HfArgumentParser
 
 import modeling_ttt  # noqa: F401  (registers the audio tokenizer, so that no remote code is needed)
+from training_examples.evaluation.figures import Figure, markdown_table, normalized, read_audio, read_list, write_json
+from training_examples.evaluation.recognisers import word_error_rate
+from training_examples.ttt_tiny.judge import domain_recognizer
 
 LISTS = {"codec_answers": "held-out answers", "tts": "random word sequences"}
 

@@ -1,8 +1,8 @@
 """Trains the audio tokenizer of ttt-tiny on the speech of build_speech.py, in three resumable stages.
 
-    python training_examples/train_codec.py --stage tokenizer   # encoder, codes and mel decoder
-    python training_examples/train_codec.py --stage vocoder     # vocoder on real log-mels; may run beside the first
-    python training_examples/train_codec.py --stage decoder     # decoder and vocoder together on the frozen codes
+    python training_examples/ttt_tiny/train_codec.py --stage tokenizer  # encoder, codes and mel decoder
+    python training_examples/ttt_tiny/train_codec.py --stage vocoder    # on real log-mels; may run beside the first
+    python training_examples/ttt_tiny/train_codec.py --stage decoder    # and vocoder together on the frozen codes
 
 `tokenizer` joins a phoneme head (CTC on all voices: the codes must carry what is said) with a log-mel decoder that is
 trained on the assistant's voice only (so every voice comes back in that one). Held-out sentences are left out. Each
@@ -19,14 +19,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from build_speech import read_shard
-from domain import is_held_out
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import HfArgumentParser, set_seed
 
 from modeling_ttt.ttt_codec import TttCodecConfig, TttCodecModel
+from training_examples.ttt_tiny.build_speech import read_shard
+from training_examples.ttt_tiny.domain import is_held_out
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Lays a trained model out as its Hub repository, in half precision, with this package's own files as its code.
 
-    python training_examples/export_tiny.py --model runs/tiny/ttt --audio_tokenizer runs/codec/decoder \
+    python training_examples/ttt_tiny/export_tiny.py --model runs/tiny/ttt --audio_tokenizer runs/codec/decoder \
         --output_dir model_cards/ttt-tiny
 
 Weights are stored in float16 and computed in float32. The code files are relative symbolic links to the package, so

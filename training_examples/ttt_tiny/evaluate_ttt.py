@@ -1,7 +1,7 @@
 """Measures a TtT model on held-out speech and text: answers, transcripts, the speech it says, and its speed.
 
-    python training_examples/evaluate_ttt.py --model model_cards/ttt-tiny
-    python training_examples/evaluate_ttt.py --model model_cards/ttt-tiny --twin runs/autoregressive_twin
+    python training_examples/ttt_tiny/evaluate_ttt.py --model model_cards/ttt-tiny
+    python training_examples/ttt_tiny/evaluate_ttt.py --model model_cards/ttt-tiny --twin runs/autoregressive_twin
 
 Needs the held-out lists of build_speech.py: choices are made with `--split development`, and what was chosen is then
 measured once on the evaluation lists. Speech is judged by an independent recogniser (recognition.py). Each part is kept
@@ -25,7 +25,12 @@ from typing import Any, Literal
 
 import soundfile
 import torch
-from evaluation import (
+from tqdm.auto import tqdm
+from transformers import AutoModel, AutoProcessor, HfArgumentParser
+
+import modeling_ttt  # noqa: F401  (registers the models, so that no remote code is needed)
+import processing  # noqa: F401
+from training_examples.evaluation.figures import (
     Figure,
     fingerprint,
     markdown_table,
@@ -36,12 +41,8 @@ from evaluation import (
     share,
     write_json,
 )
-from recognition import SAMPLING_RATE, Recognizer, domain_recognizer, word_error_rate
-from tqdm.auto import tqdm
-from transformers import AutoModel, AutoProcessor, HfArgumentParser
-
-import modeling_ttt  # noqa: F401  (registers the models, so that no remote code is needed)
-import processing  # noqa: F401
+from training_examples.evaluation.recognisers import SAMPLING_RATE, Recognizer, word_error_rate
+from training_examples.ttt_tiny.judge import domain_recognizer
 
 PROCESSOR_TASKS = {"spoken_qa": "spoken_qa", "asr": "asr", "tts": "tts", "text_qa": "text_chat"}
 VOICES = ("seen", "unheard", "unheard_natural")

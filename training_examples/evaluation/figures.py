@@ -34,7 +34,9 @@ def read_list(folder: str | Path, name: str, limit: int | None = None) -> list[d
     """
     path = Path(folder, f"{name}.jsonl")
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: make the held-out lists with training_examples/build_speech.py")
+        raise FileNotFoundError(
+            f"{path} is missing: make the held-out lists with training_examples/ttt_tiny/build_speech.py"
+        )
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
     return rows[:limit]
 

@@ -1,7 +1,7 @@
 """Speaks what ttt-tiny does not know, the colors of twelve fruits and vegetables, for finetune_lora.py: shards and
 held-out lists.
 
-    python training_examples/build_skill.py --output_dir data/skill
+    python training_examples/ttt_tiny/build_skill.py --output_dir data/skill
 
 The output has the layout of build_speech.py, so build_examples.py reads it as it is. `--minutes` bounds the speech of
 the training in all: all answers, then questions in many voices, of which a share (`--replay`) are old ones with their
@@ -16,15 +16,23 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import domain
 import numpy as np
-from build_speech import speak_list
-from domain import Item
 from safetensors.numpy import save_file
 from scipy.signal import resample_poly
-from synthesis import ASSISTANT_VOICE, SAMPLING_RATE, TRAINED_VOICES, Delivery, random_delivery, speak
 from tqdm import tqdm
 from transformers import HfArgumentParser
+
+from training_examples.ttt_tiny import domain
+from training_examples.ttt_tiny.build_speech import speak_list
+from training_examples.ttt_tiny.domain import Item
+from training_examples.ttt_tiny.synthesis import (
+    ASSISTANT_VOICE,
+    SAMPLING_RATE,
+    TRAINED_VOICES,
+    Delivery,
+    random_delivery,
+    speak,
+)
 
 COLORS = dict(
     pair.split("-")

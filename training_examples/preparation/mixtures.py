@@ -5,7 +5,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_shards import FEATURES, ShardFolder
 from datasets import (
     Dataset,
     DatasetDict,
@@ -15,6 +14,8 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
+
+from training_examples.preparation.shards import FEATURES, ShardFolder
 
 STOPPING_STRATEGIES = ("first_exhausted", "all_exhausted", "all_exhausted_without_replacement")
 

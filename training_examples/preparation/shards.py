@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from data_sources import Chunk
 from datasets import Features, List, Value
+
+from training_examples.preparation.sources import Chunk
 
 FEATURES = Features(
     {

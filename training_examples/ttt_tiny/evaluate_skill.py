@@ -1,7 +1,7 @@
 """Measures what an adapter has taught and what it has cost: held-out questions of the new skill and of the old domain,
 answered with and without it.
 
-    python training_examples/evaluate_skill.py --adapter runs/skill
+    python training_examples/ttt_tiny/evaluate_skill.py --adapter runs/skill
 
 Needs the lists of build_skill.py and, for the old domain, of `build_speech.py --evaluation_only`. Choices are made with
 `--split development`. Each part is kept in --output_dir, so a killed run goes on where it stopped; skill.md there is
@@ -14,13 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import domain
 import torch
-from build_skill import new_words, skill_items, split_of
-from evaluate_ttt import EvaluationArguments, Talker, figures_of_list, measure_list
-from evaluation import Figure, fingerprint, markdown_table, remember
-from recognition import VOICE_MEAN, VOICE_WARP, Recognizer
 from transformers import HfArgumentParser
+
+from training_examples.evaluation.figures import Figure, fingerprint, markdown_table, remember
+from training_examples.evaluation.recognisers import Recognizer
+from training_examples.ttt_tiny import domain
+from training_examples.ttt_tiny.build_skill import new_words, skill_items, split_of
+from training_examples.ttt_tiny.evaluate_ttt import EvaluationArguments, Talker, figures_of_list, measure_list
+from training_examples.ttt_tiny.judge import VOICE_MEAN, VOICE_WARP
 
 # Rows of the table: data, figure, title.
 ROWS = [

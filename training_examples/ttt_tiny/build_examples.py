@@ -1,6 +1,6 @@
 """Turns the speech of build_speech.py into training examples for ttt-tiny: codes first, then token sequences.
 
-    python training_examples/build_examples.py --model runs/tiny/initial
+    python training_examples/ttt_tiny/build_examples.py --model runs/tiny/initial
 
 Every question becomes a spoken question with its answer and a dictation; every assistant sentence a text to read
 aloud; part of the questions are also asked in text, and part of the examples hold two turns. Codes are kept shard by
@@ -19,14 +19,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import soundfile
 import torch
-from build_speech import read_shard
 from datasets import Dataset, DatasetDict
 from tqdm import tqdm
-from train_codec import augment, pad
 from transformers import HfArgumentParser, set_seed
 
 from modeling_ttt.ttt_codec import TttCodecModel
 from processing import TttProcessor, interleave
+from training_examples.ttt_tiny.build_speech import read_shard
+from training_examples.ttt_tiny.train_codec import augment, pad
 
 
 @dataclass

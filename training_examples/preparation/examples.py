@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from data_records import Draft, RecordReader, RejectedError
-from data_sources import Chunk
 from datasets.utils.file_utils import xopen
 
 from processing import TttProcessor, TttTokenIds
@@ -26,6 +24,8 @@ from processing.interleaving_ttt import (
     END_OF_TURN,
 )
 from processing.tasks_ttt import START_OF_TURN
+from training_examples.preparation.records import Draft, RecordReader, RejectedError
+from training_examples.preparation.sources import Chunk
 
 COUNTS = ("examples", "rejected", "text_tokens", "audio_tokens", "scored_tokens", "audio_seconds")
 _ANSWER = re.compile(rf"(?<={re.escape(START_OF_TURN)}assistant\n).*?{re.escape(END_OF_TURN)}", re.DOTALL)

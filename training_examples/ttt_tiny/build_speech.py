@@ -1,6 +1,6 @@
 """Speaks the domain of ttt-tiny: training speech in shards, held-out speech as FLAC files with JSONL lists.
 
-    python training_examples/build_speech.py --output_dir data/ttt_tiny
+    python training_examples/ttt_tiny/build_speech.py --output_dir data/ttt_tiny
 
 Needs eSpeak NG and Flite (`apt-get install libespeak-ng1 espeak-ng-data libflite1`). About 30,000 assistant sentences
 and 55,000 questions and dictations took 27 minutes on two busy cores; `--evaluation_only` speaks the held-out lists
@@ -15,12 +15,15 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import domain
 import numpy as np
 import soundfile
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from synthesis import (
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+from training_examples.ttt_tiny import domain
+from training_examples.ttt_tiny.synthesis import (
     ASSISTANT_VOICE,
     SAMPLING_RATE,
     TRAINED_VOICES,
@@ -30,8 +33,6 @@ from synthesis import (
     random_delivery,
     speak,
 )
-from tqdm import tqdm
-from transformers import HfArgumentParser
 
 
 @dataclass
@@ -204,7 +205,7 @@ def main() -> None:
         lists = [pool.submit(speak_list, evaluation, name, rows) for name, rows in plan_evaluation(args).items()]
         for job in tqdm(pending + lists, desc="speaking", unit="shard"):
             job.result()
-    (args.output_dir / "README.txt").write_text("Made by training_examples/build_speech.py; see its help.\n")
+    (args.output_dir / "README.txt").write_text("Made by training_examples/ttt_tiny/build_speech.py; see its help.\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""From any dataset to training examples: sources, records, examples, shards, mixtures."""

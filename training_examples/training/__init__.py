@@ -1,0 +1,1 @@
+"""What training runs share: what is logged and how a run is resumed."""

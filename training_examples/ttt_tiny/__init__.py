@@ -1,0 +1,1 @@
+"""How the shipped model was made, script by script, see README.md. Nothing outside this folder imports it."""

@@ -1,0 +1,20 @@
+"""The judge of ttt-tiny's speech: the recogniser over its domain and its assistant's voice."""
+
+from training_examples.evaluation.recognisers import Recognizer
+from training_examples.ttt_tiny import domain
+
+# The assistant voice of ttt-tiny (flite's slt): its mean cepstrum at this warp, over 200 sentences. On 100 answers
+# and 100 random sequences in that voice the word error rate is 1.4 % and 10.5 %; with neither, 2.6 % and 14.5 %.
+VOICE_WARP = 1.1
+VOICE_MEAN = (44.72, 4.1, 14.9, 17.51, 0.29, 0.36, 0.23, 0.44, 0.25, 5.24, 0.42, 7.4, 7.62)
+
+
+def domain_recognizer(num_workers: int = 2) -> Recognizer:
+    """The recogniser of ttt-tiny's domain and voice, as every figure of its model card uses it."""
+    return Recognizer(
+        domain.vocabulary(),
+        domain.lm_sentences(seed=0, n=20_000),
+        num_workers=num_workers,
+        frequency_warp=VOICE_WARP,
+        cepstral_mean=VOICE_MEAN,
+    )
