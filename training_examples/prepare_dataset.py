@@ -7,7 +7,8 @@
 
 Records are read in chunks; each becomes one Parquet shard, so a run that was killed goes on with the first missing
 shard when it is started again with the same arguments. A record that gives no example is listed with its reason in
-`rejected-SPLIT.jsonl`, and `summary-SPLIT.json` tells hours, tokens and lengths. mixtures.py reads the result.
+`rejected-SPLIT.jsonl`, and `summary-SPLIT.json` tells hours, tokens and lengths. preparation/mixtures.py
+reads the result.
 """
 
 import dataclasses

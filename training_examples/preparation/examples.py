@@ -1,5 +1,5 @@
 """Records to training examples: encodes their audio and writes token sequences, or says why a record gives none.
-Which records there are is the business of data_sources.py, what they mean that of data_records.py."""
+Which records there are is the business of sources.py, what they mean that of records.py."""
 
 import random
 import re

@@ -1,5 +1,5 @@
 """Opens any `datasets` source as records of plain Python values: Hub names, files, folders, saved datasets, streams and
-data_config lists. What a record means lives in data_records.py."""
+data_config lists. What a record means lives in records.py."""
 
 import glob
 import itertools

@@ -4,7 +4,7 @@
     python training_examples/ttt_tiny/evaluate_ttt.py --model model_cards/ttt-tiny --twin runs/autoregressive_twin
 
 Needs the held-out lists of build_speech.py: choices are made with `--split development`, and what was chosen is then
-measured once on the evaluation lists. Speech is judged by an independent recogniser (recognition.py). Each part is kept
+measured once on the evaluation lists. Speech is judged by an independent recogniser (judge.py). Each part is kept
 in --output_dir as soon as it is measured, so a killed run goes on where it stopped; evaluation.json, evaluation.md and
 steps.png are the report (development.json, development.md and development_steps.png that of the other split). Run it on
 an idle machine: it measures time too. The main figures, the twin's too, rest on all rows of the lists, the comparison

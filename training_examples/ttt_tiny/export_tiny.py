@@ -22,7 +22,7 @@ from modeling_ttt.ttt_codec import TttCodecModel
 from pipelines import TttAudioToAudioPipeline
 from processing import TttProcessor
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("modeling_ttt", "modeling_ttt/ttt_codec", "processing", "pipelines")
 
 
