@@ -7,10 +7,11 @@ from modeling_ttt import TttConfig
 from .audio_tokenizer_ttt import load_audio_codec, load_feature_extractor
 from .codebooks_ttt import TttAudioFormat, flatten_codes, unflatten_codes
 from .collator_ttt import TttDataCollator
-from .interleaving_ttt import TttTokenIds, deinterleave, interleave
+from .interleaving_ttt import deinterleave, interleave
 from .processing_ttt import TttProcessor
 from .streaming_ttt import TttStreamer
 from .tasks_ttt import TASKS, TttTask
+from .vocabulary_ttt import TttTokenIds
 
 AutoProcessor.register(TttConfig, TttProcessor, exist_ok=True)
 

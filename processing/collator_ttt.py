@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from .interleaving_ttt import TttTokenIds, last_span_bounds, to_list, truncated_span_range
+from .interleaving_ttt import last_span_bounds, truncated_span_range
+from .vocabulary_ttt import TttTokenIds, to_list
 
 IGNORE_INDEX = -100
 

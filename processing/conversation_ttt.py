@@ -12,8 +12,9 @@ import numpy as np
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .audio_input_ttt import is_single_audio, load_waveform
-from .interleaving_ttt import AUDIO_PLACEHOLDER, END_OF_TURN, TttTokenIds, interleave, to_list
-from .tasks_ttt import RESPONSE_AUDIO, START_OF_TURN, audio_parts
+from .interleaving_ttt import interleave
+from .tasks_ttt import RESPONSE_AUDIO, audio_parts
+from .vocabulary_ttt import AUDIO_PLACEHOLDER, END_OF_TURN, START_OF_TURN, TttTokenIds, to_list
 
 _RESPONSE = re.compile(rf"(?<={re.escape(START_OF_TURN)}assistant\n)(.*?)({re.escape(END_OF_TURN)}|\Z)", re.DOTALL)
 

@@ -24,9 +24,10 @@ from .audio_tokenizer_ttt import (
 )
 from .codebooks_ttt import TttAudioFormat, flatten_codes, unflatten_codes
 from .conversation_ttt import ConversationEncoder, check_all_used, read_audio_parts, render
-from .interleaving_ttt import TttTokenIds, deinterleave, to_list
+from .interleaving_ttt import deinterleave
 from .streaming_ttt import TttStreamer
 from .tasks_ttt import CHAT_TEMPLATE, TASKS, check_messages, default_system_prompts
+from .vocabulary_ttt import TttTokenIds, to_list
 
 
 class TttProcessor(ProcessorMixin):

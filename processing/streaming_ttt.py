@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from .interleaving_ttt import TttTokenIds, to_list, whole_frames
+from .interleaving_ttt import whole_frames
+from .vocabulary_ttt import TttTokenIds, to_list
 from .waveform_stream_ttt import WaveformStream
 
 

@@ -6,16 +6,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .interleaving_ttt import (
+from .vocabulary_ttt import (
     AUDIO_PLACEHOLDER,
     BEGIN_OF_AUDIO,
     BEGIN_OF_LAST_AUDIO,
     END_OF_LAST_AUDIO,
     END_OF_PROMPT_AUDIO,
     END_OF_TURN,
+    START_OF_TURN,
 )
 
-START_OF_TURN = "<|im_start|>"
 PROMPT_AUDIO = BEGIN_OF_AUDIO + AUDIO_PLACEHOLDER + END_OF_PROMPT_AUDIO
 RESPONSE_AUDIO = BEGIN_OF_LAST_AUDIO + AUDIO_PLACEHOLDER + END_OF_LAST_AUDIO
 

@@ -1,7 +1,6 @@
 """Tiny random parts for the tests of processor, pipeline and command: a byte-level tokenizer, a processor with a random
 audio tokenizer, and a whole model folder."""
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from transformers import EncodecFeatureExtractor, PreTrainedTokenizerFast
 from modeling_ttt import TttConfig, TttForConditionalGeneration
 from modeling_ttt.ttt_codec import TttCodecConfig, TttCodecModel
 from processing import TttProcessor
+from processing.vocabulary_ttt import END_OF_TURN, added_tokens
 
 NUM_CODES = 16
 
@@ -38,11 +38,8 @@ def build_tokenizer(num_codes: int = NUM_CODES) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False)
-    tokenizer.add_special_tokens({"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"})
-    structure = ["<|im_start|>", "<|begin_of_audio|>", "<|end_of_audio|>", "<|begin_of_quad|>", "<|audio|>"]
-    codes = [f"<|audio_{code}|>" for code in range(num_codes)]
-    ends = ["<|mask_token|>", "<|end_of_audio_new|>", "<|end_of_audio_span_last|>"]
-    tokenizer.add_tokens([*structure, *codes, *ends], special_tokens=True)
+    tokenizer.add_special_tokens({"pad_token": "<|endoftext|>", "eos_token": END_OF_TURN})
+    tokenizer.add_tokens(added_tokens(num_codes), special_tokens=True)
     return tokenizer
 
 
@@ -88,9 +85,7 @@ def build_model(processor: TttProcessor, **options) -> TttForConditionalGenerati
         "eos_token_id": processor.tokenizer.eos_token_id,
         **options,
     }
-    structure = {field.name: getattr(ids, field.name) for field in dataclasses.fields(ids)}
-    structure.pop("end_of_turn_token_id")
-    model = TttForConditionalGeneration(TttConfig(text_config=backbone, **structure)).eval()
+    model = TttForConditionalGeneration(TttConfig(text_config=backbone, **ids.config_arguments())).eval()
 
     line_break, h, i = processor.tokenizer("\nhi")["input_ids"]
     follows = [

@@ -20,8 +20,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.distributed import DistributedConfig
 
 from modeling_ttt import TttForConditionalGeneration
-from processing import TttDataCollator
-from processing.interleaving_ttt import TttTokenIds
+from processing import TttDataCollator, TttTokenIds
 from training_examples.training.resuming import RankSeed
 
 TOKEN_IDS = TttTokenIds(110, 111, 64, 175, 100, 101, 102, 176, 177, end_of_turn_token_id=104)

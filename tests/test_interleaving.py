@@ -4,13 +4,8 @@ import random
 
 import pytest
 
-from processing.interleaving_ttt import (
-    TttTokenIds,
-    deinterleave,
-    interleave,
-    last_span_bounds,
-    truncated_span_range,
-)
+from processing import TttTokenIds
+from processing.interleaving_ttt import deinterleave, interleave, last_span_bounds, truncated_span_range
 
 IDS = TttTokenIds(
     audio_token_id_start=100,

@@ -442,7 +442,7 @@ def test_wrong_parts_are_refused():
         build_processor(text_chunk_size=0)
     plain = build_tokenizer()
     plain.get_vocab = lambda: {"a": 0}
-    with pytest.raises(ValueError, match=r"no token `<\|audio_0\|>`"):
+    with pytest.raises(ValueError, match=r"no token .*`<\|audio_0\|>`"):
         TttProcessor(extractor, plain)
 
 

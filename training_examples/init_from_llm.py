@@ -27,29 +27,16 @@ from transformers import (
 )
 
 from modeling_ttt import TttConfig, TttForConditionalGeneration, TttGenerationConfig
-from modeling_ttt.convert_ttt_to_hf import ids_from_tokenizer
 from modeling_ttt.generation_config_ttt import AUDIO_DEFAULTS
 from pipelines import TttAudioToAudioPipeline
-from processing import TttAudioFormat, TttProcessor, load_audio_codec, load_feature_extractor
+from processing import TttAudioFormat, TttProcessor, TttTokenIds, load_audio_codec, load_feature_extractor
 from processing.audio_tokenizer_ttt import AUDIO_TOKENIZER_FOLDER
-from processing.interleaving_ttt import (
-    AUDIO_PLACEHOLDER,
-    BEGIN_OF_AUDIO,
-    BEGIN_OF_LAST_AUDIO,
-    CODE_FORMAT,
-    END_OF_AUDIO,
-    END_OF_LAST_AUDIO,
-    END_OF_PROMPT_AUDIO,
-    END_OF_TURN,
-    MASK,
-)
-from processing.tasks_ttt import START_OF_TURN
+from processing.vocabulary_ttt import AUDIO_PLACEHOLDER, END_OF_TURN, TEXT_TOKENS, audio_tokens
 
 BACKBONES = ("qwen2", "qwen3", "llama")  # a plain head on a plain decoder, under the names TtT uses
 # Close to the mean, new tokens take the least from the probabilities of the old ones (Hewitt, 2021).
 ROW_SPREAD = 1e-9**0.5
 BLOCKS_PER_SPAN = AUDIO_DEFAULTS["max_audio_codes_per_span"] // AUDIO_DEFAULTS["audio_block_size"]
-TEXT_TOKENS = (START_OF_TURN, END_OF_TURN, BEGIN_OF_AUDIO, END_OF_PROMPT_AUDIO, BEGIN_OF_LAST_AUDIO)
 
 
 @dataclass
@@ -101,19 +88,18 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, num_codes: int) -> None
     Raises:
         ValueError: tokens that are there already break the order, so that a text token would count as audio.
     """
-    codes = [CODE_FORMAT.format(code) for code in range(num_codes)]
-    audio_tokens = [AUDIO_PLACEHOLDER, *codes, MASK, END_OF_AUDIO, END_OF_LAST_AUDIO]
+    audio_side = audio_tokens(num_codes)
     before = tokenizer.get_vocab()
-    missing = [token for token in (*TEXT_TOKENS, *audio_tokens) if token not in before]
+    missing = [token for token in (*TEXT_TOKENS, *audio_side) if token not in before]
     tokenizer.add_tokens(missing, special_tokens=True)
     vocabulary = tokenizer.get_vocab()
-    start = max(vocabulary.values()) + 1 - len(audio_tokens)
-    wrong = [(t, vocabulary[t], start + i) for i, t in enumerate(audio_tokens) if vocabulary[t] != start + i]
+    start = max(vocabulary.values()) + 1 - len(audio_side)
+    wrong = [(t, vocabulary[t], start + i) for i, t in enumerate(audio_side) if vocabulary[t] != start + i]
     if wrong:
         token, found, expected = wrong[0]
-        known = [t for t in audio_tokens if t in before]
+        known = [t for t in audio_side if t in before]
         raise ValueError(
-            f"The audio tokens must be the last {len(audio_tokens)} of the vocabulary, in the published order, because "
+            f"The audio tokens must be the last {len(audio_side)} of the vocabulary, in the published order, because "
             f"every id from {AUDIO_PLACEHOLDER} up counts as audio; but {token} has the id {found} and should have "
             f"{expected}. The language model's tokenizer already has {known[0] if known else 'ids out of sequence'}"
             f"{' and more' if len(known) > 1 else ''}: remove or rename it there first."
@@ -190,7 +176,7 @@ def build_model(
     extend_embeddings(llm, old_size, new_size, spread, seed)
     config = TttConfig(
         text_config=llm.config,
-        **ids_from_tokenizer(tokenizer),
+        **TttTokenIds.from_tokenizer(tokenizer).config_arguments(),
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -15,15 +15,15 @@ from datasets.utils.file_utils import xopen
 from processing import TttProcessor, TttTokenIds
 from processing.audio_codes_ttt import encode_waveforms
 from processing.audio_input_ttt import load_waveform
-from processing.interleaving_ttt import (
+from processing.vocabulary_ttt import (
     BEGIN_OF_AUDIO,
     BEGIN_OF_LAST_AUDIO,
     CODE_FORMAT,
     END_OF_AUDIO,
     END_OF_LAST_AUDIO,
     END_OF_TURN,
+    START_OF_TURN,
 )
-from processing.tasks_ttt import START_OF_TURN
 from training_examples.preparation.records import Draft, RecordReader, RejectedError
 from training_examples.preparation.sources import Chunk
 

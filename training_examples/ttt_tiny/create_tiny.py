@@ -18,6 +18,7 @@ from transformers import EncodecFeatureExtractor, HfArgumentParser, PreTrainedTo
 from modeling_ttt import TttConfig, TttForConditionalGeneration, TttGenerationConfig
 from modeling_ttt.ttt_codec import TttCodecModel
 from processing import TttProcessor
+from processing.vocabulary_ttt import END_OF_TURN, added_tokens
 from training_examples.ttt_tiny import domain
 
 # One word of prompt leaves this domain's short sequences to speech; TttProcessor's defaults are the published ones.
@@ -28,8 +29,6 @@ SYSTEM_PROMPTS = {
     "asr": "transcribe",
     "tts": "read",
 }
-STRUCTURE = ["<|im_start|>", "<|begin_of_audio|>", "<|end_of_audio|>", "<|begin_of_quad|>", "<|audio|>"]
-AUDIO_ENDS = ["<|mask_token|>", "<|end_of_audio_new|>", "<|end_of_audio_span_last|>"]
 
 
 @dataclass
@@ -74,9 +73,8 @@ def build_tokenizer(num_codes: int) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, model_max_length=1024, clean_up_tokenization_spaces=False
     )
-    tokenizer.add_special_tokens({"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"})
-    codes = [f"<|audio_{code}|>" for code in range(num_codes)]
-    tokenizer.add_tokens([*STRUCTURE, *codes, *AUDIO_ENDS], special_tokens=True)
+    tokenizer.add_special_tokens({"pad_token": "<|endoftext|>", "eos_token": END_OF_TURN})
+    tokenizer.add_tokens(added_tokens(num_codes), special_tokens=True)
     split = [word for word in words if len(tokenizer(word, add_special_tokens=False)["input_ids"]) != 1]
     if split:
         raise RuntimeError(f"these words are not one token each: {split}")
@@ -103,7 +101,6 @@ def main() -> None:
     feature_extractor = EncodecFeatureExtractor(feature_size=1, sampling_rate=codec.config.sampling_rate)
     processor = TttProcessor(feature_extractor, tokenizer, codec, system_prompts=SYSTEM_PROMPTS)
 
-    ids = tokenizer.convert_tokens_to_ids
     backbone = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=args.hidden_size,
@@ -116,15 +113,7 @@ def main() -> None:
     )
     config = TttConfig(
         text_config=backbone,
-        audio_token_id_start=ids("<|audio|>"),
-        audio_code_id_start=ids("<|audio_0|>"),
-        num_audio_codes=codec.config.codebook_size,
-        mask_token_id=ids("<|mask_token|>"),
-        begin_of_audio_token_id=ids("<|begin_of_audio|>"),
-        end_of_prompt_audio_token_id=ids("<|end_of_audio|>"),
-        begin_of_last_audio_token_id=ids("<|begin_of_quad|>"),
-        end_of_audio_token_id=ids("<|end_of_audio_new|>"),
-        end_of_last_audio_token_id=ids("<|end_of_audio_span_last|>"),
+        **processor.token_ids.config_arguments(),
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
