@@ -16,8 +16,9 @@ def interleave(
     audio_chunk_size: int = 26,
     end_of_turn: bool = False,
 ) -> list[int]:
-    """Writes a response: `text_chunk_size` text tokens, a span of `audio_chunk_size` codes, text again, and so on; when
-    the text runs out, one last span with all remaining codes.
+    """
+    Write a response: `text_chunk_size` text tokens, a span of `audio_chunk_size` codes, text again, and so on; when the
+    text runs out, one last span with all remaining codes.
 
     The last span is the only one opened by `<|begin_of_quad|>`, and it is written whenever there are codes, so a
     listener can rely on it: after it no text and no audio follows. Hence, when the audio is short for its text, a
@@ -26,15 +27,18 @@ def interleave(
     last span alone. `deinterleave` is the exact inverse for any chunk sizes.
 
     Args:
-        text_ids: text tokens, none of them structural or audio-side.
-        codes: audio codes, 0 .. num_audio_codes - 1.
-        end_of_turn: append `<|im_end|>`.
+        text_ids (`Sequence[int]` of shape `(text,)`): text tokens, none of them structural or audio-side.
+        codes (`Sequence[int]` of shape `(codes,)`): 0 to num_audio_codes - 1.
+        token_ids (`TttTokenIds`): the vocabulary.
+        text_chunk_size (`int`, *optional*, defaults to 13): text tokens between two spans.
+        audio_chunk_size (`int`, *optional*, defaults to 26): codes of a span.
+        end_of_turn (`bool`, *optional*, defaults to `False`): append `<|im_end|>`.
 
     Returns:
-        Token ids.
+        `list[int]`: token ids.
 
     Raises:
-        ValueError: a chunk size below 1, a text id that is not text, or a code outside the codebook.
+        ValueError: if a chunk size is below 1, a text id is not text, or a code is outside the codebook.
     """
     if text_chunk_size < 1 or audio_chunk_size < 1:
         raise ValueError(
@@ -42,9 +46,8 @@ def interleave(
             f"got {text_chunk_size} and {audio_chunk_size}."
         )
     text_ids = to_list(text_ids)
-    structural = token_ids.structural
     for position, token_id in enumerate(text_ids):
-        if token_id >= token_ids.audio_token_id_start or token_id in structural:
+        if not token_ids.is_text(token_id):
             raise ValueError(
                 f"text_ids: id {token_id} at position {position} is an audio or structural token, not text. "
                 "Pass the text of the response alone; begin, end and code tokens are added here."
@@ -70,44 +73,78 @@ def interleave(
     return ids
 
 
-def whole_frames(codes: Sequence[int], codes_per_frame: int) -> int:
-    """How many of `codes` make up whole frames."""
-    return len(codes) // codes_per_frame * codes_per_frame
+class Deinterleaver:
+    """
+    Separate a response into its text tokens and its audio codes as it comes, in pieces of any size.
+
+    Reads up to the first `<|im_end|>`. Mask tokens are skipped. Where a span ends within a frame, that frame is left
+    out, so that the next span begins with a new one.
+
+    Args:
+        token_ids (`TttTokenIds`): the vocabulary.
+        codes_per_frame (`int`, *optional*, defaults to 1): of an audio tokenizer with several codebooks.
+    """
+
+    def __init__(self, token_ids: TttTokenIds, codes_per_frame: int = 1):
+        self.token_ids = token_ids
+        self.codes_per_frame = codes_per_frame
+        self.ended = False
+        self._begun: list[int] = []  # codes of a frame that is not complete
+
+    def push(self, ids: Sequence[int]) -> tuple[list[int], list[int]]:
+        """
+        Take the next ids of the response.
+
+        Args:
+            ids (`Sequence[int]` of shape `(length,)`): token ids.
+
+        Returns:
+            `tuple[list[int], list[int]]`: text token ids; codes of the frames that are now complete.
+        """
+        text_ids: list[int] = []
+        codes = self._begun
+        for token_id in [] if self.ended else to_list(ids):
+            if self.token_ids.is_code(token_id):
+                codes.append(token_id - self.token_ids.audio_code_id_start)
+            elif token_id != self.token_ids.mask_token_id:
+                del codes[self._whole_frames(codes) :]
+                if token_id == self.token_ids.end_of_turn_token_id:
+                    self.ended = True
+                    break
+                if self.token_ids.is_text(token_id):
+                    text_ids.append(token_id)
+        end = self._whole_frames(codes)
+        self._begun = codes[end:]
+        return text_ids, codes[:end]
+
+    def _whole_frames(self, codes: Sequence[int]) -> int:
+        return len(codes) // self.codes_per_frame * self.codes_per_frame
 
 
 def deinterleave(ids: Sequence[int], token_ids: TttTokenIds, codes_per_frame: int = 1) -> tuple[list[int], list[int]]:
-    """Separates a response into its text tokens and its audio codes; the inverse of `interleave`.
+    """
+    Separate a whole response into its text tokens and its audio codes; the inverse of `interleave`.
 
-    Reads up to the first `<|im_end|>`. A response cut off anywhere is read as far as it goes: an unfinished span gives
-    the codes it holds, mask tokens are skipped. Where a span ends within a frame, that frame is left out, so that the
-    next span begins with a new one.
+    A response cut off anywhere is read as far as it goes: an unfinished span gives the whole frames it holds. See
+    `Deinterleaver`.
 
     Args:
-        codes_per_frame: of an audio tokenizer with several codebooks.
+        ids (`Sequence[int]` of shape `(length,)`): token ids.
+        token_ids (`TttTokenIds`): the vocabulary.
+        codes_per_frame (`int`, *optional*, defaults to 1): of an audio tokenizer with several codebooks.
 
     Returns:
-        Text token ids; codes 0 .. num_audio_codes - 1.
+        `tuple[list[int], list[int]]`: text token ids; codes, 0 to num_audio_codes - 1.
     """
-    text_ids: list[int] = []
-    codes: list[int] = []
-    structural = token_ids.structural
-    for token_id in to_list(ids):
-        if token_id == token_ids.end_of_turn_token_id:
-            break
-        if token_ids.is_code(token_id):
-            codes.append(token_id - token_ids.audio_code_id_start)
-        elif token_id != token_ids.mask_token_id:
-            del codes[whole_frames(codes, codes_per_frame) :]
-            if token_id < token_ids.audio_token_id_start and token_id not in structural:
-                text_ids.append(token_id)
-    return text_ids, codes[: whole_frames(codes, codes_per_frame)]
+    return Deinterleaver(token_ids, codes_per_frame).push(ids)
 
 
 def last_span_bounds(ids: Sequence[int], token_ids: TttTokenIds, start: int = 0) -> tuple[int, int] | None:
-    """Where the codes of the last `<|begin_of_quad|>` span at or after `start` lie.
+    """
+    Find the codes of the last `<|begin_of_quad|>` span at or after `start`.
 
     Returns:
-        First position and end (exclusive) of the codes, or None where there is no such span.
+        `tuple[int, int]`, *optional*: first position and end (exclusive) of the codes; `None` without such a span.
     """
     for position in range(len(ids) - 1, start - 1, -1):
         if ids[position] == token_ids.begin_of_last_audio_token_id:
@@ -119,8 +156,10 @@ def last_span_bounds(ids: Sequence[int], token_ids: TttTokenIds, start: int = 0)
 
 
 def truncated_span_range(num_codes: int) -> tuple[int, int] | None:
-    """How many codes stochastic span truncation may keep of a span of `num_codes`: the smallest and the largest number,
-    each equally likely, from max(30 %, 5) to 90 %. None for spans of 10 codes or fewer, which stay whole."""
+    """
+    Return how many codes stochastic span truncation may keep of a span of `num_codes`: the smallest and the largest
+    number, each equally likely, from max(30 %, 5) to 90 %. `None` for spans of 10 codes or fewer, which stay whole.
+    """
     if num_codes <= 10:
         return None
     return max(num_codes * 3 // 10, 5), num_codes * 9 // 10

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from .interleaving_ttt import whole_frames
+from .interleaving_ttt import Deinterleaver
 from .vocabulary_ttt import TttTokenIds, to_list
 from .waveform_stream_ttt import WaveformStream
 
@@ -55,7 +55,7 @@ class TttStreamer(BaseStreamer):
         self._cancelled = False
         self._text = _TextDecoder(tokenizer)
         self._audio = None if audio_tokenizer is None else WaveformStream(audio_tokenizer)
-        self._codes: list[int] = []
+        self._reader = Deinterleaver(token_ids, self._audio.format.num_codebooks if self._audio else 1)
 
     def put(self, value: torch.Tensor) -> None:
         """Takes ids, (length,) or (1, length); called by `generate`.
@@ -92,28 +92,13 @@ class TttStreamer(BaseStreamer):
                 raise ids
             if ids is None:
                 break
-            yield from self._written(self._text.push(self._text_ids(ids)))
-            if self._audio is not None and (codes := self._take_codes(ids)):
+            text_ids, codes = self._reader.push(ids)
+            yield from self._written(self._text.push(text_ids))
+            if self._audio is not None and codes:
                 yield from self._spoken(self._audio.push(codes))
         yield from self._written(self._text.flush())
         if self._audio is not None:
             yield from self._spoken(self._audio.flush())
-
-    def _text_ids(self, ids: list[int]) -> list[int]:
-        structural = self.token_ids.structural
-        return [i for i in ids if i < self.token_ids.audio_token_id_start and i not in structural]
-
-    def _take_codes(self, ids: list[int]) -> list[int]:
-        """The codes that complete frames; the rest waits, and is dropped where its span ends, as in `deinterleave`."""
-        per_frame = self._audio.format.num_codebooks if self._audio else 1
-        for token_id in ids:
-            if self.token_ids.is_code(token_id):
-                self._codes.append(token_id - self.token_ids.audio_code_id_start)
-            elif token_id != self.token_ids.mask_token_id:
-                del self._codes[whole_frames(self._codes, per_frame) :]
-        end = whole_frames(self._codes, per_frame)
-        codes, self._codes = self._codes[:end], self._codes[end:]
-        return codes
 
     def _written(self, text: str) -> Iterator[dict[str, Any]]:
         if text:

@@ -7,6 +7,7 @@ import dataclasses
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 START_OF_TURN = "<|im_start|>"
@@ -119,13 +120,13 @@ class TttTokenIds:
         del arguments["end_of_turn_token_id"]
         return arguments
 
-    @property
+    @cached_property
     def audio_token_id_end(self) -> int:
         """One past the last audio-side id."""
         last_code = self.audio_code_id_start + self.num_audio_codes - 1
         return 1 + max(last_code, self.mask_token_id, self.end_of_audio_token_id, self.end_of_last_audio_token_id)
 
-    @property
+    @cached_property
     def structural(self) -> frozenset[int]:
         """Text-side ids that are structure, not text."""
         return frozenset(

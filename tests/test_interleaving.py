@@ -5,7 +5,13 @@ import random
 import pytest
 
 from processing import TttTokenIds
-from processing.interleaving_ttt import deinterleave, interleave, last_span_bounds, truncated_span_range
+from processing.interleaving_ttt import (
+    Deinterleaver,
+    deinterleave,
+    interleave,
+    last_span_bounds,
+    truncated_span_range,
+)
 
 IDS = TttTokenIds(
     audio_token_id_start=100,
@@ -95,11 +101,31 @@ def test_deinterleave_skips_masks_and_stops_at_the_end_of_the_turn():
     assert deinterleave([1, END, 2, 105], IDS) == ([1], [])
 
 
+@pytest.mark.parametrize("codes_per_frame", [1, 3])
+def test_an_answer_read_in_pieces_is_the_answer_read_at_once(codes_per_frame):
+    rng = random.Random(2)
+    anything = [*range(10), BOA, BOQ, EOA, EOL, 91, 100, 141, 144, *code_ids(range(40)), *code_ids(range(40)), END]
+    for _ in range(200):
+        ids = rng.choices(anything, k=rng.randrange(120))
+        reader, text, codes, position = Deinterleaver(IDS, codes_per_frame), [], [], 0
+        while position < len(ids):
+            end = position + rng.randint(1, 20)
+            new_text, new_codes = reader.push(ids[position:end])
+            assert len(new_codes) % codes_per_frame == 0
+            text, codes, position = text + new_text, codes + new_codes, end
+        assert (text, codes) == deinterleave(ids, IDS, codes_per_frame)
+
+
+def test_text_tokens_added_above_the_audio_range_are_kept():
+    assert deinterleave([144, 1, BOQ, *code_ids([4]), EOL, 150], IDS) == ([144, 1, 150], [4])
+
+
 def test_bad_ids_and_sizes_are_named():
     with pytest.raises(ValueError, match="code 40 at position 1 is outside the codebook"):
         interleave([1], [0, 40], IDS)
     with pytest.raises(ValueError, match="code -1 at position 0"):
         interleave([1], [-1], IDS)
+    assert interleave([1, 144], [], IDS) == [1, 144]  # added by a user above the audio range
     for bad in (BOA, BOQ, END, 91, 100, 120, 143):
         with pytest.raises(ValueError, match=f"id {bad} at position 2"):
             interleave([1, 2, bad], [0], IDS)

@@ -406,6 +406,15 @@ def test_published_lists_need_no_audio_tokenizer(model, tmp_path):
         run(tmp_path / "bare", tmp_path / "tasks", path, tasks=["tts"])
 
 
+def test_text_tokens_added_above_the_audio_range_count_as_text(tmp_path):
+    processor = build_processor()
+    processor.tokenizer.add_tokens(["<mood>"])
+    processor.save_pretrained(tmp_path / "model")
+    path = write_lines(tmp_path / "list.jsonl", [{"text": "<mood><mood>"}])
+    summary, _ = run(tmp_path / "model", tmp_path / "out", path)
+    assert (summary["examples"], summary["text_tokens"], summary["audio_tokens"]) == (1, 2, 0)
+
+
 def test_a_data_config_gives_each_file_its_share(model, tmp_path):
     write_lines(tmp_path / "a.jsonl", [{"text": f"a{i}"} for i in range(10)])
     write_lines(tmp_path / "b.jsonl", [{"messages": MESSAGES}] * 3)

@@ -93,6 +93,22 @@ def test_an_audio_tokenizer_without_streaming_is_decoded_at_the_end(processor):
     assert np.allclose(pieces[-1]["audio"], processor.decode_audio([CODES])[0], atol=1e-5)
 
 
+def test_text_tokens_added_above_the_audio_range_are_written():
+    processor = build_processor()
+    processor.tokenizer.add_tokens(["<mood>"])
+    response = processor.build_response("so<mood>", CODES)
+    assert max(response) == len(processor.tokenizer) - 1
+    streamer = processor.streamer()
+    feed(streamer, processor, response)
+    assert join(list(streamer))[0] == processor.post_process([response])[0]["text"] == "so<mood>"
+
+
+def test_nothing_after_the_end_of_the_turn_is_passed_on(processor):
+    streamer = processor.streamer()
+    feed(streamer, processor, processor.build_response("one") + processor.build_response("two", CODES))
+    assert [piece.get("text") for piece in streamer] == ["o", "n", "e"]
+
+
 def test_a_failure_while_generating_is_raised_where_the_stream_is_read(processor):
     streamer = processor.streamer()
     streamer.put(torch.tensor([[1]]))

@@ -46,12 +46,13 @@ class ShardReport:
         self.rejected.append({"record": record, "task": task, "kind": kind, "reason": str(error)})
         self._counts(task)["rejected"] += 1
 
-    def accept(self, example: dict[str, Any], audio_start: int, seconds: float) -> None:
-        """Counts an example; `audio_start` is the first audio-side id, `seconds` the audio it holds."""
+    def accept(self, example: dict[str, Any], token_ids: TttTokenIds, seconds: float) -> None:
+        """Counts an example, which holds so many `seconds` of audio."""
         counts, ids = self._counts(example["task"]), np.array(example["input_ids"])
         counts["examples"] += 1
-        counts["text_tokens"] += int((ids < audio_start).sum())
-        counts["audio_tokens"] += int((ids >= audio_start).sum())
+        is_audio = _is_audio(ids, token_ids)
+        counts["text_tokens"] += int((~is_audio).sum())
+        counts["audio_tokens"] += int(is_audio.sum())
         counts["scored_tokens"] += int((np.array(example["labels"]) != -100).sum())
         counts["audio_seconds"] += seconds
 
@@ -116,7 +117,7 @@ class ExampleBuilder:
                     report.reject(record, draft.task, error)
                 continue
             examples.append(example)
-            report.accept(example, self.processor.token_ids.audio_token_id_start, sum(seconds[key] for key in keys))
+            report.accept(example, self.processor.token_ids, sum(seconds[key] for key in keys))
             used |= keys
         report.audio_seconds = sum(seconds[key] for key in used)
         return examples, vars(report)
@@ -286,11 +287,15 @@ def fill(content: Any, record: int, codes: dict[Key, Any]) -> Any:
     ]
 
 
+def _is_audio(ids: np.ndarray, token_ids: TttTokenIds) -> np.ndarray:
+    return (ids >= token_ids.audio_token_id_start) & (ids < token_ids.audio_token_id_end)
+
+
 def check_spans(input_ids: Sequence[int], labels: Sequence[int], token_ids: TttTokenIds) -> None:
     """Raises a RejectedError unless every run of audio-side ids follows a begin token, holds codes alone, and ends
     with an end token where it is scored (the last one of the sequence may be cut off)."""
     ids, scored = np.array(input_ids), np.array(labels) != -100
-    audio = ids >= token_ids.audio_token_id_start
+    audio = _is_audio(ids, token_ids)
     codes = audio & (ids >= token_ids.audio_code_id_start)
     codes &= ids < token_ids.audio_code_id_start + token_ids.num_audio_codes
     ends = np.isin(ids, (token_ids.end_of_audio_token_id, token_ids.end_of_last_audio_token_id))
