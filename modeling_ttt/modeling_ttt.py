@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
+from .attention_ttt import compute_span_ids, create_masks, extend_span_ids, overlay_response_spans
 from .configuration_ttt import TttConfig
 from .generation_config_ttt import TttGenerationConfig
 from .generation_ttt import TttGenerationMixin
@@ -21,7 +21,6 @@ from .objective_ttt import (
     IGNORE_INDEX,
     NUM_NOISE_BINS,
     Samples,
-    compute_span_ids,
     cross_entropy,
     diffusion_targets,
     draw_noise_levels,
@@ -30,7 +29,6 @@ from .objective_ttt import (
     fixed_noise,
     mask_tokens,
     next_token_targets,
-    overlay_response_spans,
     preserve_prefixes,
     sample_weights,
     tabulate_scores,
@@ -183,14 +181,9 @@ class TttModel(TttPreTrainedModel):
                 span_ids, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values
             )
             _refuse_flash_attention(self.language_model.config._attn_implementation)
-            # Uses `create_causal_mask(..., block_sequence_ids=...)` for each kind of layer that the backbone has.
-            attention_mask = create_masks_for_generate(
-                config=self.language_model.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-                block_sequence_ids=span_ids,
+            config = self.language_model.config
+            attention_mask = create_masks(
+                config, inputs_embeds, attention_mask, past_key_values, position_ids, span_ids
             )
         return self.language_model(
             inputs_embeds=inputs_embeds,
@@ -213,14 +206,7 @@ class TttModel(TttPreTrainedModel):
                 raise ValueError("`inputs_embeds` do not tell text from audio: give `span_ids` with them.")
             span_ids = self.get_span_ids(input_ids, attention_mask, position_ids)
         num_seen = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
-        if span_ids.shape[1] not in (length, num_seen + length):
-            raise ValueError(
-                f"`span_ids` has {span_ids.shape[1]} positions; expected {length} (the tokens given) or "
-                f"{num_seen + length} (with those in the cache)."
-            )
-        if span_ids.shape[1] == length and num_seen > 0:
-            span_ids = nn.functional.pad(span_ids, (num_seen, 0), value=-1)
-        return span_ids
+        return extend_span_ids(span_ids, length, num_seen)
 
 
 class TttForConditionalGeneration(TttPreTrainedModel, TttGenerationMixin):

@@ -1,4 +1,5 @@
-"""The TtT objective as pure functions of tensors: spans, samples, noise, what is scored and with which weight.
+"""The TtT objective as pure functions of tensors: samples, noise, what is scored and with which weight. Who
+sees whom is in attention_ttt.py.
 
 A loss is always the weighted `cross_entropy` of the logits at the scored positions. The functions here say which
 positions those are (`targets`, -100 elsewhere) and how much each counts (`weights`), so that a model can gather the
@@ -18,74 +19,6 @@ EVAL_NOISE_SEED = 0
 EVAL_NOISE_LENGTH = 4096
 NUM_NOISE_BINS = 4
 CROSS_ENTROPY_ROWS = 256
-
-
-def compute_span_ids(
-    input_ids: torch.Tensor,
-    audio_token_id_start: int,
-    attention_mask: torch.Tensor | None = None,
-    position_ids: torch.Tensor | None = None,
-    end_of_prompt_audio_token_id: int | None = None,
-) -> torch.Tensor:
-    """
-    Number the audio spans of each row: a span is a maximal run of audio-side tokens (the published code's rule).
-
-    Must be given the clean ids, before any noise. The result is what `create_causal_mask` calls `block_sequence_ids`.
-
-    Args:
-        input_ids (`torch.Tensor` of shape `(batch, length)`): clean token ids.
-        audio_token_id_start (`int`): ids from here up are audio-side.
-        attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): 0 marks padding, which is in no span.
-        position_ids (`torch.Tensor` of shape `(batch or 1, length)`, *optional*):
-            A break in the positions (packed sequences) also ends a span.
-        end_of_prompt_audio_token_id (`int`, *optional*):
-            Leave spans that this token closes without a number, hence causal (the paper's rule for prompts). A user's
-            audio is complete in every prompt and a response never writes this token, so that training and generation
-            agree without knowing where the prompt ends.
-
-    Returns:
-        `torch.Tensor` of shape `(batch, length)`: 0, 1, ... inside the spans of a row, -1 outside.
-    """
-    is_audio = input_ids >= audio_token_id_start
-    if attention_mask is not None:
-        is_audio = is_audio & attention_mask.bool()
-
-    starts = is_audio.clone()
-    starts[:, 1:] &= ~is_audio[:, :-1]
-    if position_ids is not None:
-        starts[:, 1:] |= is_audio[:, 1:] & (position_ids[:, 1:] - position_ids[:, :-1] != 1)
-    run = starts.long().cumsum(-1) - 1  # (batch, length)
-    span_ids = run.masked_fill(~is_audio, -1)
-
-    if end_of_prompt_audio_token_id is not None:
-        # Mark, per run, whether its last token is followed by the closing token; column 0 takes what is in no run.
-        closes = torch.zeros_like(is_audio)
-        closes[:, :-1] = is_audio[:, :-1] & (input_ids[:, 1:] == end_of_prompt_audio_token_id)
-        is_prompt_run = torch.zeros(
-            input_ids.shape[0], input_ids.shape[1] + 1, dtype=torch.long, device=input_ids.device
-        )
-        is_prompt_run.scatter_add_(1, span_ids + 1, closes.long())
-        in_prompt_run = is_prompt_run.gather(1, span_ids + 1) > 0
-        span_ids = span_ids.masked_fill(in_prompt_run, -1)
-    return span_ids
-
-
-def overlay_response_spans(span_ids: torch.Tensor, scored: torch.Tensor, sample_starts: torch.Tensor) -> torch.Tensor:
-    """
-    Make each maximal run of scored tokens one span, text and audio alike (the purely diffused model, which predicts a
-    response as a whole). Other tokens keep their span.
-
-    Args:
-        span_ids (`torch.Tensor` of shape `(batch, length)`): from `compute_span_ids`.
-        scored, sample_starts (`torch.Tensor` of shape `(batch, length)`, bool).
-
-    Returns:
-        `torch.Tensor` of shape `(batch, length)`.
-    """
-    starts = scored.clone()
-    starts[:, 1:] &= ~scored[:, :-1] | sample_starts[:, 1:]
-    first_free = span_ids.amax(-1, keepdim=True) + 1
-    return torch.where(scored, first_free + starts.long().cumsum(-1) - 1, span_ids)
 
 
 def find_sample_starts(labels: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
@@ -377,7 +310,6 @@ def _uniform(number: int, generator: torch.Generator | None, device: torch.devic
 
 __all__ = [
     "Samples",
-    "compute_span_ids",
     "cross_entropy",
     "diffusion_targets",
     "draw_noise_levels",
@@ -386,7 +318,6 @@ __all__ = [
     "fixed_noise",
     "mask_tokens",
     "next_token_targets",
-    "overlay_response_spans",
     "preserve_prefixes",
     "sample_weights",
     "tabulate_scores",

@@ -1,12 +1,12 @@
-"""Runs the backbone for the decoding loop: who may see whom, where keys and values go, which logits are computed."""
+"""Runs the backbone for the decoding loop: where keys and values go, which logits are computed. Who sees whom is in
+attention_ttt.py."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from .attention_ttt import create_generation_mask, open_span_ids
 from .cache_ttt import TttCache
 
 
@@ -25,44 +25,28 @@ class TttRunner:
         self.num_forwards = self.num_token_positions = 0
 
     def prompt(self, queries: list[list[int]], starts: list[int], span_ids: torch.Tensor) -> torch.Tensor:
-        """All rows' prompts; spans by their ids, (rows, longest prompt) and -1 outside, cached part included."""
-        start = torch.tensor(starts, device=self.device)
+        """Run all rows' prompts; spans by their ids, (rows, longest prompt) and -1 outside, cached part included."""
         visible = max(starts) + max(map(len, queries))
-        spans = nn.functional.pad(span_ids, (0, visible), value=-1)  # covers the filling
-
-        def allowed(batch_idx, head_idx, q_idx, kv_idx):
-            query = start[batch_idx] + q_idx
-            same_span = (spans[batch_idx, query] == spans[batch_idx, kv_idx]) & (spans[batch_idx, query] >= 0)
-            return (kv_idx <= query) | same_span
-
-        return self._cached_forward(list(range(len(queries))), queries, starts, allowed)
+        span_ids = nn.functional.pad(span_ids, (0, visible - span_ids.shape[1]), value=-1)  # one for each key
+        return self._cached_forward(list(range(len(queries))), queries, starts, span_ids)
 
     def step(
         self, rows: list[int], queries: list[list[int]], starts: list[int], span_starts: list[int | None]
     ) -> torch.Tensor:
-        """Text tokens and open spans of some `rows`: from `span_starts` on, a row's queries all see each other."""
+        """Run text tokens and open spans of some `rows`: from `span_starts` on, a row's queries all see each other."""
         ends = [start + len(of_row) for start, of_row in zip(starts, queries, strict=True)]
         firsts = [end if first is None else first for end, first in zip(ends, span_starts, strict=True)]
-        start, end, span = (torch.tensor(numbers, device=self.device) for numbers in (starts, ends, firsts))
-
-        def allowed(batch_idx, head_idx, q_idx, kv_idx):
-            query = start[batch_idx] + q_idx
-            return (kv_idx <= query) | ((query >= span[batch_idx]) & (kv_idx < end[batch_idx]))
-
-        return self._cached_forward(rows, queries, starts, allowed)
+        span_ids = open_span_ids(firsts, ends, max(starts) + max(map(len, queries)), self.device)
+        return self._cached_forward(rows, queries, starts, span_ids)
 
     def bidirectional(self, sequences: list[list[int]]) -> torch.Tensor:
-        """Whole sequences, each one bidirectional span, without the cache."""
-        ids = self._rectangle(sequences)
-        lengths = torch.tensor([len(sequence) for sequence in sequences], device=self.device)
-
-        def allowed(batch_idx, head_idx, q_idx, kv_idx):
-            return kv_idx < lengths[batch_idx]
-
-        return self._forward(ids, torch.zeros_like(lengths), allowed, ids.shape[1], use_cache=False)
+        """Run whole sequences, each one bidirectional span, without the cache."""
+        ids, nothing = self._rectangle(sequences), [0] * len(sequences)
+        span_ids = open_span_ids(nothing, list(map(len, sequences)), ids.shape[1], self.device)
+        return self._forward(ids, nothing, span_ids, use_cache=False)
 
     def project(self, hidden: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """The logits of the vocabulary rows start to stop, in float32. hidden: (..., hidden_size)."""
+        """Return the logits of the vocabulary rows start to stop, in float32. hidden: (..., hidden_size)."""
         head = self.lm_head
         if type(head) is nn.Linear and not hasattr(head, "_hf_hook") and not head._forward_hooks:
             bias = None if head.bias is None else head.bias[start:stop]
@@ -72,25 +56,22 @@ class TttRunner:
         return logits.to(device=self.device, dtype=torch.float32)
 
     def _cached_forward(
-        self, rows: list[int], queries: list[list[int]], starts: list[int], allowed: Callable
+        self, rows: list[int], queries: list[list[int]], starts: list[int], span_ids: torch.Tensor
     ) -> torch.Tensor:
         ids = self._rectangle(queries)
-        visible = max(starts) + ids.shape[1]
-        reserve = min(self.expected_length, visible + 512)
+        reserve = min(self.expected_length, span_ids.shape[1] + 512)
         self.cache.write_at(rows, starts, ids.shape[1], self.device, reserve)
-        start = torch.tensor(starts, device=self.device)
-        return self._forward(ids, start, allowed, visible, past_key_values=self.cache, use_cache=True)
+        return self._forward(ids, starts, span_ids, past_key_values=self.cache, use_cache=True)
 
-    def _forward(
-        self, ids: torch.Tensor, start: torch.Tensor, allowed: Callable, keys: int, **kwargs: Any
-    ) -> torch.Tensor:
-        rows, queries = ids.shape
+    def _forward(self, ids: torch.Tensor, starts: list[int], span_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        queries, config = ids.shape[1], self.backbone.config
         self.num_forwards += 1
         self.num_token_positions += ids.numel()
+        positions = torch.tensor(starts, device=self.device)[:, None] + torch.arange(queries, device=self.device)
         hidden = self.backbone(
             input_ids=ids,
-            attention_mask=self._mask(allowed, rows, queries, keys),
-            position_ids=start[:, None] + torch.arange(queries, device=self.device),
+            attention_mask=create_generation_mask(config, span_ids, starts, queries, self.backbone.dtype),
+            position_ids=positions,
             **kwargs,
         ).last_hidden_state
         return hidden.to(self.device)
@@ -99,30 +80,6 @@ class TttRunner:
         longest = max(map(len, sequences))
         filled = [sequence + [self.filling] * (longest - len(sequence)) for sequence in sequences]
         return torch.tensor(filled, device=self.device)
-
-    def _mask(self, allowed: Callable, rows: int, queries: int, keys: int) -> Any:
-        """The attention mask of a rule allowed(batch, head, query, key), in the form the backbone's attention takes."""
-        config, dtype = self.backbone.config, self.backbone.dtype
-        implementation = config._attn_implementation
-        if implementation in ("eager", "sdpa"):
-            batch = torch.arange(rows, device=self.device)[:, None, None]
-            query = torch.arange(queries, device=self.device)[:, None]
-            mask = allowed(batch, 0, query, torch.arange(keys, device=self.device))
-            mask = mask.expand(rows, queries, keys)[:, None]  # (rows, 1, queries, keys)
-            if implementation == "eager":
-                mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-            return mask
-        return ALL_MASK_ATTENTION_FUNCTIONS[implementation](
-            batch_size=rows,
-            q_length=queries,
-            kv_length=keys,
-            mask_function=allowed,
-            attention_mask=None,
-            allow_is_causal_skip=False,
-            dtype=dtype,
-            config=config,
-            device=self.device,
-        )
 
 
 __all__ = ["TttRunner"]

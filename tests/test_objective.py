@@ -8,7 +8,6 @@ from safetensors.torch import load_file
 from modeling_ttt.objective_ttt import (
     CROSS_ENTROPY_ROWS,
     Samples,
-    compute_span_ids,
     cross_entropy,
     diffusion_targets,
     draw_noise_levels,
@@ -17,14 +16,12 @@ from modeling_ttt.objective_ttt import (
     fixed_noise,
     mask_tokens,
     next_token_targets,
-    overlay_response_spans,
     preserve_prefixes,
     sample_weights,
     tabulate_scores,
 )
 
 AUDIO = 110
-END_OF_PROMPT_AUDIO = 101
 
 
 def loss_of(logits, targets, weights):
@@ -51,16 +48,6 @@ def golden(request):
     return load_file(FIXTURES / "ttt_published" / request.param / "tensors.safetensors")
 
 
-def test_span_ids_give_the_published_mask_exactly(golden):
-    span_ids = compute_span_ids(golden["input_ids"], AUDIO, golden["attention_mask"])
-    length = span_ids.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    same_span = (span_ids[:, :, None] == span_ids[:, None, :]) & (span_ids >= 0)[:, :, None]
-    is_token = golden["attention_mask"].bool()
-    allowed = (causal | same_span) & is_token[:, None, :]
-    assert torch.equal(allowed[is_token], golden["allowed"][:, 0][is_token])
-
-
 def test_losses_equal_the_published_ones(golden):
     labels = golden["labels"]
     samples = Samples.from_starts(find_sample_starts(labels), labels)
@@ -81,30 +68,6 @@ def test_maskable_tokens_are_the_audio_labels(golden):
     positions = torch.arange(golden["labels"].shape[1])
     in_answer = (positions >= golden["prompt_lengths"][:, None]) & golden["attention_mask"].bool()
     assert torch.equal(golden["labels"] >= AUDIO, in_answer & (golden["input_ids"] >= AUDIO))
-
-
-def test_span_is_a_run_of_audio_tokens():
-    ids = torch.tensor([[1, 111, 176, 2, 112, 112, 3], [111, 1, 2, 3, 4, 5, 120]])
-    expected = [[-1, 0, 0, -1, 1, 1, -1], [0, -1, -1, -1, -1, -1, 1]]
-    assert compute_span_ids(ids, AUDIO).tolist() == expected
-
-
-def test_padding_belongs_to_no_span_even_if_its_id_is_audio():
-    ids = torch.tensor([[175, 175, 1, 111, 112]])
-    attention_mask = torch.tensor([[0, 0, 1, 1, 1]])
-    assert compute_span_ids(ids, AUDIO, attention_mask).tolist() == [[-1, -1, -1, 0, 0]]
-
-
-def test_a_break_in_the_positions_ends_a_span():
-    ids = torch.tensor([[1, 111, 112, 113, 114, 2]])
-    positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
-    assert compute_span_ids(ids, AUDIO, position_ids=positions).tolist() == [[-1, 0, 0, 1, 1, -1]]
-
-
-def test_causal_prompt_rule_drops_only_spans_that_the_user_token_closes():
-    ids = torch.tensor([[100, 111, 112, 101, 5, 100, 113, 176, 6], [100, 111, 176, 101, 111, 112, 3, 4, 101]])
-    span_ids = compute_span_ids(ids, AUDIO, end_of_prompt_audio_token_id=END_OF_PROMPT_AUDIO)
-    assert span_ids.tolist() == [[-1, -1, -1, -1, -1, -1, 1, 1, -1], [-1, -1, -1, -1, 1, 1, -1, -1, -1]]
 
 
 def test_noise_levels_are_uniform_above_epsilon():
@@ -268,15 +231,6 @@ def test_a_seed_masks_the_same_tokens_padded_and_packed():
         for flagged, samples in ((padded, one_a_row(padded)), (packed, of_lengths(*lengths)))
     ]
     assert torch.equal(*masked) and masked[0].any()
-
-
-def test_a_diffused_response_is_one_span_a_run_of_labels():
-    labels = torch.tensor([[-100, -100, 5, 120, 6, -100, 7, -100, 8]])
-    span_ids = torch.tensor([[-1, 0, -1, 1, -1, -1, -1, 2, -1]])
-    overlaid = overlay_response_spans(span_ids, labels != -100, flags(1, 0, 0, 0, 0, 0, 0, 0, 0))
-    assert overlaid.tolist() == [[-1, 0, 3, 3, 3, -1, 4, 2, 5]]
-    overlaid = overlay_response_spans(span_ids, labels != -100, flags(1, 0, 0, 0, 1, 0, 0, 0, 0))
-    assert overlaid.tolist() == [[-1, 0, 3, 3, 4, -1, 5, 2, 6]]
 
 
 def test_nothing_scored_gives_zero_with_a_gradient():

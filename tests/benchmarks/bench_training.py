@@ -35,10 +35,10 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from modeling_ttt import TttConfig, TttForConditionalGeneration  # noqa: E402
+from modeling_ttt.attention_ttt import compute_span_ids  # noqa: E402
 from modeling_ttt.objective_ttt import (  # noqa: E402
     IGNORE_INDEX,
     Samples,
-    compute_span_ids,
     diffusion_targets,
     draw_noise_levels,
     find_sample_starts,

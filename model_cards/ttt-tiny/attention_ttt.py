@@ -1,0 +1,1 @@
+../../modeling_ttt/attention_ttt.py
