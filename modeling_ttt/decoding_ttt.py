@@ -1,6 +1,6 @@
 """The decoding loop of TtT: rows of a batch write text left to right and audio spans by block diffusion, on one cache.
 
-What a user may ask for is checked in generation_ttt.py; how codes are drawn is in sampling_ttt.py.
+What a user may ask for is checked in generation_ttt.py; how codes are drawn is in denoising_ttt.py.
 """
 
 from collections.abc import Sequence
@@ -25,8 +25,8 @@ from transformers.generation import (
 from transformers.generation.streamers import BaseStreamer
 
 from .cache_ttt import TttCache
+from .denoising_ttt import denoise, draw, exponential, make_generators
 from .runner_ttt import TttRunner
-from .sampling_ttt import choose_positions, confidence_of, draw, guide, keep_probable, split_evenly
 
 # Processors that look at each row's scores only: they need neither the ids nor the other rows.
 SCORE_PROCESSORS = (
@@ -119,7 +119,7 @@ class TttDecoder:
             prompts = input_ids.tolist()
         else:
             prompts = [ids[kept.bool()].tolist() for ids, kept in zip(input_ids, attention_mask, strict=True)]
-        generators = self._generators(len(prompts))
+        generators = make_generators(generation_config, len(prompts), self.device)
         self.rows = [Row(i, ids, len(ids), 0, generators[i]) for i, ids in enumerate(prompts)]
         self.prompt_span_ids = self._prompt_span_ids(model)
         if cache is None:
@@ -230,7 +230,7 @@ class TttDecoder:
         scores = self._process(rows, logits)
         noise = None
         if self.options.do_sample:
-            noise = torch.stack([self._exponential(row, scores.shape[1:]) for row in rows])
+            noise = torch.stack([exponential(scores.shape[1:], row.generator) for row in rows])
             scores = scores.log_softmax(dim=-1)
         for row, token in zip(rows, draw(scores, noise).tolist(), strict=True):
             row.ids.append(token)
@@ -306,41 +306,26 @@ class TttDecoder:
 
     def _denoise(self, rows: list[Row], hidden: Sequence[torch.Tensor]) -> None:
         """Steps 3b to 3d for rows with a block. hidden: each (queries, hidden_size), the block at the end."""
-        options, width = self.options, max(len(row.block) for row in rows)
         # 3b. Logits of the blocks, codes and end tokens only.
-        states = hidden[0].new_zeros(len(rows), width, hidden[0].shape[-1])  # (rows, block, hidden_size)
+        sizes = [len(row.block) for row in rows]
+        states = hidden[0].new_zeros(len(rows), max(sizes), hidden[0].shape[-1])  # (rows, block, hidden_size)
+        undecided = torch.zeros(len(rows), max(sizes), dtype=torch.bool)
         for i, row in enumerate(rows):
-            states[i, : len(row.block)] = hidden[i][-len(row.block) :]
+            states[i, : sizes[i]] = hidden[i][-sizes[i] :]
+            undecided[i, : sizes[i]] = torch.tensor([token == UNDECIDED for token in row.block])
         logits = self.runner.project(states, self.first_candidate, self.last_candidate + 1)  # (rows, block, candidates)
-        if options.audio_guidance_scale:
-            logits = guide(logits, self._unconditional(rows, width), options.audio_guidance_scale)
-        if self.forbidden_in_span:
-            logits[..., self.forbidden_in_span] = -torch.inf
+        unconditional = self._unconditional(rows, max(sizes)) if self.options.audio_guidance_scale else None
 
-        # 3c. A token for every position.
-        if options.audio_temperature > 0:
-            scaled = keep_probable(logits / options.audio_temperature, options.audio_top_k, options.audio_top_p)
-            noise = torch.stack([self._exponential(row, logits.shape[1:]) for row in rows])
-            tokens = draw(scaled.log_softmax(dim=-1), noise)
-        else:
-            tokens = draw(logits)
-
-        # 3d. Fix the most confident of the undecided positions.
-        undecided = torch.zeros(len(rows), width, dtype=torch.bool)
-        counts = []
-        for i, row in enumerate(rows):
-            undecided[i, : len(row.block)] = torch.tensor([token == UNDECIDED for token in row.block])
-            shares = split_evenly(len(row.block), options.audio_steps_per_block)
-            counts.append(1 if options.audio_confidence_threshold is not None else shares[row.step])
-        if options.audio_remasking == "random":
-            confidence = torch.stack([torch.rand(width, generator=row.generator, device=self.device) for row in rows])
-        else:
-            confidence = confidence_of(logits, tokens, options.audio_remasking)
-        fixed = choose_positions(
-            confidence,
+        # 3c and 3d. A token for every position; the most confident of the undecided ones stay.
+        tokens, fixed = denoise(
+            logits,
             undecided.to(self.device),
-            torch.tensor(counts, device=self.device),
-            options.audio_confidence_threshold,
+            sizes,
+            [row.step for row in rows],
+            self.options,
+            [row.generator for row in rows],
+            self.forbidden_in_span,
+            unconditional,
         )
         chosen = torch.where(fixed, tokens + self.first_candidate, UNDECIDED).tolist()
         for row, tokens_of_row in zip(rows, chosen, strict=True):
@@ -447,22 +432,7 @@ class TttDecoder:
                 length -= 1
         return length
 
-    # ---- noise, streaming --------------------------------------------------------------------------------------------
-
-    def _generators(self, batch_size: int) -> list[torch.Generator | None]:
-        """One per row, so that no row's noise depends on its neighbours; none where nothing is drawn."""
-        options = self.options
-        if not (options.do_sample or options.audio_temperature > 0 or options.audio_remasking == "random"):
-            return [None] * batch_size
-        seed = options.seed
-        if seed is None:
-            seed = int(torch.randint(2**62, (1,)))
-        seeds = [seed + row for row in range(batch_size)] if isinstance(seed, int) else seed
-        return [torch.Generator(self.device).manual_seed(row_seed) for row_seed in seeds]
-
-    def _exponential(self, row: Row, shape: Sequence[int]) -> torch.Tensor:
-        noise = torch.empty(*shape, device=self.device).exponential_(generator=row.generator)
-        return noise.clamp_(min=torch.finfo(noise.dtype).tiny)
+    # ---- streaming ---------------------------------------------------------------------------------------------------
 
     def _stream(self, tokens: list[int]) -> None:
         if self.streamer is not None and tokens:

@@ -185,7 +185,7 @@ class TttGenerationMixin(GenerationMixin):
             if past_key_values is not None:
                 shared["past_key_values"] = past_key_values
             ignored = sorted(name for name in AUDIO_OPTIONS if kwargs.get(name) is not None)
-            if ignored:
+            if ignored and kwargs.get("custom_generate") is None:
                 logger.warning_once(f"{ignored} have no effect: the audio is not written by block diffusion.")
             return super().generate(inputs, **shared)
 
@@ -232,12 +232,7 @@ class TttGenerationMixin(GenerationMixin):
         past_key_values: Cache | None,
     ) -> TttGenerateOutput | torch.Tensor:
         """Runs the decoding loop on what GenerationMixin prepared, and packs its result."""
-        batch_size, as_dict = input_ids.shape[0], bool(generation_config.return_dict_in_generate)
-        if isinstance(generation_config.seed, list | tuple) and len(generation_config.seed) != batch_size:
-            raise ValueError(
-                f"`seed` names {len(generation_config.seed)} seeds for {batch_size} rows; give one per row, or one "
-                "integer."
-            )
+        as_dict = bool(generation_config.return_dict_in_generate)
         cache = _import_cache(past_key_values, input_ids, attention_mask)
         keep_cache = cache is not None or (as_dict and generation_config.use_cache is not False)
         decoder = TttDecoder(

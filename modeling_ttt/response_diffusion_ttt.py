@@ -7,10 +7,10 @@ import torch
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
 from .cache_ttt import TttCache
+from .denoising_ttt import denoise, make_generators
 from .generation_config_ttt import TttGenerationConfig
 from .generation_ttt import refuse_overflow
 from .runner_ttt import TttRunner
-from .sampling_ttt import choose_positions, confidence_of, draw, keep_probable, split_evenly
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def diffuse_response(
 
     The options that act inside TtT's audio spans (`audio_steps_per_block`, `audio_remasking`, `audio_temperature`, ...)
     act on the whole response here; guidance does not exist, and processors and stopping criteria other than length and
-    end of sequence are not asked. Noise comes from torch's global generator.
+    end of sequence are not asked.
 
     Args:
         input_ids (`torch.LongTensor` of shape `(batch, length)`): prompts, padded where the `attention_mask` among
@@ -43,14 +43,16 @@ def diffuse_response(
         `torch.LongTensor` of shape `(batch, length + new)`: prompts, responses, then the padding token.
 
     Raises:
-        ValueError: if `audio_guidance_scale` is not 0, or prompt and response do not fit the model's context.
+        ValueError: if `audio_guidance_scale` is not 0, `seed` lists another number of rows, or prompt and response do
+            not fit the model's context.
     """
     options, device, mask_token = generation_config, input_ids.device, model.config.mask_token_id
     if options.audio_guidance_scale:
         raise ValueError(
             f"`audio_guidance_scale` is {options.audio_guidance_scale}; a diffused response has none, use 0."
         )
-    kept = model_kwargs.get("attention_mask", torch.ones_like(input_ids))
+    kept = model_kwargs.get("attention_mask")
+    kept = torch.ones_like(input_ids) if kept is None else kept
     prompts = [ids[is_kept.bool()].tolist() for ids, is_kept in zip(input_ids, kept, strict=True)]
     ends = options.eos_token_id if isinstance(options.eos_token_id, list) else [options.eos_token_id]
     max_new_tokens = options.max_length - input_ids.shape[1]
@@ -66,6 +68,7 @@ def diffuse_response(
 
     responses: list[list[int]] = [[] for _ in prompts]  # decided, but for the block at the end
     live = list(range(len(prompts)))
+    generators = make_generators(options, len(prompts), device)
     while live:
         # 2. A block of mask tokens, never past the limit; rows share their steps, and each its own number of tokens.
         sizes = {row: min(options.audio_block_size, max_new_tokens - len(responses[row])) for row in live}
@@ -73,33 +76,33 @@ def diffuse_response(
         block = torch.full((len(live), width), mask_token, device=device)
         is_open = torch.arange(width, device=device) < torch.tensor([[sizes[row]] for row in live], device=device)
         undecided = is_open.clone()
-        shares = [split_evenly(sizes[row], options.audio_steps_per_block) for row in live]
         step = 0
         while undecided.any():
-            # 3. Logits of the block.
-            queries = [responses[row] + ids[: sizes[row]].tolist() for row, ids in zip(live, block, strict=True)]
-            starts = [len(prompts[row]) for row in live]
-            hidden = runner.step(live, queries, starts, list(starts))
-            states = hidden.new_zeros(len(live), width, hidden.shape[-1])
-            for i, row in enumerate(live):
+            # 3. Logits of the blocks that are not decided yet.
+            active = undecided.any(-1).nonzero().squeeze(-1)
+            rows = [live[i] for i in active.tolist()]
+            queries = [
+                responses[row] + ids[: sizes[row]].tolist() for row, ids in zip(rows, block[active], strict=True)
+            ]
+            starts = [len(prompts[row]) for row in rows]
+            hidden = runner.step(rows, queries, starts, list(starts))
+            states = hidden.new_zeros(len(rows), width, hidden.shape[-1])
+            for i, row in enumerate(rows):
                 states[i, : sizes[row]] = hidden[i, len(responses[row]) : len(queries[i])]
             logits = runner.project(states, 0, model.config.vocab_size)  # (rows, block, vocab)
-            logits[..., mask_token] = -torch.inf
 
             # 4. Tokens, and which of them stay.
-            tokens = draw(logits)
-            if options.audio_temperature > 0:
-                scaled = keep_probable(logits / options.audio_temperature, options.audio_top_k, options.audio_top_p)
-                tokens = draw(scaled.log_softmax(dim=-1), torch.empty_like(scaled).exponential_())
-            if options.audio_remasking == "random":
-                confidence = torch.rand(tokens.shape, device=device)
-            else:
-                confidence = confidence_of(logits, tokens, options.audio_remasking)
-            threshold = options.audio_confidence_threshold
-            counts = [1 if threshold is not None or step >= len(share) else share[step] for share in shares]
-            fixed = choose_positions(confidence, undecided, torch.tensor(counts, device=device), threshold)
-            block = torch.where(fixed, tokens, block)
-            undecided &= ~fixed
+            tokens, fixed = denoise(
+                logits,
+                undecided[active],
+                [sizes[row] for row in rows],
+                [step] * len(rows),
+                options,
+                [generators[row] for row in rows],
+                forbidden=[mask_token],
+            )
+            block[active] = torch.where(fixed, tokens, block[active])
+            undecided[active] &= ~fixed
             # What stands after a decided end token is dropped anyway.
             for i, row in enumerate(live):
                 end = _first_end(block[i, : sizes[row]].tolist(), ends)

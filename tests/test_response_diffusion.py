@@ -72,16 +72,37 @@ def test_a_model_trained_on_two_answers_writes_both():
     assert written[1] == answers[1] and written[0][: len(answers[0])] == answers[0]
 
 
+SAMPLED = {"audio_temperature": 1.0, "audio_remasking": "random", "max_new_tokens": 12, "audio_block_size": 5}
+
+
 def test_sampling_follows_the_global_generator_and_guidance_is_refused():
     model = make_model(text_objective="diffusion")
-    options = {"audio_temperature": 1.0, "audio_remasking": "random", "max_new_tokens": 12, "audio_block_size": 5}
     texts = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        texts.append(generate(model, PROMPTS, **options))
+        texts.append(generate(model, PROMPTS, **SAMPLED))
     assert texts[0] == texts[1] != texts[2]
     with pytest.raises(ValueError, match="`audio_guidance_scale` is 0.5"):
         generate(model, PROMPTS, audio_guidance_scale=0.5, max_new_tokens=4)
+
+
+def test_a_seed_decides_each_rows_sample_whatever_its_neighbours():
+    model = make_model(text_objective="diffusion")
+    both, again, other = (generate(model, PROMPTS, seed=seed, eos_token_id=[109], **SAMPLED) for seed in (1, 1, 5))
+    assert both == again and both[0] != other[0]
+    assert generate(model, PROMPTS[1:], seed=2, eos_token_id=[109], **SAMPLED) == both[1:]
+    at_once = {
+        "audio_confidence_threshold": 0.02,
+        "audio_temperature": 1.0,
+        "max_new_tokens": 20,
+        "audio_block_size": 6,
+    }
+    both = generate(model, PROMPTS, seed=1, eos_token_id=[109], **at_once)
+    assert [
+        generate(model, [prompt], seed=1 + row, eos_token_id=[109], **at_once)[0] for row, prompt in enumerate(PROMPTS)
+    ] == both
+    with pytest.raises(ValueError, match="`seed` names 3 seeds for 2 rows"):
+        generate(model, PROMPTS, seed=[1, 2, 3], **SAMPLED)
 
 
 def test_what_cannot_be_written_is_refused_before_any_forward():

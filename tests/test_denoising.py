@@ -1,9 +1,19 @@
-"""The audio sampler's pure functions."""
+"""A denoising step and the pure functions that it is made of."""
 
 import pytest
 import torch
 
-from modeling_ttt.sampling_ttt import choose_positions, confidence_of, draw, guide, keep_probable, split_evenly
+from modeling_ttt import TttGenerationConfig
+from modeling_ttt.denoising_ttt import (
+    choose_positions,
+    confidence_of,
+    denoise,
+    draw,
+    guide,
+    keep_probable,
+    make_generators,
+    split_evenly,
+)
 
 
 @pytest.mark.parametrize(
@@ -59,3 +69,35 @@ def test_a_threshold_fixes_all_that_pass_and_at_least_the_best():
     confidence, undecided = torch.tensor([[0.9, 0.8, 0.1], [0.3, 0.2, 0.1]]), torch.ones(2, 3, dtype=torch.bool)
     chosen = choose_positions(confidence, undecided, torch.tensor([1, 1]), threshold=0.8)
     assert chosen.tolist() == [[True, True, False], [True, False, False]]
+
+
+def options_of(**options):
+    defaults = TttGenerationConfig._get_default_generation_params()
+    return TttGenerationConfig(**{**defaults, **options})
+
+
+def test_a_step_fixes_its_share_of_every_block_and_never_takes_what_is_forbidden():
+    logits = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
+    logits[..., 5] += 100
+    undecided = torch.tensor([[True] * 4, [True, True, False, False]])  # the second row's block is shorter
+    tokens, fixed = denoise(
+        logits, undecided, [4, 2], [0, 0], options_of(audio_steps_per_block=2), [None] * 2, forbidden=[5]
+    )
+    assert fixed.sum(-1).tolist() == [2, 1] and not (fixed & ~undecided).any() and tokens.max() < 5
+
+
+def test_rows_with_shorter_blocks_draw_what_they_draw_alone():
+    options = options_of(audio_temperature=1.0, audio_remasking="random", seed=[3, 4])
+    logits = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
+    generators = make_generators(options, 2, torch.device("cpu"))
+    for _ in range(2):  # and so in the next step
+        together, _ = denoise(logits.clone(), torch.ones(2, 4).bool(), [2, 4], [0, 0], options, generators)
+    alone = make_generators(options_of(audio_temperature=1.0, audio_remasking="random", seed=3), 1, torch.device("cpu"))
+    for _ in range(2):
+        single, _ = denoise(logits[:1, :2].clone(), torch.ones(1, 2).bool(), [2], [0], options, alone)
+    assert torch.equal(together[:1, :2], single)
+
+
+def test_a_list_of_seeds_has_one_for_each_row():
+    with pytest.raises(ValueError, match="`seed` names 2 seeds for 3 rows"):
+        make_generators(options_of(seed=[1, 2]), 3, torch.device("cpu"))

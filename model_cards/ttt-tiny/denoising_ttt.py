@@ -1,0 +1,1 @@
+../../modeling_ttt/denoising_ttt.py

@@ -1,1 +1,0 @@
-../../modeling_ttt/sampling_ttt.py
