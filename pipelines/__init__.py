@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["TttAudioToAudioPipeline"]
+__all__ = ["TttAudioToAudioPipeline", "save_repository"]
 
 
 def _register() -> None:
@@ -23,10 +23,10 @@ def _register() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "TttAudioToAudioPipeline":
-        from .pipeline_ttt import TttAudioToAudioPipeline
+    if name in __all__:
+        from . import pipeline_ttt
 
-        return TttAudioToAudioPipeline
+        return getattr(pipeline_ttt, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -3,11 +3,14 @@ becomes in tokens, and tokens in speech, is the processor's business."""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from transformers import AutoModel, Pipeline
+from transformers import Pipeline, PreTrainedModel, ProcessorMixin
+from transformers.dynamic_module_utils import custom_object_save
 
 TEXT_TASKS = ("tts", "text_chat")
 
@@ -208,10 +211,43 @@ class TttAudioToAudioPipeline(Pipeline):
             return len(inputs) > 0 and isinstance(inputs[0], (int, float))
         return not hasattr(inputs, "__iter__") and not hasattr(inputs, "__getitem__")
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """Saves the model, the processor with its audio tokenizer, and this pipeline's code."""
-        super().save_pretrained(save_directory, **kwargs)
-        self.processor.save_pretrained(save_directory)
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Save the whole Hub folder: see [`save_repository`]."""
+        save_repository(self.model, self.processor, save_directory, **kwargs)
+
+
+def save_repository(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    folder: str | os.PathLike,
+    card: str | None = None,
+    **kwargs: Any,
+) -> None:
+    """
+    Write a whole Hub folder, all that `pipeline("audio-to-audio", model=folder, trust_remote_code=True)` needs: model,
+    generation settings, processor with its audio tokenizer, pipeline, the code of all of them, and a model card.
+
+    Args:
+        model (`TttForConditionalGeneration`): the model.
+        processor (`TttProcessor`): its processor, with an audio tokenizer.
+        folder (`str` or `os.PathLike`): folder to write; made if missing.
+        card (`str`, *optional*): text of the model card. A README.md that is there already is kept.
+        kwargs: passed to the model's `save_pretrained`, such as `max_shard_size`.
+
+    Raises:
+        ValueError: if the processor has no audio tokenizer, without which the folder could not talk.
+    """
+    if getattr(processor, "audio_tokenizer", None) is None:
+        raise ValueError("`processor` has no audio tokenizer, so the folder could not talk. Load it with its own.")
+    os.makedirs(folder, exist_ok=True)
+    impl = f"{TttAudioToAudioPipeline.__module__.split('.')[-1]}.{TttAudioToAudioPipeline.__name__}"
+    model.config.custom_pipelines = {"audio-to-audio": {"impl": impl, "pt": ["AutoModel"], "type": "multimodal"}}
+    custom_object_save(TttAudioToAudioPipeline, folder)
+    model.save_pretrained(folder, **kwargs)
+    processor.save_pretrained(folder)
+    readme = Path(folder) / "README.md"
+    if card is not None and not readme.exists():
+        readme.write_text(card, encoding="utf-8")
 
 
 def _is_conversation(request: Any) -> bool:
@@ -240,10 +276,4 @@ def _rows(inputs: Any, column: str) -> Iterator[Any]:
         yield row[column]
 
 
-# What `save_pretrained` needs to write the class into a folder. Registering sets it too, but code that came with a
-# model folder is never registered.
-TttAudioToAudioPipeline._registered_impl = {
-    "audio-to-audio": {"impl": TttAudioToAudioPipeline, "pt": (AutoModel,), "type": "multimodal"}
-}
-
-__all__ = ["TttAudioToAudioPipeline"]
+__all__ = ["TttAudioToAudioPipeline", "save_repository"]

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from modeling_ttt import TttForConditionalGeneration
-from modeling_ttt.convert_ttt_to_hf import convert_config, ids_from_file
+from modeling_ttt.published_ttt import convert_config
+from pipelines.convert_ttt_to_hf import read_token_ids
 
 PUBLISHED = Path(__file__).parent / "fixtures" / "ttt_published"
 
@@ -19,7 +20,8 @@ def load_published(name: str, **config_changes) -> TttForConditionalGeneration:
     """The golden model "a", "b" or "c", in eval mode, stopping at its `<|im_end|>`."""
     folder = PUBLISHED / name
     published = json.loads((folder / "config.json").read_text()) | config_changes
-    model = TttForConditionalGeneration(convert_config(published, ids_from_file(folder / "generation.json")))
+    ids = read_token_ids(folder / "generation.json")
+    model = TttForConditionalGeneration(convert_config(published, ids.config_arguments()))
     weights = load_file(folder / "model.safetensors")
     renamed = {key.replace("model.", "model.language_model.", 1): value for key, value in weights.items()}
     missing, unexpected = model.load_state_dict(renamed, strict=False)

@@ -12,18 +12,18 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 from modeling_ttt import TttConfig, TttForConditionalGeneration
-from modeling_ttt.convert_ttt_to_hf import TOKENS, convert, ids_from_file, ids_from_tokenizer, main
+from pipelines.convert_ttt_to_hf import ID_NAMES, convert, main, read_token_ids, set_special_tokens
+from processing import TttTokenIds
+from processing.vocabulary_ttt import added_tokens
 
 GOLDENS = FIXTURES / "ttt_published"
 
 
 def published_tokenizer(omit=()):
-    """150 words, then the published tokens in their order: the ids of the goldens' vocabulary plus 40."""
-    names = ["<|begin_of_audio|>", "<|end_of_audio|>", "<|begin_of_quad|>", "<|audio|>"]
-    names += [f"<|audio_{code}|>" for code in range(12)]
-    names += ["<|mask_token|>", "<|end_of_audio_new|>", "<|end_of_audio_span_last|>"]
-    vocabulary = {f"word{index}": index for index in range(10)}
-    vocabulary |= {name: len(vocabulary) + index for index, name in enumerate(names) if name not in omit}
+    """A few words, then the published tokens in their order."""
+    tokens = [*(f"word{index}" for index in range(7)), "<|endoftext|>"]
+    tokens += [token for token in added_tokens(12) if token not in omit]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="word0")))
 
 
@@ -137,18 +137,6 @@ def test_bfloat16_stays_bfloat16(tmp_path):
 
 def test_ids_come_from_the_tokenizer_where_there_is_one(tmp_path):
     tokenizer = published_tokenizer()
-    ids = ids_from_tokenizer(tokenizer)
-    assert ids == {
-        "begin_of_audio_token_id": 10,
-        "end_of_prompt_audio_token_id": 11,
-        "begin_of_last_audio_token_id": 12,
-        "audio_token_id_start": 13,
-        "audio_code_id_start": 14,
-        "num_audio_codes": 12,
-        "mask_token_id": 26,
-        "end_of_audio_token_id": 27,
-        "end_of_last_audio_token_id": 28,
-    }
     checkpoint = tmp_path / "published"
     tokenizer.save_pretrained(checkpoint)
     config = json.loads((GOLDENS / "c/config.json").read_text())
@@ -161,7 +149,10 @@ def test_ids_come_from_the_tokenizer_where_there_is_one(tmp_path):
 
     model = convert(checkpoint, tmp_path / "out")
     assert model.config.mask_token_id == 26
-    assert ids_from_tokenizer(AutoTokenizer.from_pretrained(tmp_path / "out")) == ids
+    ids = TttTokenIds.from_tokenizer(AutoTokenizer.from_pretrained(tmp_path / "out"))
+    assert ids == TttTokenIds.from_tokenizer(tokenizer)
+    assert {name: getattr(model.config, name) for name in ids.config_arguments()} == ids.config_arguments()
+    assert model.config.eos_token_id == ids.end_of_turn_token_id
     config["mask_token"] = 27
     (checkpoint / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="`mask_token_id` is 27, the tokens say 26"):
@@ -176,11 +167,12 @@ def test_missing_pieces_are_named(tmp_path):
         convert(tmp_path, tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="model.safetensors"):
         convert(tmp_path, tmp_path / "out", GOLDENS / "a/generation.json")
-    with pytest.raises(ValueError, match=r"no <\|mask_token\|>.*--token_ids"):
-        ids_from_tokenizer(published_tokenizer(omit=["<|mask_token|>"]))
-    (tmp_path / "ids.json").write_text(json.dumps({key: index for index, (_, _, key) in enumerate(TOKENS)}))
+    with pytest.raises(ValueError, match=r"no token `<\|mask_token\|>`.*--token_ids"):
+        set_special_tokens(published_tokenizer(omit=["<|mask_token|>"]))
+    names = [name for name in ID_NAMES.values() if name != "num_audio_tokens"]
+    (tmp_path / "ids.json").write_text(json.dumps({name: index for index, name in enumerate(names)}))
     with pytest.raises(ValueError, match="lacks num_audio_tokens"):
-        ids_from_file(tmp_path / "ids.json")
+        read_token_ids(tmp_path / "ids.json")
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path):

@@ -15,8 +15,9 @@ from glm4_voice_goldens import GOLDENS, golden_model, write_published_folders
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, EncodecFeatureExtractor
 
-from modeling_ttt import TttGenerationConfig, convert_ttt_to_hf
+from modeling_ttt import TttGenerationConfig
 from modeling_ttt.glm4_voice import Glm4VoiceModel, convert_glm4_voice_to_hf
+from pipelines import convert_ttt_to_hf
 from processing import TASKS, TttProcessor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -150,7 +151,6 @@ def test_the_repository_holds_all_parts(hub):
         "config.json",
         "generation_config.json",
         "model.safetensors",
-        "preprocessor_config.json",
         "processor_config.json",
         "tokenizer.json",
         "tokenizer_config.json",

@@ -64,12 +64,10 @@ def test_constraints_pin_every_direct_dependency_within_its_range():
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), text
 
 
-def imports_of(path: Path, on_import_only: bool = False) -> list[tuple[int, str]]:
-    """(level, module) of each import in a file; level 0 is absolute. With `on_import_only`, without those in functions,
-    which run later."""
+def imports_of(path: Path) -> list[tuple[int, str]]:
+    """(level, module) of each import in a file; level 0 is absolute."""
     found = []
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in tree.body if on_import_only else ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found += [(0, name.name) for name in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -79,12 +77,11 @@ def imports_of(path: Path, on_import_only: bool = False) -> list[tuple[int, str]
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_imports_run_one_way(package):
-    """But for the one command that writes a whole repository, for which it needs every package when it runs."""
     later = PACKAGES[PACKAGES.index(package) + 1 :] + ["training_examples", "tests"]
     wrong = [
         (path.name, module)
         for path in (ROOT / package).rglob("*.py")
-        for level, module in imports_of(path, on_import_only=path.name == "convert_ttt_to_hf.py")
+        for level, module in imports_of(path)
         if level == 0 and module.split(".")[0] in later
     ]
     assert wrong == []

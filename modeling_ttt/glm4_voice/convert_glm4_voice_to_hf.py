@@ -16,7 +16,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
-from ..convert_ttt_to_hf import load_weights
+from ..published_ttt import load_weights
 from . import Glm4VoiceConfig, Glm4VoiceEncoderConfig, Glm4VoiceFlowConfig, Glm4VoiceModel, Glm4VoiceVocoderConfig
 
 ENCODER_PREFIX = "model.encoder."

@@ -1,0 +1,1 @@
+../../processing/vocabulary_ttt.py
