@@ -10,7 +10,7 @@ import soundfile
 from builders import build_codec, build_model, build_processor, tone
 from transformers import EncodecFeatureExtractor
 
-from training_examples.evaluation.figures import Figure, fingerprint, markdown_table, read_audio, read_list, remember
+from training_examples.evaluation.figures import Figure, fingerprint, markdown_table, remember
 from training_examples.ttt_tiny import evaluate_ttt
 from training_examples.ttt_tiny.evaluate_codec import reconstruct
 from training_examples.ttt_tiny.evaluate_ttt import (
@@ -21,6 +21,7 @@ from training_examples.ttt_tiny.evaluate_ttt import (
     plot,
     report,
 )
+from training_examples.ttt_tiny.speech import read_audio, read_list
 
 
 def row(**values):

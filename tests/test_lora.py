@@ -30,7 +30,7 @@ from training_examples.finetune_lora import (
     save_merged,
     trainable_tokens,
 )
-from training_examples.ttt_tiny import build_skill, domain, evaluate_skill
+from training_examples.ttt_tiny import build_skill, domain, evaluate_skill, skill
 
 BACKBONES = {"qwen2": True, "qwen3": False, "llama": True}  # by model type, whether the head is tied
 GENERATION = {"max_new_tokens": 12, "max_audio_codes_per_span": 20}
@@ -305,14 +305,13 @@ def test_an_adapter_whose_model_is_gone_says_so(trained, tmp_path, capsys):
 
 
 def test_the_skill_is_new_and_its_held_out_questions_are_never_trained_on():
-    items = build_skill.skill_items()
+    items = skill.skill_items()
     answers = {item.question: item.answer for item in items}
     assert len(answers) == len(items)
     assert not set(answers) & {item.question for item in domain.fixed_items()}
-    assert "cucumber" in build_skill.new_words() and "color" not in build_skill.new_words()
+    assert "cucumber" in skill.new_words() and "color" not in skill.new_words()
     splits = {
-        split: {q for q in answers if build_skill.split_of(q) == split}
-        for split in ("evaluation", "development", "training")
+        split: {q for q in answers if skill.split_of(q) == split} for split in ("evaluation", "development", "training")
     }
     assert all(domain.is_held_out(question) for question in splits["evaluation"])
     assert len(splits["evaluation"]) >= 10 and len(splits["development"]) >= 10

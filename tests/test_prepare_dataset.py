@@ -442,7 +442,7 @@ def prepare_until_stuck(options):
 
     def stuck(builder, folder, chunk):
         if len(done) == 2:
-            (folder.data / f"{folder.split}-0000-{chunk.number:06d}.partial").write_bytes(b"half a shard")
+            (folder.data / f"{folder.split}-0000-{chunk.number:06d}.parquet.partial").write_bytes(b"half a shard")
             (folder.reports / "stuck").touch()
             time.sleep(600)
         done.append(chunk.number)

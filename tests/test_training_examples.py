@@ -10,12 +10,12 @@ import pytest
 import torch
 from builders import build_codec, build_processor
 from datasets import Dataset, DatasetDict
-from safetensors.numpy import save_file
 
 from modeling_ttt import TttConfig, TttForConditionalGeneration
 from modeling_ttt.ttt_codec import TttCodecConfig, TttCodecModel
 from training_examples import train_ttt
-from training_examples.ttt_tiny import build_examples, build_speech, create_tiny, domain, train_codec
+from training_examples.files import whole_file, write_text
+from training_examples.ttt_tiny import build_examples, build_speech, create_tiny, domain, speech, train_codec
 
 
 def test_no_held_out_sentence_is_ever_drawn_for_training():
@@ -100,19 +100,27 @@ def write_shard(folder, kind, texts):
     rng = np.random.default_rng(0)
     waves = [rng.integers(-3000, 3000, 16_000 + 1600 * index, dtype=np.int16) for index in range(len(texts))]
     rows = [{"text": text, "answer": text, "kind": "repeat", "voice": "none"} for text in texts]
-    save_file(
-        {"samples": np.concatenate(waves), "offsets": np.cumsum([0, *map(len, waves)], dtype=np.int64)},
-        folder / f"{kind}-0000.safetensors",
-        metadata={"rows": json.dumps(rows)},
-    )
+    speech.write_shard(folder / f"{kind}-0000.safetensors", rows, waves)
     return rows, waves
 
 
 def test_shards_are_read_back_as_written(tmp_path):
     rows, waves = write_shard(tmp_path, "assistant", ["one", "two three"])
-    read_rows, read_waves = build_speech.read_shard(tmp_path / "assistant-0000.safetensors")
+    read_rows, read_waves = speech.read_shard(tmp_path / "assistant-0000.safetensors")
     assert read_rows == rows
     assert all(np.array_equal(a, b) for a, b in zip(waves, read_waves, strict=True))
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "folder" / "shard.parquet"
+    write_text(path, "first")
+    with pytest.raises(KeyboardInterrupt), whole_file(path) as partial:
+        partial.write_text("sec")
+        raise KeyboardInterrupt
+    assert path.read_text() == "first"
+    assert list(path.parent.glob("*.parquet")) == [path]  # what a kill leaves is not taken for a shard
+    write_text(path, "second")
+    assert [file.read_text() for file in path.parent.iterdir()] == ["second"]
 
 
 def test_encoding_in_batches_keeps_order_and_lengths(tmp_path):

@@ -1,4 +1,4 @@
-"""What the evaluation scripts share: held-out lists, results that survive a kill, figures with their counts, tables."""
+"""Measured figures: with their counts, remembered across a kill, and as tables."""
 
 import hashlib
 import json
@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import soundfile
+from training_examples.files import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -24,33 +23,6 @@ class Figure:
         if self.unit == "%":
             return f"{100 * self.value:.1f} %"
         return f"{self.value:.2f} {self.unit}".strip()
-
-
-def read_list(folder: str | Path, name: str, limit: int | None = None) -> list[dict[str, Any]]:
-    """The rows of the held-out list `name`.jsonl, the first `limit` of them.
-
-    Raises:
-        FileNotFoundError: If there is no such list; the message says which script makes it.
-    """
-    path = Path(folder, f"{name}.jsonl")
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path} is missing: make the held-out lists with training_examples/ttt_tiny/build_speech.py"
-        )
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    return rows[:limit]
-
-
-def read_audio(folder: str | Path, path: str, sampling_rate: int = 16_000) -> np.ndarray:
-    """A mono waveform `(samples,)`, float32, of the evaluation folder.
-
-    Raises:
-        ValueError: If its rate is another one: the lists are made at 16 kHz.
-    """
-    samples, rate = soundfile.read(Path(folder, path), dtype="float32")
-    if rate != sampling_rate or samples.ndim != 1:
-        raise ValueError(f"{path} has {rate} Hz and shape {samples.shape}; expected mono at {sampling_rate} Hz")
-    return samples
 
 
 def normalized(text: str) -> str:
@@ -73,20 +45,17 @@ def remember(path: Path, settings: dict[str, Any], compute: Callable[[], Any]) -
     """The result of `compute`, from `path` if it was computed there before with the same settings."""
     settings = json.loads(json.dumps(settings))
     if path.exists():
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = read_json(path)
         if stored["settings"] == settings:
             return stored["result"]
     result = compute()
-    write_json(path, {"settings": settings, "result": result})
+    write_figures(path, {"settings": settings, "result": result})
     return result
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1, default=_plain) + "\n", encoding="utf-8")
-    partial.rename(path)
+def write_figures(path: Path, content: Any) -> None:
+    """Write JSON in which figures may stand, whole or not at all."""
+    write_json(path, content, default=_plain)
 
 
 def _plain(value: Any) -> Any:

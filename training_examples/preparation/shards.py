@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features, List, Value
 
+from training_examples.files import read_json, whole_file, write_json, write_text
 from training_examples.preparation.sources import Chunk
 
 FEATURES = Features(
@@ -57,7 +58,7 @@ class ShardFolder:
         self.reports.mkdir(exist_ok=True)
         file = self.reports / "arguments.json"
         now = json.loads(json.dumps(arguments, default=str))
-        before = _read_json(file) if file.exists() else now
+        before = read_json(file) if file.exists() else now
         changes = [
             f"{key} was {before.get(key)} and is {value}" for key, value in now.items() if before.get(key) != value
         ]
@@ -66,22 +67,21 @@ class ShardFolder:
                 f"`--output_dir` {self.folder} was begun otherwise: {'; '.join(changes)}. Repeat the former arguments "
                 "to go on, or choose another folder or `--output_split`."
             )
-        _write_json(file, now)
+        write_json(file, now)
 
     def write(self, chunk: Chunk, examples: Sequence[dict[str, Any]], report: dict[str, Any]) -> None:
         """Writes the examples of a chunk and then its report, which marks the chunk as finished."""
         name = f"{chunk.source:04d}-{chunk.number:06d}"
         if examples:
             target = self.data / f"{self.split}-{name}.parquet"
-            partial = target.with_suffix(".partial")
-            pq.write_table(pa.Table.from_pylist(examples, FEATURES.arrow_schema), partial, compression="zstd")
-            partial.replace(target)
-        _write_json(self.reports / f"{name}.json", report)
+            with whole_file(target) as partial:
+                pq.write_table(pa.Table.from_pylist(examples, FEATURES.arrow_schema), partial, compression="zstd")
+        write_json(self.reports / f"{name}.json", report)
 
     def finished(self) -> dict[tuple[int, int], dict[str, Any]]:
         """The reports, by source and chunk."""
         names = sorted(self.reports.glob("[0-9]*-[0-9]*.json"))
-        return {tuple(map(int, file.stem.split("-"))): _read_json(file) for file in names}  # type: ignore[misc]
+        return {tuple(map(int, file.stem.split("-"))): read_json(file) for file in names}  # type: ignore[misc]
 
     def summarise(self, source_names: Sequence[str]) -> dict[str, Any]:
         """Writes `rejected-SPLIT.jsonl` and `summary-SPLIT.json`; returns the summary."""
@@ -113,20 +113,6 @@ class ShardFolder:
             "rejected_kinds": kinds,
             "tasks": tasks,
         }
-        _write(self.folder / f"rejected-{self.split}.jsonl", "".join(lines))
-        _write_json(self.folder / f"summary-{self.split}.json", summary)
+        write_text(self.folder / f"rejected-{self.split}.jsonl", "".join(lines))
+        write_json(self.folder / f"summary-{self.split}.json", summary)
         return summary
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _write_json(path: Path, content: Any) -> None:
-    _write(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

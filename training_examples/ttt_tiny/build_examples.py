@@ -7,7 +7,6 @@ aloud; part of the questions are also asked in text, and part of the examples ho
 shard (Parquet), so a killed run goes on where it stopped.
 """
 
-import json
 import random
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -25,8 +24,9 @@ from transformers import HfArgumentParser, set_seed
 
 from modeling_ttt.ttt_codec import TttCodecModel
 from processing import TttProcessor, interleave
-from training_examples.ttt_tiny.build_speech import read_shard
-from training_examples.ttt_tiny.train_codec import augment, pad
+from training_examples.files import whole_file
+from training_examples.ttt_tiny.speech import read_list, read_shard
+from training_examples.ttt_tiny.waveforms import augment, pad
 
 
 @dataclass
@@ -67,9 +67,8 @@ def encode_shard(codec_dir: Path, shard: Path, target: Path, seed: int) -> Path:
     columns = {key: [row[key] for row in rows] for key in rows[0]} | {"codes": encode(codec, waves)}
     if shard.name.startswith("questions"):
         columns["noisy_codes"] = encode(codec, waves, noisy=True)
-    partial = target.with_suffix(".partial")
-    pq.write_table(pa.table(columns), partial)
-    partial.rename(target)
+    with whole_file(target) as partial:
+        pq.write_table(pa.table(columns), partial)
     return target
 
 
@@ -131,7 +130,7 @@ def held_out(args: ExampleArguments, codec: TttCodecModel) -> list[tuple[str, li
     folder = args.data_dir / "eval"
     conversations = []
     for name, task in (("spoken_qa_seen", "spoken_qa"), ("tts", "tts")):
-        lines = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        lines = read_list(folder, name)
         speech = encode(codec, [soundfile.read(folder / row["answer_audio"], dtype="int16")[0] for row in lines])
         if task == "tts":
             contents = [[{"type": "text", "text": row["answer"]}] for row in lines]

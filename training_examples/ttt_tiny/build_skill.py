@@ -9,22 +9,20 @@ answers, so that the old skills stay. A fifth of the new questions is held out b
 development: their words and facts occur in training, the sentence never does.
 """
 
-import json
 import random
-import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
 from scipy.signal import resample_poly
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from training_examples.ttt_tiny import domain
-from training_examples.ttt_tiny.build_speech import speak_list
 from training_examples.ttt_tiny.domain import Item
+from training_examples.ttt_tiny.skill import new_words, skill_items, split_of
+from training_examples.ttt_tiny.speech import speak_list, to_int16, write_shard
 from training_examples.ttt_tiny.synthesis import (
     ASSISTANT_VOICE,
     SAMPLING_RATE,
@@ -32,32 +30,6 @@ from training_examples.ttt_tiny.synthesis import (
     Delivery,
     random_delivery,
     speak,
-)
-
-COLORS = dict(
-    pair.split("-")
-    for pair in (
-        "cucumber-green cherry-red strawberry-red pumpkin-orange coconut-brown pineapple-yellow cauliflower-white "
-        "avocado-green mushroom-white eggplant-purple radish-red cabbage-green"
-    ).split()
-)
-QUESTIONS = (
-    "what color is {}",
-    "what color has {}",
-    "which color is {}",
-    "which color has {}",
-    "what is the color of {}",
-    "name the color of {}",
-    "say the color of {}",
-    "tell me the color of {}",
-    "tell me what color is {}",
-    "please name the color of {}",
-    "please say the color of {}",
-    "please tell me the color of {}",
-    "please tell me what color is {}",
-    "do you know the color of {}",
-    "do you know what color is {}",
-    "can you tell me what color is {}",
 )
 
 
@@ -75,29 +47,6 @@ class SkillArguments:
     def __post_init__(self):
         if not 0.0 <= self.replay < 1.0:
             raise ValueError(f"--replay is {self.replay}; it is a share, from 0 to below 1.")
-
-
-def skill_items() -> list[Item]:
-    """Every question of the skill, with its answer."""
-    things = {f"{'an' if name[0] in 'aeiou' else 'a'} {name}": color for name, color in COLORS.items()}
-    return [
-        Item("produce", question.format(thing), f"{thing} is {color}")
-        for thing, color in things.items()
-        for question in QUESTIONS
-    ]
-
-
-def new_words() -> list[str]:
-    """The words of the skill that the domain lacks."""
-    words = {word for item in skill_items() for word in (item.question + " " + item.answer).split()}
-    return sorted(words - set(domain.vocabulary()))
-
-
-def split_of(question: str) -> str:
-    """Where a new question belongs: "evaluation" (what domain.py holds out), "development" or "training"."""
-    if domain.is_held_out(question):
-        return "evaluation"
-    return "development" if zlib.crc32(question.encode()) % 100 < 2 * domain.HELD_OUT_PERCENT else "training"
 
 
 def draw_questions(rng: random.Random, replay: float) -> Iterator[Item]:
@@ -119,7 +68,7 @@ def speak_training(args: SkillArguments) -> dict[str, list[tuple[dict, np.ndarra
 
     def add(shard: str, delivery: Delivery, text: str, **columns: str) -> None:
         nonlocal samples
-        wave = np.round(speak(text, delivery) * 32767).astype(np.int16)
+        wave = to_int16(speak(text, delivery))
         samples += len(wave)
         if samples <= limit:
             spoken[shard].append(({"text": text, **columns, **asdict(delivery)}, wave))
@@ -147,13 +96,6 @@ def change_speed(wave: np.ndarray, speed: float) -> np.ndarray:
     return samples.round().clip(-32768, 32767).astype(np.int16)
 
 
-def write_shard(path: Path, utterances: list[tuple[dict, np.ndarray]]) -> None:
-    """Writes one shard in the form that build_speech.py's `read_shard` reads."""
-    rows, waves = zip(*utterances, strict=True)
-    offsets = np.cumsum([0, *map(len, waves)], dtype=np.int64)
-    save_file({"samples": np.concatenate(waves), "offsets": offsets}, path, metadata={"rows": json.dumps(rows)})
-
-
 def plan_held_out(args: SkillArguments) -> dict[str, list[dict]]:
     """The held-out lists, named as build_speech.py names them: questions in trained voices, answers to read aloud."""
     rng = random.Random(args.seed + 1)
@@ -179,10 +121,12 @@ def main() -> None:
     for folder in (speech, evaluation):
         folder.mkdir(parents=True, exist_ok=True)
     spoken = speak_training(args)
-    write_shard(speech / "assistant-0000.safetensors", spoken["assistant"])
+    rows, waves = zip(*spoken["assistant"], strict=True)
+    write_shard(speech / "assistant-0000.safetensors", rows, waves)
     for index, speed in enumerate(args.speeds):
-        copies = [(row, change_speed(wave, speed)) for row, wave in spoken["questions"]]
-        write_shard(speech / f"questions-{index:04d}.safetensors", copies)
+        rows, waves = zip(*spoken["questions"], strict=True)
+        copies = [change_speed(wave, speed) for wave in waves]
+        write_shard(speech / f"questions-{index:04d}.safetensors", rows, copies)
     for name, rows in tqdm(plan_held_out(args).items(), desc="held-out lists", unit="list"):
         speak_list(evaluation, name, rows)
     minutes = sum(len(wave) for rows in spoken.values() for _, wave in rows) / SAMPLING_RATE / 60

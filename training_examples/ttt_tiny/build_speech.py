@@ -8,24 +8,19 @@ alone. A shard is written whole or not at all, so a killed run goes on where it 
 pitches are drawn from `--seed`; the synthesisers add noise of their own, so samples differ from run to run.
 """
 
-import json
 import random
 from collections.abc import Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
-import soundfile
-from safetensors import safe_open
-from safetensors.numpy import save_file
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from training_examples.ttt_tiny import domain
+from training_examples.ttt_tiny.speech import speak_list, to_int16, write_shard
 from training_examples.ttt_tiny.synthesis import (
     ASSISTANT_VOICE,
-    SAMPLING_RATE,
     TRAINED_VOICES,
     UNHEARD_NATURAL_VOICE,
     UNHEARD_VOICES,
@@ -142,46 +137,10 @@ def _texts_to_read(rng: random.Random, count: int, excluded: Collection[str] = (
 
 
 def speak_shard(path: Path, rows: list[dict]) -> Path:
-    """Speaks `rows` and writes one shard: `samples` int16 (all sentences end to end), `offsets` int64 (rows + 1)."""
-    waves = [_int16(speak(row["text"], Delivery(row["voice"], row["rate"], row["pitch"]))) for row in rows]
-    offsets = np.cumsum([0, *map(len, waves)], dtype=np.int64)
-    partial = path.with_suffix(".partial")
-    save_file({"samples": np.concatenate(waves), "offsets": offsets}, partial, metadata={"rows": json.dumps(rows)})
-    partial.rename(path)
+    """Speak `rows` into one shard."""
+    waves = [to_int16(speak(row["text"], Delivery(row["voice"], row["rate"], row["pitch"]))) for row in rows]
+    write_shard(path, rows, waves)
     return path
-
-
-def read_shard(path: Path) -> tuple[list[dict], list[np.ndarray]]:
-    """Reads a shard back: its rows and their int16 waveforms (16 kHz)."""
-    with safe_open(path, "numpy") as shard:
-        rows = json.loads(shard.metadata()["rows"])
-        samples, offsets = shard.get_tensor("samples"), shard.get_tensor("offsets")
-    return rows, [samples[start:end] for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
-
-
-def speak_list(folder: Path, name: str, rows: list[dict]) -> Path:
-    """Speaks one evaluation list into `folder`: FLAC files and `name`.jsonl."""
-    target = folder / f"{name}.jsonl"
-    if target.exists():
-        return target
-    (folder / name).mkdir(parents=True, exist_ok=True)
-    lines = []
-    for index, row in enumerate(rows):
-        row = {"id": f"{name}-{index:04d}", **row, "audio": None, "answer_audio": f"{name}/{index:04d}-answer.flac"}
-        if "rate" in row:
-            row["audio"] = f"{name}/{index:04d}.flac"
-            spoken = row["question"] or row["answer"]
-            soundfile.write(
-                folder / row["audio"], speak(spoken, Delivery(row["voice"], row["rate"], row["pitch"])), SAMPLING_RATE
-            )
-        soundfile.write(folder / row["answer_audio"], speak(row["answer"], ASSISTANT_VOICE), SAMPLING_RATE)
-        lines.append(json.dumps(row))
-    target.write_text("\n".join(lines) + "\n")
-    return target
-
-
-def _int16(samples: np.ndarray) -> np.ndarray:
-    return np.round(samples * 32767).astype(np.int16)
 
 
 def main() -> None:

@@ -15,9 +15,10 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForAudioTokenization, EncodecFeatureExtractor, HfArgumentParser
 
 import modeling_ttt  # noqa: F401  (registers the audio tokenizer, so that no remote code is needed)
-from training_examples.evaluation.figures import Figure, markdown_table, normalized, read_audio, read_list, write_json
+from training_examples.evaluation.figures import Figure, markdown_table, normalized, write_figures
 from training_examples.evaluation.recognisers import word_error_rate
 from training_examples.ttt_tiny.judge import domain_recognizer
+from training_examples.ttt_tiny.speech import read_audio, read_list
 
 LISTS = {"codec_answers": "held-out answers", "tts": "random word sequences"}
 
@@ -88,11 +89,11 @@ def main() -> None:
                 entry["codes_used"] = Figure(len(np.unique(np.concatenate(codes))), len(rows), "codes")
                 table.append([title, vocoder, entry[vocoder], f"{seconds['decode'] / duration:.4f}", len(rows)])
                 missed = [{"said": a, "heard": b} for a, b in zip(texts, heard, strict=True) if a != b]
-                write_json(args.output_dir / f"{name}-{vocoder}-misheard.json", missed)
+                write_figures(args.output_dir / f"{name}-{vocoder}-misheard.json", missed)
             report[name] = entry
 
     text = markdown_table(["speech", "decoded by", "recogniser WER", "decode time / duration", "sentences"], table)
-    write_json(args.output_dir / "codec.json", {"model": args.model, "results": report})
+    write_figures(args.output_dir / "codec.json", {"model": args.model, "results": report})
     (args.output_dir / "codec.md").write_text(text + "\n", encoding="utf-8")
     print(text)
 

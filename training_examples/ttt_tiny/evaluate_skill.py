@@ -20,9 +20,9 @@ from transformers import HfArgumentParser
 from training_examples.evaluation.figures import Figure, fingerprint, markdown_table, remember
 from training_examples.evaluation.recognisers import Recognizer
 from training_examples.ttt_tiny import domain
-from training_examples.ttt_tiny.build_skill import new_words, skill_items, split_of
 from training_examples.ttt_tiny.evaluate_ttt import EvaluationArguments, Talker, figures_of_list, measure_list
 from training_examples.ttt_tiny.judge import VOICE_MEAN, VOICE_WARP
+from training_examples.ttt_tiny.skill import new_words, skill_items, split_of
 
 # Rows of the table: data, figure, title.
 ROWS = [

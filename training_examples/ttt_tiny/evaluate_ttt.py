@@ -35,14 +35,13 @@ from training_examples.evaluation.figures import (
     fingerprint,
     markdown_table,
     normalized,
-    read_audio,
-    read_list,
     remember,
     share,
-    write_json,
+    write_figures,
 )
 from training_examples.evaluation.recognisers import SAMPLING_RATE, Recognizer, word_error_rate
 from training_examples.ttt_tiny.judge import domain_recognizer
+from training_examples.ttt_tiny.speech import read_audio, read_list
 
 PROCESSOR_TASKS = {"spoken_qa": "spoken_qa", "asr": "asr", "tts": "tts", "text_qa": "text_chat"}
 VOICES = ("seen", "unheard", "unheard_natural")
@@ -442,7 +441,7 @@ def main() -> None:
         evaluation = Evaluation(args, recognizer)
         evaluation.run()
     text = report(args, evaluation.figures, evaluation.kinds)
-    write_json(
+    write_figures(
         args.output_dir / f"{args.split}.json", {"figures": evaluation.figures, "exact_by_kind": evaluation.kinds}
     )
     (args.output_dir / f"{args.split}.md").write_text(text + "\n", encoding="utf-8")

@@ -25,8 +25,10 @@ from tqdm import tqdm
 from transformers import HfArgumentParser, set_seed
 
 from modeling_ttt.ttt_codec import TttCodecConfig, TttCodecModel
-from training_examples.ttt_tiny.build_speech import read_shard
+from training_examples.files import whole_file
 from training_examples.ttt_tiny.domain import is_held_out
+from training_examples.ttt_tiny.speech import read_shard
+from training_examples.ttt_tiny.waveforms import augment, pad
 
 
 @dataclass
@@ -123,30 +125,6 @@ class Speech:
                     start = self.rng.randrange(max(len(wave) - samples, 0) + 1)
                     rows.append(wave[start : start + samples])
                 yield pad(rows, samples)[0]
-
-
-def pad(waves: list[np.ndarray], multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """int16 waveforms to float (batch, samples) padded to a multiple of `multiple`, and their lengths."""
-    length = -(-max(map(len, waves)) // multiple) * multiple
-    batch = torch.zeros(len(waves), length)
-    for row, wave in enumerate(waves):
-        batch[row, : len(wave)] = torch.from_numpy(wave.astype(np.float32) / 32767)
-    return batch, torch.tensor([len(wave) for wave in waves])
-
-
-def augment(waves: torch.Tensor) -> torch.Tensor:
-    """Random gain, spectral tilt, equaliser and noise for (batch, samples)."""
-    batch = len(waves)
-    tilt = torch.empty(batch, 1).uniform_(-0.6, 0.6)
-    out = waves + tilt * F.pad(waves, (1, 0))[:, :-1]
-    echo = torch.empty(batch, 1).uniform_(-0.4, 0.4)
-    delay = random.randrange(4, 40)
-    out = out + echo * F.pad(out, (delay, 0))[:, :-delay]
-    level = out.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-4)
-    noise = torch.randn_like(out)
-    noise = noise + torch.empty(batch, 1).uniform_(-0.95, 0.95) * F.pad(noise, (1, 0))[:, :-1]
-    out = out + noise * level * 10 ** (-torch.empty(batch, 1).uniform_(15, 50) / 20)
-    return out * 10 ** (torch.empty(batch, 1).uniform_(-15, 6) / 20)
 
 
 def spectral_loss(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -310,8 +288,8 @@ def main() -> None:
         if step % args.save_every == 0 or step == args.max_steps:
             model.save_pretrained(folder)
             state = {"optimizer": optimizer.state_dict(), "head": head.state_dict(), "step": step}
-            torch.save(state, state_file.with_suffix(".partial"))
-            state_file.with_suffix(".partial").rename(state_file)
+            with whole_file(state_file) as partial:
+                torch.save(state, partial)
 
 
 if __name__ == "__main__":
