@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from transformers import BitsAndBytesConfig
 
 from modeling_ttt import TttConfig, TttForConditionalGeneration
-from pipelines import TttAudioToAudioPipeline
+from pipelines import save_repository
 from processing import TttProcessor
 from training_examples.train_ttt import (
     ModelArguments,
@@ -150,7 +150,7 @@ def save_merged(model: Path, adapter: str, folder: Path) -> None:
     """Writes `model` with the adapter's change in its weights, its processor and its code."""
     base = TttForConditionalGeneration.from_pretrained(model)
     merged = PeftModel.from_pretrained(base, adapter).merge_and_unload().eval()
-    TttAudioToAudioPipeline(model=merged, processor=TttProcessor.from_pretrained(model)).save_pretrained(folder)
+    save_repository(merged, TttProcessor.from_pretrained(model), folder)
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from transformers import (
 
 from modeling_ttt import TttConfig, TttForConditionalGeneration, TttGenerationConfig
 from modeling_ttt.generation_config_ttt import AUDIO_DEFAULTS
-from pipelines import TttAudioToAudioPipeline
+from pipelines import save_repository
 from processing import TttAudioFormat, TttProcessor, TttTokenIds, load_audio_codec, load_feature_extractor
 from processing.audio_tokenizer_ttt import AUDIO_TOKENIZER_FOLDER
 from processing.vocabulary_ttt import AUDIO_PLACEHOLDER, END_OF_TURN, TEXT_TOKENS, audio_tokens
@@ -243,7 +243,7 @@ def main() -> None:
     # Blocks last as long as the published ones, in whole frames; so does the longest span.
     model.generation_config.audio_block_size = processor.audio_format.chunk_size
     model.generation_config.max_audio_codes_per_span = BLOCKS_PER_SPAN * processor.audio_format.chunk_size
-    TttAudioToAudioPipeline(model=model, processor=processor, device="cpu").save_pretrained(args.output_dir)
+    save_repository(model, processor, args.output_dir)
     print(
         f"{args.output_dir}: {model.num_parameters() / 1e6:.2f} M parameters, {old_size} text tokens of the language "
         f"model, {model.config.vocab_size - old_size} new ones with {num_codes} codes"

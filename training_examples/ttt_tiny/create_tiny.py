@@ -17,6 +17,7 @@ from transformers import EncodecFeatureExtractor, HfArgumentParser, PreTrainedTo
 
 from modeling_ttt import TttConfig, TttForConditionalGeneration, TttGenerationConfig
 from modeling_ttt.ttt_codec import TttCodecModel
+from pipelines import save_repository
 from processing import TttProcessor
 from processing.vocabulary_ttt import END_OF_TURN, added_tokens
 from training_examples.ttt_tiny import domain
@@ -127,8 +128,7 @@ def main() -> None:
         audio_steps_per_block=8,
         max_audio_codes_per_span=260,
     )
-    model.save_pretrained(args.output_dir)
-    processor.save_pretrained(args.output_dir)
+    save_repository(model, processor, args.output_dir)
     print(f"{args.output_dir}: {model.num_parameters() / 1e6:.2f} M parameters, {len(tokenizer)} tokens")
 
 

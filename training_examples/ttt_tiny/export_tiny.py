@@ -19,7 +19,7 @@ from transformers import HfArgumentParser
 
 from modeling_ttt import TttForConditionalGeneration
 from modeling_ttt.ttt_codec import TttCodecModel
-from pipelines import TttAudioToAudioPipeline
+from pipelines import save_repository
 from processing import TttProcessor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,13 +68,9 @@ def main() -> None:
     processor = TttProcessor.from_pretrained(args.processor or args.model)
     if args.audio_tokenizer is not None:
         processor.audio_tokenizer = TttCodecModel.from_pretrained(args.audio_tokenizer).eval()
-    card = args.output_dir / "README.md"
-    kept = card.read_text() if card.exists() else None
     for path in args.output_dir.glob("**/*.py"):
         path.unlink()
-    TttAudioToAudioPipeline(model=model, processor=processor).save_pretrained(args.output_dir)
-    if kept is not None:
-        card.write_text(kept)
+    save_repository(model, processor, args.output_dir)
     for folder in (args.output_dir, args.output_dir / "audio_tokenizer"):
         halve(folder)
         shutil.rmtree(folder / "__pycache__", ignore_errors=True)
