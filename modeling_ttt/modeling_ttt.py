@@ -19,19 +19,13 @@ from .generation_config_ttt import TttGenerationConfig
 from .generation_ttt import TttGenerationMixin
 from .objective_ttt import (
     IGNORE_INDEX,
-    NUM_NOISE_BINS,
     Samples,
-    cross_entropy,
-    diffusion_targets,
-    draw_noise_levels,
-    drop_for_clean_batch,
+    Scores,
+    draw_noise,
     find_sample_starts,
-    fixed_noise,
-    mask_tokens,
-    next_token_targets,
-    preserve_prefixes,
+    noise_grid,
     sample_weights,
-    tabulate_scores,
+    score,
 )
 
 
@@ -307,119 +301,49 @@ class TttForConditionalGeneration(TttPreTrainedModel, TttGenerationMixin):
             )
 
         assert input_ids is not None
+        return self._score(input_ids, labels, span_ids, num_items_in_batch, generator, backbone_inputs)
+
+    def _score(self, input_ids, labels, span_ids, num_items_in_batch, generator, backbone_inputs):
+        """The loss: noise, a forward for each draw of it, scores."""
+        config, attention_mask, position_ids = (
+            self.config,
+            *map(backbone_inputs.get, ("attention_mask", "position_ids")),
+        )
         padding_mask = attention_mask if torch.is_tensor(attention_mask) and attention_mask.ndim == 2 else None
         sample_starts = find_sample_starts(labels, position_ids if padding_mask is None else None)
         labels = labels.masked_fill(sample_starts, IGNORE_INDEX)
         samples = Samples.from_starts(sample_starts, labels)
+        weight = sample_weights(labels, samples, num_items_in_batch)
+        is_scored, is_audio = labels != IGNORE_INDEX, labels >= config.audio_token_id_start
+
         # The mask is that of the clean sequence, whatever the noise.
         if span_ids is None:
             span_ids = self.model.get_span_ids(input_ids, padding_mask, position_ids)
-            if span_ids is not None and self.config.text_objective == "diffusion":
-                span_ids = overlay_response_spans(span_ids, labels != IGNORE_INDEX, sample_starts)
-        backbone_inputs["span_ids"] = span_ids
-        weight = sample_weights(labels, samples, num_items_in_batch)
+            if span_ids is not None and config.text_objective == "diffusion":
+                span_ids = overlay_response_spans(span_ids, is_scored, sample_starts)
+
+        diffused = is_scored if config.text_objective == "diffusion" else is_audio
+        if config.audio_objective == "autoregressive":
+            diffused = torch.zeros_like(diffused)
         if self.training:
-            outputs, scores = self._training_step(input_ids, labels, samples, weight, generator, backbone_inputs)
+            noises = [draw_noise(input_ids, labels, diffused, samples, config, generator)]
         else:
-            outputs, scores = self._evaluation_step(input_ids, labels, samples, weight, backbone_inputs)
-        text_loss, audio_loss, score_table = scores
+            noises = noise_grid(input_ids, labels, diffused, samples, config)
+        forwards, scores = [], []
+        for noise in noises:
+            forwards.append(self.model(input_ids=noise.input_ids, span_ids=span_ids, **backbone_inputs))
+            hidden_states = forwards[-1].last_hidden_state
+            scores.append(score(hidden_states, self.lm_head, is_audio, noise, samples, weight, config))
+        text_loss, audio_loss, score_table = Scores.total(scores)
         return TttCausalLMOutputWithPast(
             loss=text_loss + audio_loss,
             text_loss=text_loss,
             audio_loss=audio_loss,
             score_table=score_table,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            past_key_values=forwards[0].past_key_values,
+            hidden_states=forwards[0].hidden_states,
+            attentions=forwards[0].attentions,
         )
-
-    def _training_step(self, input_ids, labels, samples, weight, generator, backbone_inputs):
-        """One draw of the objective: both sides scored in the same forward."""
-        config = self.config
-        maskable = self._is_diffused(labels)
-        if config.text_objective == "autoregressive":
-            maskable = drop_for_clean_batch(maskable, config.clean_batch_probability, generator)
-        maskable = preserve_prefixes(
-            maskable, samples, config.prefix_preservation_probability, generator, config.prefix_preservation_unit
-        )
-        noise_levels = draw_noise_levels(
-            samples.count, config.noise_epsilon, config.stratified_noise, generator, input_ids.device
-        )
-        noisy_ids, masked = mask_tokens(input_ids, maskable, samples, noise_levels, config.mask_token_id, generator)
-        outputs = self.model(input_ids=noisy_ids, **backbone_inputs)
-        noise = maskable, masked, noise_levels
-        return outputs, self._score(outputs.last_hidden_state, labels, samples, weight, noise)
-
-    def _evaluation_step(self, input_ids, labels, samples, weight, backbone_inputs):
-        """The deterministic bound: autoregressive sides on the clean sequence, diffused ones on a grid of levels."""
-        config, forwards, scores = self.config, [], []
-        diffused, levels = self._is_diffused(labels), config.eval_noise_levels
-        if "autoregressive" in (config.text_objective, config.audio_objective):
-            forwards.append(self.model(input_ids=input_ids, **backbone_inputs))
-            noise = diffused, torch.zeros_like(diffused), torch.ones(samples.count, device=input_ids.device)
-            scores.append(self._score(forwards[0].last_hidden_state, labels, samples, weight, noise))
-        if "diffusion" in (config.text_objective, config.audio_objective):
-            labels = labels.masked_fill(~diffused, IGNORE_INDEX)
-            for level, draws in zip(levels, fixed_noise(diffused, samples, len(levels)), strict=True):
-                noise_levels = torch.full((samples.count,), level, device=input_ids.device)
-                noisy_ids, masked = mask_tokens(
-                    input_ids, diffused, samples, noise_levels, config.mask_token_id, noise=draws
-                )
-                forwards.append(self.model(input_ids=noisy_ids, **backbone_inputs))
-                noise = diffused, masked, noise_levels
-                hidden_states = forwards[-1].last_hidden_state
-                scores.append(self._score(hidden_states, labels, samples, weight / len(levels), noise))
-        return forwards[0], [sum(parts) for parts in zip(*scores, strict=True)]
-
-    def _is_diffused(self, labels) -> torch.Tensor:
-        """Which labels are absorbed and predicted in place, (batch, length) bool; -100 is below both bounds."""
-        if self.config.audio_objective == "autoregressive":
-            return torch.zeros_like(labels, dtype=torch.bool)
-        return labels >= (0 if self.config.text_objective == "diffusion" else self.config.audio_token_id_start)
-
-    def _score(self, hidden_states, labels, samples, weight, noise):
-        """
-        Loss of text, loss of audio and their `score_table`, from one forward. Scored positions of both sides are
-        projected to the vocabulary at once, and no others. `noise`: which labels were maskable, which were masked, and
-        the noise level of each sample.
-        """
-        config, (maskable, masked, noise_levels) = self.config, noise
-        is_audio = labels >= config.audio_token_id_start
-        is_text = (labels != IGNORE_INDEX) & ~is_audio
-        bins = (noise_levels * NUM_NOISE_BINS).long().clamp(max=NUM_NOISE_BINS - 1)  # (samples,)
-        audio_groups = 1 + bins if config.audio_objective == "diffusion" else torch.ones_like(bins)
-        sides = (
-            (is_text, config.text_objective, torch.zeros_like(bins)),
-            (is_audio, config.audio_objective, audio_groups),
-        )
-        states, targets, weights, rows, groups = [], [], [], [], []
-        for side, objective, side_groups in sides:
-            if objective == "diffusion":
-                num_maskable = samples.total(maskable & side)
-                all_targets, all_weights = diffusion_targets(
-                    labels, masked & side, samples, noise_levels, num_maskable, weight
-                )
-            else:
-                all_targets, all_weights = next_token_targets(labels, side, samples, weight)
-            scored = (all_targets != IGNORE_INDEX).nonzero(as_tuple=True)
-            states.append(hidden_states[scored])
-            targets.append(all_targets[scored])
-            weights.append(all_weights[scored])
-            rows.append(scored[0])
-            groups.append(side_groups[samples.ids[scored]])
-
-        logits = self.lm_head(torch.cat(states))  # (scored, vocab)
-        losses = cross_entropy(logits, torch.cat(targets)) * torch.cat(weights)
-        text_loss, audio_loss = (part.sum() for part in losses.split([len(part) for part in targets]))
-        with torch.no_grad():
-            score_table = tabulate_scores(
-                losses.detach() * len(labels),
-                logits.argmax(-1) == torch.cat(targets),
-                torch.cat(rows),
-                torch.cat(groups),
-                (len(labels), 2 if config.audio_objective == "autoregressive" else 1 + NUM_NOISE_BINS),
-            )
-        return text_loss, audio_loss, score_table
 
 
 def _refuse_flash_attention(attn_implementation: str | dict | None) -> None:

@@ -1,18 +1,24 @@
-"""The TtT objective as pure functions of tensors: samples, noise, what is scored and with which weight. Who
-sees whom is in attention_ttt.py.
+"""The TtT objective as pure functions of tensors: samples, noise, what is scored and with which weight. Who sees whom
+is in attention_ttt.py; the forwards in between are the model's.
+
+    Noise (`draw_noise` in training, `noise_grid` in evaluation) -> one forward over `Noise.input_ids` -> `score`.
 
 A loss is always the weighted `cross_entropy` of the logits at the scored positions. The functions here say which
-positions those are (`targets`, -100 elsewhere) and how much each counts (`weights`), so that a model can gather the
-hidden states it needs and never project the others to the vocabulary. Modules only wire these functions together.
+positions those are (`targets`, -100 elsewhere) and how much each counts (`weights`), so that `score` gathers the hidden
+states it needs and never projects the others to the vocabulary.
 
 Noise level, prefix preservation and normalisation belong to a sample, and a sample is a row of a padded batch or one of
 several sequences packed into a row. `Samples` says which is which; nothing below it knows about rows.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from .configuration_ttt import TttConfig
 
 IGNORE_INDEX = -100
 EVAL_NOISE_SEED = 0
@@ -23,8 +29,8 @@ CROSS_ENTROPY_ROWS = 256
 
 def find_sample_starts(labels: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
     """
-    Where a sample starts: at each row's first token and, in packed rows, wherever the positions do not go on by one (as
-    `transformers.masking_utils` finds packed sequences).
+    Find where a sample starts: at each row's first token and, in packed rows, wherever the positions do not go on by
+    one (as `transformers.masking_utils` finds packed sequences).
 
     Args:
         labels (`torch.Tensor` of shape `(batch, length)`).
@@ -65,14 +71,89 @@ class Samples:
         return cls((numbers[pieces] - 1).clamp(min=0).view_as(labels), max(int(numbers[-1]), 1))
 
     def total(self, flags: torch.Tensor) -> torch.Tensor:
-        """How many tokens of each sample are flagged: (batch, length) to (count,), long."""
+        """Count the flagged tokens of each sample: (batch, length) to (count,), long."""
         totals = torch.zeros(self.count, dtype=torch.long, device=flags.device)
         return totals.index_add_(0, self.ids.flatten(), flags.flatten().long())
 
     def running_total(self, flags: torch.Tensor) -> torch.Tensor:
-        """How many tokens of the sample are flagged up to and including each one, (batch, length), long."""
+        """Count the flagged tokens of the sample up to and including each one, (batch, length), long."""
         before = self.total(flags).cumsum(0) - self.total(flags)  # in earlier samples
         return flags.flatten().long().cumsum(0).view_as(flags) - before[self.ids]
+
+
+@dataclass(frozen=True)
+class Noise:
+    """
+    What one forward hides from the model, and what it is scored on.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(batch, length)`): the tokens as the model sees them.
+        labels (`torch.LongTensor` of shape `(batch, length)`): clean ids of what is scored, -100 elsewhere.
+        maskable, masked (`torch.BoolTensor` of shape `(batch, length)`):
+            What the bound is averaged over, and what of it was replaced by the mask token.
+        levels (`torch.FloatTensor` of shape `(samples,)`): λ, the probability with which a sample was masked.
+        num_forwards (`int`): how many forwards the loss is averaged over.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    maskable: torch.Tensor
+    masked: torch.Tensor
+    levels: torch.Tensor
+    num_forwards: int = 1
+
+
+def draw_noise(
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    diffused: torch.Tensor,
+    samples: Samples,
+    config: TttConfig,
+    generator: torch.Generator | None = None,
+) -> Noise:
+    """
+    Draw the noise of a training step: clean batches (BANOM), preserved prefixes (PPM), levels and masks. Both sides are
+    scored in its forward.
+
+    Args:
+        input_ids, labels (`torch.LongTensor` of shape `(batch, length)`): clean; -100 is not scored.
+        diffused (`torch.BoolTensor` of shape `(batch, length)`): labels that are absorbed and predicted in place.
+
+    Returns:
+        [`Noise`].
+    """
+    maskable = diffused
+    if config.text_objective == "autoregressive":
+        maskable = drop_for_clean_batch(maskable, config.clean_batch_probability, generator)
+    maskable = preserve_prefixes(
+        maskable, samples, config.prefix_preservation_probability, generator, config.prefix_preservation_unit
+    )
+    levels = draw_noise_levels(
+        samples.count, config.noise_epsilon, config.stratified_noise, generator, input_ids.device
+    )
+    noisy_ids, masked = mask_tokens(input_ids, maskable, samples, levels, config.mask_token_id, generator)
+    return Noise(noisy_ids, labels, maskable, masked, levels)
+
+
+def noise_grid(
+    input_ids: torch.Tensor, labels: torch.Tensor, diffused: torch.Tensor, samples: Samples, config: TttConfig
+) -> list[Noise]:
+    """
+    Return the noise of an evaluation, which is the same in every call: what is autoregressive is scored on the clean
+    sequence, what is diffused on a grid of levels with fixed draws, one forward each. Arguments as in `draw_noise`.
+    """
+    forwards = []
+    if "autoregressive" in (config.text_objective, config.audio_objective):
+        nothing = torch.zeros_like(diffused)
+        levels = torch.ones(samples.count, device=input_ids.device)
+        forwards.append(Noise(input_ids, labels.masked_fill(diffused, IGNORE_INDEX), nothing, nothing, levels))
+    if "diffusion" in (config.text_objective, config.audio_objective):
+        labels, grid = labels.masked_fill(~diffused, IGNORE_INDEX), config.eval_noise_levels
+        for level, draws in zip(grid, fixed_noise(diffused, samples, len(grid)), strict=True):
+            levels = torch.full((samples.count,), level, device=input_ids.device)
+            noisy_ids, masked = mask_tokens(input_ids, diffused, samples, levels, config.mask_token_id, noise=draws)
+            forwards.append(Noise(noisy_ids, labels, diffused, masked, levels, len(grid)))
+    return forwards
 
 
 def draw_noise_levels(
@@ -176,7 +257,8 @@ def mask_tokens(
 
 def fixed_noise(maskable: torch.Tensor, samples: Samples, num_levels: int) -> torch.Tensor:
     """
-    Uniform noise that is the same in every call: the i-th maskable token of any sample always gets the same draws.
+    Return uniform noise that is the same in every call: the i-th maskable token of any sample always gets the same
+    draws.
 
     So a sample's evaluation depends neither on its neighbours nor on padding, and the global random state is untouched.
 
@@ -193,7 +275,7 @@ def sample_weights(
     labels: torch.Tensor, samples: Samples, num_items_in_batch: torch.Tensor | int | None = None
 ) -> torch.Tensor:
     """
-    How much each sample's loss counts.
+    Return how much each sample's loss counts.
 
     Without `num_items_in_batch` all samples count the same, as published: the batch is averaged. With it (the number of
     labels in all micro-batches of an optimizer step, as the `Trainer` counts it), a sample counts by its share of those
@@ -215,7 +297,8 @@ def next_token_targets(
     labels: torch.Tensor, scored: torch.Tensor, samples: Samples, weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    What an autoregressive loss scores: position t predicts the label at t + 1; mean per sample over its own labels.
+    Return what an autoregressive loss scores: position t predicts the label at t + 1; mean per sample over its own
+    labels.
 
     Args:
         labels (`torch.Tensor` of shape `(batch, length)`): -100 at the first token of each sample, which has no past.
@@ -239,8 +322,8 @@ def diffusion_targets(
     weight: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    What the absorbing-diffusion bound scores: the clean token at each masked position (no shift), weighted by 1 / λ and
-    averaged over the sample's maskable tokens (those that prefix preservation left maskable).
+    Return what the absorbing-diffusion bound scores: the clean token at each masked position (no shift), weighted by
+    1 / λ and averaged over the sample's maskable tokens (those that prefix preservation left maskable).
 
     Args:
         labels (`torch.Tensor` of shape `(batch, length)`): clean ids. masked: the same shape, bool.
@@ -254,9 +337,116 @@ def diffusion_targets(
     return targets, (weight / (noise_levels * num_maskable.clamp(min=1)))[samples.ids]
 
 
+class Scores(NamedTuple):
+    """
+    Losses of text and of audio, weighted and summed, and what they are made of.
+
+    Args:
+        text_loss, audio_loss (`torch.FloatTensor` of shape `()`).
+        table (`torch.FloatTensor` of shape `(batch, groups, 3)`):
+            See `tabulate_scores`. Group 0 is text; the others are audio, by noise level in `NUM_NOISE_BINS` equal bins
+            if it is diffused, one group if not.
+    """
+
+    text_loss: torch.Tensor
+    audio_loss: torch.Tensor
+    table: torch.Tensor
+
+    @classmethod
+    def total(cls, parts: list["Scores"]) -> "Scores":
+        """Add up the scores of several forwards."""
+        return cls(*(sum(values[1:], values[0]) for values in zip(*parts, strict=True)))
+
+
+class Targets(NamedTuple):
+    """
+    What one side is scored on in a forward.
+
+    Args:
+        positions (`tuple` of two `torch.LongTensor` of shape `(scored,)`): rows and columns.
+        tokens, groups (`torch.LongTensor` of shape `(scored,)`): clean ids, and groups of the score table.
+        weights (`torch.FloatTensor` of shape `(scored,)`): how much each counts.
+    """
+
+    positions: tuple[torch.Tensor, ...]
+    tokens: torch.Tensor
+    weights: torch.Tensor
+    groups: torch.Tensor
+
+
+def find_targets(
+    side: torch.Tensor,
+    objective: str,
+    noise: Noise,
+    samples: Samples,
+    weight: torch.Tensor,
+    groups: torch.Tensor,
+) -> Targets:
+    """
+    Find what one side, text or audio, is scored on: the next token, or the clean token at each masked position.
+
+    Args:
+        side (`torch.BoolTensor` of shape `(batch, length)`): labels of this side.
+        objective (`str`): `"autoregressive"` or `"diffusion"`.
+        weight, groups (`torch.Tensor` of shape `(samples,)`): see `sample_weights`; groups of the score table.
+    """
+    if objective == "diffusion":
+        num_maskable = samples.total(noise.maskable & side)
+        targets, weights = diffusion_targets(
+            noise.labels, noise.masked & side, samples, noise.levels, num_maskable, weight
+        )
+    else:
+        targets, weights = next_token_targets(noise.labels, side, samples, weight)
+    positions = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
+    return Targets(positions, targets[positions], weights[positions], groups[samples.ids[positions]])
+
+
+def score(
+    hidden_states: torch.Tensor,
+    head: Callable[[torch.Tensor], torch.Tensor],
+    is_audio: torch.Tensor,
+    noise: Noise,
+    samples: Samples,
+    weight: torch.Tensor,
+    config: TttConfig,
+) -> Scores:
+    """
+    Score one forward. The scored positions of both sides are projected to the vocabulary at once, and no others.
+
+    Args:
+        hidden_states (`torch.FloatTensor` of shape `(batch, length, hidden_size)`): of `noise.input_ids`.
+        head (`Callable`): hidden states `(scored, hidden_size)` to logits `(scored, vocab)`.
+        is_audio (`torch.BoolTensor` of shape `(batch, length)`): which clean tokens are audio-side.
+        weight (`torch.FloatTensor` of shape `(samples,)`): see `sample_weights`.
+    """
+    weight = weight / noise.num_forwards
+    is_scored = noise.labels != IGNORE_INDEX
+    bins = (noise.levels * NUM_NOISE_BINS).long().clamp(max=NUM_NOISE_BINS - 1)  # (samples,)
+    audio_group = 1 + (bins if config.audio_objective == "diffusion" else torch.zeros_like(bins))
+    text = find_targets(is_scored & ~is_audio, config.text_objective, noise, samples, weight, torch.zeros_like(bins))
+    audio = find_targets(is_scored & is_audio, config.audio_objective, noise, samples, weight, audio_group)
+    rows, tokens, weights, groups = (
+        torch.cat(parts)
+        for parts in zip(
+            (text.positions[0], text.tokens, text.weights, text.groups),
+            (audio.positions[0], audio.tokens, audio.weights, audio.groups),
+            strict=True,
+        )
+    )
+    logits = head(torch.cat([hidden_states[text.positions], hidden_states[audio.positions]]))  # (scored, vocab)
+    losses = cross_entropy(logits, tokens) * weights
+    text_loss, audio_loss = (part.sum() for part in losses.split([len(text.tokens), len(audio.tokens)]))
+    num_rows, num_groups = len(noise.labels), 1 + (NUM_NOISE_BINS if config.audio_objective == "diffusion" else 1)
+    with torch.no_grad():
+        table = tabulate_scores(
+            losses.detach() * num_rows, logits.argmax(-1) == tokens, rows, groups, (num_rows, num_groups)
+        )
+    return Scores(text_loss, audio_loss, table)
+
+
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """
-    Cross-entropy of each position in float32, (scored, vocab) and (scored,) to (scored,).
+    Return the cross-entropy of each position in float32, (scored, vocab) and (scored,) to (scored,).
 
     Large vocabularies make this the peak of a training step, so no float32 copy of the logits is kept: both directions
     convert `CROSS_ENTROPY_ROWS` positions at a time.
@@ -287,7 +477,7 @@ def tabulate_scores(
     losses: torch.Tensor, correct: torch.Tensor, rows: torch.Tensor, groups: torch.Tensor, shape: tuple[int, int]
 ) -> torch.Tensor:
     """
-    Sums of scored positions by row and group: their weighted losses, how many were predicted right, how many there are.
+    Sum up scored positions by row and group: their weighted losses, how many were predicted right, how many there are.
 
     Args:
         losses, correct, rows, groups (`torch.Tensor` of shape `(scored,)`): of each scored position.
@@ -309,16 +499,22 @@ def _uniform(number: int, generator: torch.Generator | None, device: torch.devic
 
 
 __all__ = [
+    "Noise",
     "Samples",
+    "Scores",
     "cross_entropy",
     "diffusion_targets",
+    "draw_noise",
     "draw_noise_levels",
     "drop_for_clean_batch",
     "find_sample_starts",
+    "find_targets",
     "fixed_noise",
     "mask_tokens",
     "next_token_targets",
+    "noise_grid",
     "preserve_prefixes",
     "sample_weights",
+    "score",
     "tabulate_scores",
 ]

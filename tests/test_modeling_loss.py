@@ -8,7 +8,7 @@ from conftest import make_model
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from modeling_ttt.objective_ttt import Samples, diffusion_targets, mask_tokens, next_token_targets, sample_weights
+from modeling_ttt.objective_ttt import Samples, diffusion_targets, draw_noise, next_token_targets, sample_weights
 
 AUDIO = 110
 NO_TRICKS = {"clean_batch_probability": 0.0, "prefix_preservation_probability": 0.0}
@@ -30,6 +30,15 @@ def gradients(model, **inputs):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
+def spy_on_noise(monkeypatch):
+    """The noise that models draw from now on, in a list."""
+    drawn = []
+    monkeypatch.setattr(
+        "modeling_ttt.modeling_ttt.draw_noise", lambda *args: drawn.append(draw_noise(*args)) or drawn[-1]
+    )
+    return drawn
+
+
 def rows(batch, start, stop):
     return {name: tensor[start:stop] for name, tensor in batch.items()}
 
@@ -37,23 +46,17 @@ def rows(batch, start, stop):
 def test_training_loss_is_text_plus_audio_of_one_noisy_forward(batch, monkeypatch):
     """Against logits of all positions, with the noise that the model drew."""
     model = make_model(**NO_TRICKS).train()
-    drawn = {}
-
-    def spy(input_ids, maskable, samples, noise_levels, *args, **kwargs):
-        noisy, masked = mask_tokens(input_ids, maskable, samples, noise_levels, *args, **kwargs)
-        drawn.update(noisy=noisy, masked=masked, levels=noise_levels, maskable=maskable)
-        return noisy, masked
-
-    monkeypatch.setattr("modeling_ttt.modeling_ttt.mask_tokens", spy)
+    drawn = spy_on_noise(monkeypatch)
     outputs = model(**batch, generator=generator())
+    (noise,) = drawn
     labels = batch["labels"]
     samples = Samples(torch.arange(2)[:, None].expand(labels.shape), 2)
     weight = sample_weights(labels, samples)
-    assert torch.equal(drawn["maskable"], labels >= AUDIO) and drawn["masked"].any()
+    assert torch.equal(noise.maskable, labels >= AUDIO) and noise.masked.any()
     span_ids = model.model.get_span_ids(batch["input_ids"], batch["attention_mask"])
-    logits = model(drawn["noisy"], attention_mask=batch["attention_mask"], span_ids=span_ids).logits
+    logits = model(noise.input_ids, attention_mask=batch["attention_mask"], span_ids=span_ids).logits
     text = next_token_targets(labels, (labels != -100) & (labels < AUDIO), samples, weight)
-    audio = diffusion_targets(labels, drawn["masked"], samples, drawn["levels"], drawn["maskable"].sum(-1), weight)
+    audio = diffusion_targets(labels, noise.masked, samples, noise.levels, noise.maskable.sum(-1), weight)
     torch.testing.assert_close(outputs.text_loss, full_loss(logits, *text))
     torch.testing.assert_close(outputs.audio_loss, full_loss(logits, *audio))
     assert outputs.loss == outputs.text_loss + outputs.audio_loss
@@ -74,17 +77,11 @@ def test_a_clean_batch_scores_text_only(batch):
 
 
 def test_prefix_preservation_scores_the_later_spans_only(batch, monkeypatch):
-    seen = []
-
-    def spy(input_ids, maskable, *args, **kwargs):
-        seen.append(maskable)
-        return mask_tokens(input_ids, maskable, *args, **kwargs)
-
-    monkeypatch.setattr("modeling_ttt.modeling_ttt.mask_tokens", spy)
+    drawn = spy_on_noise(monkeypatch)
     model = make_model(clean_batch_probability=0.0, prefix_preservation_probability=1.0).train()
     for seed in range(8):
         model(**batch, generator=generator(seed))
-    assert {tuple(maskable.sum(-1).tolist()) for maskable in seen} == {(8, 5), (3, 5)}
+    assert {tuple(noise.maskable.sum(-1).tolist()) for noise in drawn} == {(8, 5), (3, 5)}
 
 
 def test_evaluation_is_the_same_to_the_bit_and_leaves_the_random_state(batch):
@@ -235,29 +232,23 @@ def test_score_table_counts_what_is_predicted_right_by_side_and_noise_level(batc
         optimizer.zero_grad()
         model(**batch, generator=generator(seed)).loss.backward()
         optimizer.step()
-    drawn = {}
-
-    def spy(input_ids, maskable, samples, noise_levels, *args, **kwargs):
-        noisy, masked = mask_tokens(input_ids, maskable, samples, noise_levels, *args, **kwargs)
-        drawn.update(noisy=noisy, masked=masked, levels=noise_levels)
-        return noisy, masked
-
-    monkeypatch.setattr("modeling_ttt.modeling_ttt.mask_tokens", spy)
+    drawn = spy_on_noise(monkeypatch)
     outputs, labels = model(**batch, generator=generator(1)), batch["labels"]
+    (noise,) = drawn
     span_ids = model.model.get_span_ids(batch["input_ids"], batch["attention_mask"])
-    predicted = model(drawn["noisy"], attention_mask=batch["attention_mask"], span_ids=span_ids).logits.argmax(-1)
+    predicted = model(noise.input_ids, attention_mask=batch["attention_mask"], span_ids=span_ids).logits.argmax(-1)
     is_text = ((labels != -100) & (labels < AUDIO))[:, 1:]
     text_right = (is_text & (predicted[:, :-1] == labels[:, 1:])).sum(-1)
-    audio_right = (drawn["masked"] & (predicted == labels)).sum(-1)
-    assert 0 < text_right.sum() < is_text.sum() and 0 < audio_right.sum() < drawn["masked"].sum()
+    audio_right = (noise.masked & (predicted == labels)).sum(-1)
+    assert 0 < text_right.sum() < is_text.sum() and 0 < audio_right.sum() < noise.masked.sum()
 
     loss, correct, scored = outputs.score_table.unbind(-1)  # (rows, groups)
     assert correct[:, 0].tolist() == text_right.tolist() and scored[:, 0].tolist() == is_text.sum(-1).tolist()
-    for row, level in enumerate(drawn["levels"].tolist()):
+    for row, level in enumerate(noise.levels.tolist()):
         expected = [0, 0, 0, 0]
         expected[int(4 * level)] = audio_right[row].item()
         assert correct[row, 1:].tolist() == expected
-        assert scored[row, 1 + int(4 * level)] == drawn["masked"][row].sum()
+        assert scored[row, 1 + int(4 * level)] == noise.masked[row].sum()
     torch.testing.assert_close(loss[:, 0].mean(), outputs.text_loss)
     torch.testing.assert_close(loss[:, 1:].sum(-1).mean(), outputs.audio_loss)
     assert not outputs.score_table.requires_grad
