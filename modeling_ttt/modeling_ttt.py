@@ -305,10 +305,8 @@ class TttForConditionalGeneration(TttPreTrainedModel, TttGenerationMixin):
 
     def _score(self, input_ids, labels, span_ids, num_items_in_batch, generator, backbone_inputs):
         """The loss: noise, a forward for each draw of it, scores."""
-        config, attention_mask, position_ids = (
-            self.config,
-            *map(backbone_inputs.get, ("attention_mask", "position_ids")),
-        )
+        config = self.config
+        attention_mask, position_ids = backbone_inputs["attention_mask"], backbone_inputs["position_ids"]
         padding_mask = attention_mask if torch.is_tensor(attention_mask) and attention_mask.ndim == 2 else None
         sample_starts = find_sample_starts(labels, position_ids if padding_mask is None else None)
         labels = labels.masked_fill(sample_starts, IGNORE_INDEX)

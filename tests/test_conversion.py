@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 from modeling_ttt import TttConfig, TttForConditionalGeneration
+from modeling_ttt.objective_ttt import Noise
 from pipelines.convert_ttt_to_hf import ID_NAMES, convert, main, read_token_ids, set_special_tokens
 from processing import TttTokenIds
 from processing.vocabulary_ttt import added_tokens
@@ -72,11 +73,8 @@ def test_losses_of_the_model_are_the_published_ones(golden, monkeypatch):
     audio = tensors["labels"] >= model.config.audio_token_id_start
     from_the_end = audio.flip(-1).cumsum(-1).flip(-1)  # prefix preservation keeps the last `num_maskable` of a sample
     maskable = audio & (from_the_end <= num_maskable[:, None])
-    module = "modeling_ttt.modeling_ttt."
-    monkeypatch.setattr(module + "drop_for_clean_batch", lambda maskable, *args: maskable)
-    monkeypatch.setattr(module + "preserve_prefixes", lambda *args: maskable)
-    monkeypatch.setattr(module + "draw_noise_levels", lambda *args: tensors["p_mask"][:, 0])
-    monkeypatch.setattr(module + "mask_tokens", lambda *args: (tensors["noisy_input_ids"], masked))
+    noise = Noise(tensors["noisy_input_ids"], tensors["labels"], maskable, masked, tensors["p_mask"][:, 0])
+    monkeypatch.setattr("modeling_ttt.modeling_ttt.draw_noise", lambda *args: noise)
     model.train()
     outputs = model(**inputs)
     model.eval()
