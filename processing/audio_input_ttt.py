@@ -3,50 +3,67 @@ rate, with errors that name the item. Nothing here knows about models or tokens.
 
 from __future__ import annotations
 
-import io
+import base64
 import math
 import os
+import shutil
+import subprocess
+import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote, urlparse
 
 import numpy as np
+from transformers.audio_utils import load_audio
 
+# Where a mapping has its audio, in this order, and the rate of its samples.
+AUDIO_KEYS = ("array", "raw", "waveform", "samples", "audio", "bytes", "file", "path", "url")
+RATE_KEYS = ("sampling_rate", "sample_rate")
 MIN_SAMPLING_RATE = 1000  # Hz; what is below was given in kHz
+LOUDEST = 10.0  # full scale is 1; a sample beyond this is PCM that was cast to float
+SECONDS_TO_FETCH, SECONDS_TO_DECODE = 30.0, 120.0
+# What ffmpeg may open: media alone, no playlists, which name other files.
+CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,ogg,aac,ac3,amr,asf,avi,flv,mpegts,mpeg,mp3,wav,flac,caf,aiff"
 
 
 def is_single_audio(audio: Any) -> bool:
-    """Whether this is one audio rather than a sequence of them. Strings, paths, bytes, mappings, decoders, 1-D and 2-D
-    arrays and lists of numbers are one audio."""
-    if isinstance(audio, (str, bytes, os.PathLike, Mapping)) or hasattr(audio, "get_all_samples"):
+    """
+    Return whether this is one audio rather than several. Strings, paths, files and their bytes, mappings, decoders, 1-D
+    and 2-D arrays, lists of numbers, and a tuple of samples and their rate are one audio.
+    """
+    if isinstance(audio, (str, os.PathLike, Mapping)) or _is_file(audio) or _as_pair(audio) is not None:
         return True
-    if hasattr(audio, "ndim") or hasattr(audio, "sample_rate"):
+    if any(hasattr(audio, name) for name in ("ndim", "sample_rate", "get_all_samples")):
         return True
     return isinstance(audio, Sequence) and len(audio) > 0 and isinstance(audio[0], (int, float, np.number))
 
 
-def load_waveform(audio: Any, sampling_rate: int, source_rate: int | None = None, name: str = "audio") -> np.ndarray:
-    """One audio, in any accepted form, as a waveform.
+def load_waveform(audio: Any, sampling_rate: int, source_rate: float | None = None, name: str = "audio") -> np.ndarray:
+    """
+    Return one audio, in any accepted form, as a waveform.
 
     Args:
-        audio: an array, tensor or list of numbers (samples,), (channels, samples) or (samples, channels), float in
-            [-1, 1] or integer PCM; a path, `file://`, `http(s)://` or `data:` address, or the bytes of a file; a
-            mapping with `array` and `sampling_rate`, or with `bytes` or `path` (an undecoded `datasets` item); a
-            torchcodec decoder (a decoded `datasets` item) or its samples.
-        sampling_rate: rate of the result, Hz.
-        source_rate: rate of an array that brings none of its own, Hz; `sampling_rate` by default.
-        name: how errors call the item.
+        audio (`Any`):
+            An array, tensor or list of numbers of shape `(samples,)`, `(channels, samples)` or `(samples, channels)`,
+            float in [-1, 1] or integer PCM; a tuple of samples and their rate, in either order; a path, an
+            `http(s)://`, `file://` or `data:` address or base64; the bytes of a file, or an object that reads them; a
+            torchcodec decoder (a decoded `datasets` item) or its samples; a mapping that has one of these under one of
+            `AUDIO_KEYS`, and the rate of samples under `sampling_rate` or `sample_rate`. Files soundfile cannot read
+            (m4a, webm, mp4) are decoded by ffmpeg or torchcodec where either is installed.
+        sampling_rate (`int`): rate of the result, Hz.
+        source_rate (`float`, *optional*): rate of samples that bring none, Hz; `sampling_rate` where not given.
+        name (`str`, *optional*, defaults to `"audio"`): how errors call the item.
 
     Returns:
-        (samples,) float32; channels are averaged, other rates resampled as librosa does.
+        `np.ndarray` of shape `(samples,)`, float32: channels are averaged, other rates resampled as librosa does.
 
     Raises:
-        ValueError: no samples, NaN or infinite samples, an unreadable file, a shape or type that is not audio, a
-            sampling rate that is no number of Hz.
-        FileNotFoundError: the file does not exist.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it has no samples, NaN or infinite samples, a shape or type that is not audio or a sampling rate
+            that is no number of Hz, or a file cannot be read.
     """
-    waveform, rate = _decode(audio, sampling_rate if source_rate is None else source_rate, name)
-    waveform = _to_mono(waveform, name)
+    waveform = _load(audio, sampling_rate, source_rate, name)
     if waveform.size == 0:
         raise ValueError(f"{name} is empty (0 samples). Pass at least one sample, or leave the item out.")
     if not np.isfinite(waveform).all():
@@ -55,11 +72,105 @@ def load_waveform(audio: Any, sampling_rate: int, source_rate: int | None = None
             f"{name} holds {waveform[position]} at sample {position}. Remove NaN and infinite samples first, "
             "for example with `numpy.nan_to_num`."
         )
-    return np.ascontiguousarray(resample(waveform, _checked_rate(rate, name), sampling_rate), dtype=np.float32)
+    return np.ascontiguousarray(waveform, dtype=np.float32)
+
+
+def resample(waveform: np.ndarray, source_rate: float, target_rate: float) -> np.ndarray:
+    """
+    Resample as `librosa.resample` does by default, sample for sample. Calls librosa's resampler, soxr, directly:
+    importing librosa takes seconds.
+
+    Args:
+        waveform (`np.ndarray` of shape `(samples,)`): float32.
+        source_rate, target_rate (`float`): Hz.
+
+    Returns:
+        `np.ndarray` of shape `(ceil(samples * target_rate / source_rate),)`.
+    """
+    if source_rate == target_rate or not len(waveform):
+        return waveform
+    import soxr
+
+    length = math.ceil(waveform.shape[-1] * target_rate / source_rate)
+    resampled = soxr.resample(waveform, source_rate, target_rate, quality="soxr_hq")
+    return np.pad(resampled, (0, max(0, length - len(resampled))))[:length]
+
+
+def shorten(value: Any, length: int = 100) -> str:
+    """Return what errors quote of a value: its repr, cut to about `length` characters."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[: length - 20]}... ({len(text)} characters)"
+
+
+def _load(audio: Any, target_rate: int, rate: Any, name: str) -> np.ndarray:
+    """Return a mono waveform at `target_rate`; `rate` is that of samples, None where nobody told it."""
+    if isinstance(audio, Mapping):
+        return _load_mapping(audio, target_rate, rate, name)
+    if (pair := _as_pair(audio)) is not None:
+        return _load(pair[0], target_rate, pair[1], name)
+    if _is_file(audio):
+        return _read_file(_read_bytes(audio, name), target_rate, name)
+    if isinstance(audio, (str, os.PathLike)):
+        return _read_file(_resolve(os.fspath(audio), name), target_rate, name)
+    if hasattr(audio, "get_all_samples"):
+        audio = audio.get_all_samples()
+    if hasattr(audio, "sample_rate") and hasattr(audio, "data"):
+        audio, rate = audio.data, audio.sample_rate
+    if audio is None or isinstance(audio, (bool, int, float)):
+        raise ValueError(f"{name} is {audio!r}, not audio. Pass an array, a path, an address or a mapping.")
+    waveform = _to_mono(_to_numpy(audio, name), name)
+    return resample(waveform, _checked_rate(target_rate if rate is None else rate, name), target_rate)
+
+
+def _load_mapping(audio: Mapping[str, Any], target_rate: int, rate: Any, name: str) -> np.ndarray:
+    key = next((key for key in AUDIO_KEYS if audio.get(key) is not None), None)
+    if key is None:
+        raise ValueError(
+            f"{name} is a mapping with keys {sorted(map(str, audio))}; expected `array` and `sampling_rate`, or one of "
+            f"{', '.join(f'`{key}`' for key in AUDIO_KEYS[1:])}."
+        )
+    rates = [audio[spelling] for spelling in RATE_KEYS if audio.get(spelling) is not None]
+    if len(rates) == 2 and rates[0] != rates[1]:
+        raise ValueError(f"{name} has `sampling_rate` {rates[0]} and `sample_rate` {rates[1]}; leave one out.")
+    rate = rates[0] if rates else rate
+    if key == "array" and rate is None:
+        raise ValueError(f"{name} has an `array` but no `sampling_rate`; add it in Hz.")
+    return _load(audio[key], target_rate, rate, name)
+
+
+def _as_pair(audio: Any) -> tuple[Any, Any] | None:
+    """Return samples and rate of a tuple of the two (soundfile and torchaudio give samples first, SciPy the rate)."""
+    if not isinstance(audio, tuple) or len(audio) != 2:
+        return None
+    is_rate = [isinstance(item, (int, float, np.number)) for item in audio]
+    has_items = [hasattr(item, "__len__") and not isinstance(item, (str, bytes, Mapping)) for item in audio]
+    if is_rate[1] and has_items[0]:
+        return audio
+    return (audio[1], audio[0]) if is_rate[0] and has_items[1] else None
+
+
+def _is_file(audio: Any) -> bool:
+    """Return whether this is the bytes of a file or an object that reads them; a view of numbers is samples."""
+    if isinstance(audio, memoryview):
+        return audio.format in ("B", "b", "c")
+    return isinstance(audio, (bytes, bytearray)) or callable(getattr(audio, "read", None))
+
+
+def _read_bytes(file: Any, name: str) -> bytes:
+    """Return the content of a file in memory or opened. One that was read or written to its end is read again."""
+    content = file.read() if hasattr(file, "read") else bytes(file)
+    if not content and hasattr(file, "seek"):
+        file.seek(0)
+        content = file.read()
+    if not isinstance(content, (bytes, bytearray)):
+        raise ValueError(f"{name}: {shorten(file)} reads {type(content).__name__}, not bytes. Open it with mode 'rb'.")
+    if not content:
+        raise ValueError(f"{name}: the file has no content (0 bytes).")
+    return bytes(content)
 
 
 def _checked_rate(rate: Any, name: str) -> float:
-    """A sampling rate as a number of Hz."""
+    """Return a sampling rate as a number of Hz."""
     try:
         number = float(rate)
     except (TypeError, ValueError):
@@ -69,42 +180,6 @@ def _checked_rate(rate: Any, name: str) -> float:
     return number
 
 
-def resample(waveform: np.ndarray, source_rate: float, target_rate: float) -> np.ndarray:
-    """`librosa.resample` with its default quality, sample for sample: n samples of float32 become
-    ceil(n * target_rate / source_rate). Calls librosa's resampler, soxr, directly: importing librosa takes seconds."""
-    if source_rate == target_rate:
-        return waveform
-    import soxr
-
-    length = math.ceil(waveform.shape[-1] * target_rate / source_rate)
-    resampled = soxr.resample(waveform, source_rate, target_rate, quality="soxr_hq")
-    return np.pad(resampled, (0, max(0, length - len(resampled))))[:length]
-
-
-def _decode(audio: Any, default_rate: int, name: str) -> tuple[np.ndarray, Any]:
-    """Samples of any shape, and their rate."""
-    if isinstance(audio, Mapping):
-        if audio.get("array") is not None:
-            if audio.get("sampling_rate") is None:
-                raise ValueError(f"{name} has an `array` but no `sampling_rate`; add it in Hz.")
-            return _to_numpy(audio["array"], name), audio["sampling_rate"]
-        for key in ("bytes", "path", "url", "audio"):
-            if audio.get(key) is not None:
-                return _decode(audio[key], audio.get("sampling_rate") or default_rate, name)
-        raise ValueError(f"{name} is a mapping with keys {sorted(audio)}; expected `array` and `sampling_rate`.")
-    if isinstance(audio, (str, os.PathLike)):
-        return _read_address(os.fspath(audio), name)
-    if isinstance(audio, (bytes, bytearray)):
-        return _read_file(io.BytesIO(audio), name)
-    if hasattr(audio, "get_all_samples"):
-        audio = audio.get_all_samples()
-    if hasattr(audio, "sample_rate") and hasattr(audio, "data"):
-        return _to_numpy(audio.data, name), audio.sample_rate
-    if audio is None or isinstance(audio, (bool, int, float)):
-        raise ValueError(f"{name} is {audio!r}, not audio. Pass an array, a path, an address or a mapping.")
-    return _to_numpy(audio, name), default_rate
-
-
 def _to_numpy(samples: Any, name: str) -> np.ndarray:
     if hasattr(samples, "detach"):
         samples = samples.detach().cpu()
@@ -112,84 +187,103 @@ def _to_numpy(samples: Any, name: str) -> np.ndarray:
         return samples.numpy()
     try:
         return np.asarray(samples)
-    except ValueError as error:  # such as a pair of sampling rate and array
+    except ValueError as error:  # such as rows of different length
         raise ValueError(
             f"{name} is a {type(samples).__name__} whose items do not make one array. Pass samples and their rate as "
             '`{"array": ..., "sampling_rate": ...}`, several audios as a list.'
         ) from error
 
 
-def _read_address(address: str, name: str) -> tuple[np.ndarray, float]:
-    if address.startswith(("http://", "https://", "data:")):
-        return _read_file(io.BytesIO(_fetch(address, name)), name)
+def _resolve(address: str, name: str) -> str | bytes:
+    """Return the path of an existing file, or the bytes behind an address."""
+    if address.startswith(("http://", "https://")):
+        return _fetch(address, name)
+    if address.startswith("data:"):
+        try:
+            return base64.b64decode(address.partition(",")[2], validate=True)
+        except ValueError as error:
+            raise ValueError(f"{name}: the `data:` address is not valid base64.") from error
     path = unquote(urlparse(address).path) if address.startswith("file://") else address
     if not os.path.exists(path):
+        try:
+            if len(path) >= 64:  # the shortest files have a header of that size, and words are not base64
+                return base64.b64decode(path, validate=True)
+        except ValueError:
+            pass
         raise FileNotFoundError(
-            f"{name}: there is no file {path!r}. Pass the path or address of an audio file; text goes into `text`."
+            f"{name}: there is no file {shorten(path)}. Pass the path or address of an audio file; text goes into "
+            "`text`."
         )
     if os.path.isdir(path):
         raise ValueError(f"{name}: {path!r} is a folder. Pass the audio files in it.")
     if os.path.getsize(path) == 0:
         raise ValueError(f"{name}: the file {path!r} has no content (0 bytes).")
-    return _read_file(path, name)
+    return path
 
 
 def _fetch(address: str, name: str) -> bytes:
-    if address.startswith("data:"):
-        import base64
-
-        try:
-            return base64.b64decode(address.partition(",")[2], validate=True)
-        except ValueError as error:
-            raise ValueError(f"{name}: the `data:` address is not valid base64.") from error
+    """Return what lies behind an address. Not `load_audio`'s way, which takes 15 s to say that there is nothing."""
     import urllib.request
     from http.client import HTTPException
 
     try:
-        with urllib.request.urlopen(address, timeout=30.0) as response:
+        with urllib.request.urlopen(address, timeout=SECONDS_TO_FETCH) as response:
             return response.read()
     except (OSError, HTTPException) as error:  # connection refused, timeout, HTTP status; an answer or address cut off
-        raise ValueError(f"{name}: could not fetch {address!r} ({error}).") from error
+        raise ValueError(f"{name}: could not fetch {shorten(address)} ({error}).") from error
 
 
-def _read_file(file: str | io.BytesIO, name: str) -> tuple[np.ndarray, float]:
-    import soundfile
-
+def _read_file(file: str | bytes, target_rate: int, name: str) -> np.ndarray:
+    """Return a file's waveform: as soundfile reads it, or else as ffmpeg or torchcodec do."""
     described = repr(file) if isinstance(file, str) else "the data"
+    source = file if isinstance(file, str) else f"data:;base64,{base64.b64encode(file).decode()}"
     try:
-        samples, rate = soundfile.read(file, dtype="float32", always_2d=True)  # (samples, channels)
-    except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:
-        decoder = _torchcodec_decoder()
-        if decoder is None:
-            reason = str(getattr(error, "error_string", error)).rstrip(".")
-            raise ValueError(
-                f"{name}: {described} cannot be read as audio ({reason}). "
-                "Convert it to WAV, FLAC, OGG or MP3, or install torchcodec for other formats."
-            ) from error
-        try:
-            decoded = decoder(file if isinstance(file, str) else file.getvalue()).get_all_samples()
-        except Exception as codec_error:
-            raise ValueError(f"{name}: {described} cannot be read as audio ({codec_error}).") from codec_error
-        return decoded.data.numpy(), decoded.sample_rate
-    return samples.T, rate
+        return load_audio(source, target_rate, backend="soundfile")
+    except (RuntimeError, ValueError, TypeError) as error:
+        reason = str(getattr(error, "error_string", error)).partition(". ")[0].rstrip(".")
+    try:
+        if (program := shutil.which("ffmpeg")) is not None:
+            return _decode_with_ffmpeg(program, file, target_rate)
+        return load_audio(source, target_rate, backend="torchcodec")
+    except ImportError:
+        raise ValueError(
+            f"{name}: {described} cannot be read as audio ({reason}). "
+            "Convert it to WAV, FLAC, OGG or MP3, or install ffmpeg or torchcodec for other formats."
+        ) from None
+    except (OSError, RuntimeError, ValueError, subprocess.TimeoutExpired) as error:
+        raise ValueError(f"{name}: {described} cannot be read as audio ({reason}; {error}).") from error
 
 
-def _torchcodec_decoder() -> Any | None:
-    """torchcodec's decoder, which reads what soundfile cannot; None where it is not installed or does not load."""
-    try:
-        from torchcodec.decoders import AudioDecoder
-    except (ImportError, OSError, RuntimeError):
-        return None
-    return AudioDecoder
+def _decode_with_ffmpeg(program: str, file: str | bytes, target_rate: int) -> np.ndarray:
+    """Return the waveform of a file's first audio stream. Bytes go through a temporary file: some containers have
+    their index at the end."""
+    with tempfile.TemporaryDirectory() as folder:
+        if not isinstance(file, str):
+            content, file = file, os.path.join(folder, "input")
+            with open(file, "wb") as writer:
+                writer.write(content)
+        decoded = os.path.join(folder, "decoded.wav")
+        command = [program, "-v", "error", "-nostdin", "-protocol_whitelist", "file", "-format_whitelist", CONTAINERS]
+        command += ["-i", f"file:{file}", "-map", "0:a:0", "-c:a", "pcm_f32le", decoded]
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS_TO_DECODE, check=False
+        )
+        if done.returncode != 0:
+            lines = done.stderr.decode(errors="replace").strip().splitlines()
+            raise ValueError(f"ffmpeg: {lines[-1].rpartition(': ')[2] if lines else 'failed'}")
+        return load_audio(decoded, target_rate, backend="soundfile")
 
 
 def _to_mono(samples: np.ndarray, name: str) -> np.ndarray:
+    """Return samples of any scale as float32 of shape (samples,) with full scale 1."""
     if samples.dtype.kind not in "fi" and samples.dtype != np.uint8:
         raise ValueError(
             f"{name} holds values of type {samples.dtype}, not samples. Pass numbers, or a path to an audio file."
         )
     if samples.size == 0:
         return np.zeros(0, dtype=np.float32)
+    while samples.ndim > 2 and len(samples) == 1:  # a batch of one, as models return it
+        samples = samples[0]
     if samples.ndim == 2:
         # Recordings have far fewer channels than samples, so the shorter side is taken for the channels.
         samples = samples.T if samples.shape[0] > samples.shape[1] else samples
@@ -202,10 +296,16 @@ def _to_mono(samples: np.ndarray, name: str) -> np.ndarray:
         samples = samples.astype(np.float32) / -float(np.iinfo(samples.dtype).min)
     elif samples.dtype == np.uint8:
         samples = (samples.astype(np.float32) - 128.0) / 128.0
-    elif samples.dtype.kind == "i" and samples.size and np.abs(samples).max() > 1:
+    elif samples.dtype.kind == "i" and np.abs(samples).max() > 1:
         raise ValueError(
             f"{name} holds integers of type {samples.dtype}, whose full scale is unknown. "
             "Pass int16 or int32 PCM, or floats in [-1, 1]."
+        )
+    elif samples.dtype.kind == "f" and LOUDEST < (peak := np.abs(samples).max()) < math.inf:
+        warnings.warn(
+            f"{name} holds floats up to {peak:g}, as PCM that was cast to float; full scale is 1. Divide 16-bit "
+            "samples by 32768, or pass them as int16.",
+            stacklevel=2,
         )
     samples = samples.astype(np.float32)
     return samples.mean(axis=0) if samples.ndim == 2 else samples

@@ -1,13 +1,8 @@
-"""TttProcessor: audio in every form, prompts, training examples, answers, errors, saving and loading."""
+"""TttProcessor: prompts, training examples, answers, errors, saving and loading; audio is in test_audio_input.py."""
 
-import base64
-import functools
-import http.server
 import json
 import os
-import threading
 from pathlib import Path
-from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -16,7 +11,6 @@ from builders import build_codec, build_processor, build_tokenizer, tone, write_
 from transformers import AutoProcessor, EncodecFeatureExtractor
 
 from processing import TASKS, TttProcessor, interleave
-from processing.audio_input_ttt import load_waveform, resample
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CODES = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -35,163 +29,6 @@ def text_only():
 
 def codes_text(codes):
     return "".join(f"<|audio_{code}|>" for code in codes)
-
-
-class Samples:
-    """The form of torchcodec's decoded samples."""
-
-    def __init__(self, data, sample_rate):
-        self.data, self.sample_rate = data, sample_rate
-
-
-class Decoder:
-    """The form of torchcodec's decoder, which `datasets` hands out for an audio column."""
-
-    def __init__(self, data, sample_rate):
-        self.samples = Samples(data, sample_rate)
-
-    def get_all_samples(self):
-        return self.samples
-
-
-# ---------------------------------------------------------------------- audio in
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory):
-    """1.3 s of int16-exact sound, and the file that holds it."""
-    samples = np.round(tone(1.3) * 32768).astype(np.int16)
-    path = write_wav(tmp_path_factory.mktemp("audio") / "a sound.wav", samples)
-    return samples, path
-
-
-@pytest.fixture(scope="module")
-def address(sound):
-    """http address of the file, served from this machine."""
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-    handler = functools.partial(Handler, directory=sound[1].parent)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/{quote(sound[1].name)}"
-    server.shutdown()
-
-
-def forms(sound, address):
-    samples, path = sound
-    exact = samples.astype(np.float32) / 32768
-    yield "float array", exact
-    yield "float64 array", exact.astype(np.float64)
-    yield "int16 array", samples
-    yield "list", exact.tolist()
-    yield "tensor", torch.tensor(exact)
-    yield "bfloat-free tensor of two channels", torch.tensor(np.stack([exact, exact]))
-    yield "samples first", np.stack([exact, exact], axis=1)
-    yield "path", path
-    yield "string", str(path)
-    yield "file address", path.as_uri()
-    yield "http address", address
-    yield "data address", "data:audio/wav;base64," + base64.b64encode(path.read_bytes()).decode()
-    yield "bytes", path.read_bytes()
-    yield "mapping", {"array": exact, "sampling_rate": 16_000}
-    yield "undecoded dataset item", {"bytes": path.read_bytes(), "path": "elsewhere.wav"}
-    yield "undecoded local dataset item", {"bytes": None, "path": str(path)}
-    yield "decoded dataset item", Decoder(torch.tensor(exact)[None], 16_000)
-    yield "decoded samples", Samples(torch.tensor(exact)[None], 16_000)
-
-
-def test_every_form_of_one_sound_gives_the_same_waveform_and_codes(processor, sound, address):
-    expected = sound[0].astype(np.float32) / 32768
-    items = list(forms(sound, address))
-    for name, audio in items:
-        assert np.array_equal(load_waveform(audio, 16_000), expected), name
-    codes = processor.encode_audio([audio for _, audio in items])
-    assert len(codes) == len(items) and len(codes[0]) == 17  # ceil(1.3 * 12.5)
-    assert all(torch.equal(row, codes[0]) for row in codes)
-
-
-def test_channels_are_averaged():
-    left, right = tone(0.1), tone(0.1, frequency=500)
-    assert np.allclose(load_waveform(np.stack([left, right]), 16_000), (left + right) / 2, atol=1e-7)
-
-
-@pytest.mark.parametrize("rate", [8_000, 11_025, 22_050, 44_100, 48_000])
-def test_any_sampling_rate_becomes_the_models_as_librosa_does_it(rate):
-    import librosa
-
-    sound = tone(0.5, sampling_rate=rate)
-    ours = load_waveform({"array": sound, "sampling_rate": rate}, 16_000)
-    assert np.array_equal(ours, librosa.resample(sound, orig_sr=rate, target_sr=16_000))
-    assert np.array_equal(ours, load_waveform(sound, 16_000, source_rate=rate))
-    assert np.abs(ours[800:-800] - tone(0.5)[800:-800]).max() < 0.01
-    assert resample(sound, rate, rate) is sound
-
-
-def test_files_of_another_rate_and_stereo_are_read(processor, tmp_path):
-    sound = tone(0.5, sampling_rate=44_100)
-    path = write_wav(tmp_path / "stereo.flac", np.stack([sound, sound], axis=1), 44_100)
-    assert len(processor.encode_audio(path)[0]) == 7  # ceil(0.5 * 12.5)
-
-
-def test_dataset_columns_are_taken(processor, sound):
-    datasets = pytest.importorskip("datasets")
-    column = datasets.Audio(sampling_rate=16_000, decode=False)
-    dataset = datasets.Dataset.from_dict({"audio": [str(sound[1])] * 2}).cast_column("audio", column)
-    expected = processor.encode_audio(sound[1])[0]
-    assert all(torch.equal(codes, expected) for codes in processor.encode_audio(dataset["audio"]))
-
-
-def test_codes_of_a_batch_are_those_of_its_rows_and_lengths_are_exact(processor):
-    sounds = [tone(seconds, frequency=200 + 90 * i) for i, seconds in enumerate([0.05, 0.08, 0.081, 1.0, 2.3])]
-    batch = processor.encode_audio(sounds, batch_size=3)
-    for sound, codes in zip(sounds, batch, strict=True):
-        assert codes.dtype == torch.long and len(codes) == -(-len(sound) // 1280)
-        assert torch.equal(codes, processor.encode_audio(sound)[0])
-
-
-def test_silence_and_clipping_are_valid(processor):
-    square = np.sign(np.sin(np.arange(16_000) / 20)).astype(np.float32) * 3
-    assert [len(codes) for codes in processor.encode_audio([np.zeros(16_000), square])] == [13, 13]
-
-
-def test_unusable_audio_is_refused_by_name(processor, tmp_path):
-    good = tone(0.1)
-    empty_file, text_file = tmp_path / "empty.wav", tmp_path / "words.wav"
-    empty_file.touch()
-    text_file.write_text("these are words")
-    cases = [
-        (np.zeros(0), ValueError, r"audio 1 is empty \(0 samples\)"),
-        (np.array([0.0, np.nan, 0.0]), ValueError, "audio 1 holds nan at sample 1"),
-        (np.array([np.inf, 0.0]), ValueError, "audio 1 holds inf at sample 0"),
-        (write_wav(tmp_path / "none.wav", np.zeros(0)), ValueError, "audio 1 is empty"),
-        (empty_file, ValueError, "audio 1: the file .*empty.wav' has no content"),
-        (text_file, ValueError, "audio 1: .*words.wav' cannot be read as audio"),
-        (b"these are words", ValueError, "audio 1: the data cannot be read as audio"),
-        (tmp_path, ValueError, "audio 1: .* is a folder"),
-        ("what is two plus two", FileNotFoundError, "audio 1: there is no file 'what is two.*text goes into `text`"),
-        ("data:audio/wav;base64,???", ValueError, "audio 1: the `data:` address is not valid base64"),
-        ("http://127.0.0.1:9/none.wav", ValueError, "audio 1: could not fetch"),
-        ("http://127.0.0.1:9/a b.wav", ValueError, "audio 1: could not fetch"),
-        (None, ValueError, "audio 1 is None"),
-        ({"array": good}, ValueError, "audio 1 has an `array` but no `sampling_rate`"),
-        ({"array": good, "sampling_rate": -1}, ValueError, "audio 1 has sampling rate -1"),
-        ({"array": good, "sampling_rate": 16}, ValueError, "audio 1 has sampling rate 16; give it in Hz"),
-        ({"array": good, "sampling_rate": "16k"}, ValueError, "audio 1 has sampling rate 16k"),
-        ({"array": good, "sampling_rate": np.nan}, ValueError, "audio 1 has sampling rate nan"),
-        ((16_000, good), ValueError, "audio 1 is a tuple whose items do not make one array"),
-        ({"words": 1}, ValueError, r"audio 1 is a mapping with keys \['words'\]"),
-        (np.zeros((2, 2, 2)), ValueError, r"audio 1 has shape \(2, 2, 2\)"),
-        (np.array(["a", "b"]), ValueError, "audio 1 holds values of type <U1"),
-        (np.array([1, 70_000]), ValueError, "audio 1 holds integers of type int64"),
-    ]
-    for audio, error, message in cases:
-        with pytest.raises(error, match=message):
-            processor.encode_audio([good, audio])
-    with pytest.raises(ValueError, match="audio 0 has sampling rate 0"):
-        processor.encode_audio(good, sampling_rate=0)
 
 
 # ---------------------------------------------------------------------- prompts
@@ -265,15 +102,16 @@ def test_a_rendered_prompt_takes_its_audios_in_order(processor):
     assert torch.equal(processor(text=rendered, audio=sounds)["input_ids"], expected["input_ids"])
 
 
-def test_conversations_take_audio_from_parts_or_in_order(processor, sound):
-    path = sound[1]
+def test_conversations_take_audio_from_parts_or_in_order(processor, tmp_path):
+    samples = np.round(tone(0.4) * 32768).astype(np.int16)
+    path = write_wav(tmp_path / "sound.wav", samples)
     parts = [
         {"path": str(path)},
         {"url": path.as_uri()},
         {"audio": path},
         {"audio_codes": processor.encode_audio(path)[0]},
     ]
-    parts += [{"array": sound[0], "sampling_rate": 16_000}, {}]
+    parts += [{"array": samples, "sampling_rate": 16_000}, {}]
     ids = []
     for part in parts:
         messages = [{"role": "user", "content": [{"type": "audio", **part}, {"type": "text", "text": "and?"}]}]
