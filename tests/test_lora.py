@@ -143,6 +143,12 @@ def test_tokens_of_words_and_of_audio():
     assert ids.end_of_turn_token_id not in audio and len(audio) == ids.num_audio_codes + 7
 
 
+def test_new_words_are_given_one_by_one_or_in_a_file(tmp_path):
+    (tmp_path / "new_words.txt").write_text("\n".join(skill.new_words()) + "\n")
+    arguments = LoraArguments(model=tmp_path, new_words=["zebra", str(tmp_path / "new_words.txt")])
+    assert arguments.new_words == ["zebra", *skill.new_words()] and "cucumber" in arguments.new_words
+
+
 def test_a_stopped_run_goes_on_and_ends_with_the_same_adapter(workspace, tmp_path):
     whole = finetune(workspace, tmp_path / "whole", "--save_steps 3 --lr_scheduler_type constant")
     shutil.copytree(whole / "checkpoint-3", tmp_path / "stopped" / "checkpoint-3")
@@ -150,6 +156,22 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_adapter(workspace, tmp_pat
     expected = load_file(whole / "adapter_model.safetensors")
     for name, value in load_file(resumed / "adapter_model.safetensors").items():
         torch.testing.assert_close(value, expected[name])
+
+
+def test_an_adapter_is_turned_down_without_another_training(workspace, tmp_path):
+    full = finetune(workspace, tmp_path / "adapter", "--save_steps 6")
+    weights = load_file(full / "adapter_model.safetensors")
+    base, whole = (logits(TttForConditionalGeneration.from_pretrained(path)) for path in (workspace / "qwen2", full))
+    options = f"--save_steps 6 --adapter_strength 0.01 --merge_to {tmp_path / 'merged'}"
+    weak = finetune(workspace, tmp_path / "adapter", options)
+    config = json.loads((weak / "adapter_config.json").read_text())
+    assert config["lora_alpha"] == pytest.approx(0.64)
+    assert json.loads((weak / "checkpoint-6" / "adapter_config.json").read_text())["lora_alpha"] == 64
+    for name, value in load_file(weak / "adapter_model.safetensors").items():
+        assert torch.equal(value, weights[name])
+    for folder in (weak, tmp_path / "merged"):
+        change = logits(TttForConditionalGeneration.from_pretrained(folder)) - base
+        assert 0.005 < change.norm() / (whole - base).norm() < 0.02
 
 
 def test_training_lowers_the_bound_on_evaluation_data(workspace, tmp_path):
@@ -191,6 +213,9 @@ def test_options_that_lora_users_reach_for(workspace, tmp_path, options):
     [
         ("--quantize", "--quantize .* but (no CUDA GPU was found|bitsandbytes is not installed). Leave it out"),
         ("--r 0", "--r is 0; it must be at least 1"),
+        ("--adapter_strength 0", "--adapter_strength is 0.0; it must be above 0"),
+        ("--new_words data/words.txt", "--new_words data/words.txt: there is no such file"),
+        ("--label_smoothing_factor 0.1", "--label_smoothing_factor is 0.1"),
         ("--dataset nowhere", "nowhere is no folder of examples"),
         ("--target_modules c_attn", "c_attn"),
         ("--audio_objective autoregressive", "--audio_objective is autoregressive, but .* was trained with diffusion"),

@@ -281,6 +281,10 @@ def test_mixtures_with_weights_and_an_evaluation_set_elsewhere(workspace, tmp_pa
         ({"packing": True}, "--packing needs --max_length"),
         ({"max_length": 4096}, "--max_length is 4096, but the model has 128 positions"),
         ({"streaming": True, "max_steps": -1}, "--streaming needs --max_steps"),
+        (
+            {"label_smoothing_factor": 0.1},
+            "--label_smoothing_factor is 0.1, but the Trainer then computes a loss of its own",
+        ),
         ({"text_objective": "diffusion", "audio_objective": "autoregressive"}, "--text_objective diffusion needs"),
     ],
 )

@@ -21,15 +21,8 @@ from transformers import BitsAndBytesConfig
 from modeling_ttt import TttConfig, TttForConditionalGeneration
 from pipelines import save_repository
 from processing import TttProcessor
-from training_examples.train_ttt import (
-    ModelArguments,
-    check_lengths,
-    check_vocabulary,
-    load_data,
-    make_trainer,
-    parse_arguments,
-    run,
-)
+from training_examples.training.arguments import ModelArguments, parse_arguments
+from training_examples.training.trainer import check_lengths, check_vocabulary, load_data, make_trainer, run
 
 # All linear layers of a decoder layer, as the published script adapts them. Qwen2, Qwen3 and Llama share the names.
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -44,9 +37,19 @@ class LoraArguments(ModelArguments):
         default_factory=lambda: list(TARGET_MODULES),
         metadata={"help": "Linear layers to adapt, by the end of their names; all-linear for a backbone with others."},
     )
+    adapter_strength: float = field(
+        default=1.0,
+        metadata={
+            "help": "Save the adapter turned down (or up) to this share of what was trained: less keeps more of what "
+            "the model could before. Started again with another strength, a finished run is not trained anew."
+        },
+    )
     new_words: list[str] | None = field(
         default=None,
-        metadata={"help": "Words the model has never met: the rows of the tokens that spell them are trained."},
+        metadata={
+            "help": "Words the model has never met, or text files of them: the rows of the tokens that spell them are "
+            "trained."
+        },
     )
     train_audio_tokens: bool = field(
         default=False,
@@ -70,6 +73,9 @@ class LoraArguments(ModelArguments):
         for name in ("r", "alpha"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
+        if not self.adapter_strength > 0:
+            raise ValueError(f"--adapter_strength is {self.adapter_strength}; it must be above 0.")
+        self.new_words = [word for item in self.new_words or () for word in read_words(item)]
         if self.quantize and not (find_spec("bitsandbytes") and torch.cuda.is_available()):
             missing = "no CUDA GPU was found" if find_spec("bitsandbytes") else "bitsandbytes is not installed"
             raise ValueError(
@@ -78,13 +84,29 @@ class LoraArguments(ModelArguments):
             )
 
 
+def read_words(item: str) -> list[str]:
+    """
+    Return the words of a text file, or the one word that `item` is.
+
+    Raises:
+        ValueError: If `item` looks like a file and there is none.
+    """
+    path = Path(item)
+    if path.is_file():
+        return path.read_text(encoding="utf-8").split()
+    if path.suffix == ".txt" or len(path.parts) > 1:
+        raise ValueError(f"--new_words {item}: there is no such file; build_skill.py writes one.")
+    return [item]
+
+
 def trainable_tokens(processor: TttProcessor, words: Iterable[str] = (), audio: bool = False) -> list[int]:
     """
-    Ids of the tokens whose rows are trained whole, sorted.
+    Return the ids of the tokens whose rows are trained whole, sorted.
 
     Args:
-        words: the tokens that spell them, at the start of a text and within one, are taken.
-        audio: whether to take the codes, the mask, and the tokens that begin and end audio.
+        words (`Iterable[str]`): the tokens that spell them, at the start of a text and within one, are taken.
+        audio (`bool`, *optional*, defaults to `False`):
+            Whether to take the codes, the mask, and the tokens that begin and end audio.
     """
     tokenizer, ids = processor.tokenizer, processor.token_ids
     found: set[int] = set()
@@ -99,7 +121,7 @@ def trainable_tokens(processor: TttProcessor, words: Iterable[str] = (), audio: 
 
 
 def lora_config(args: LoraArguments, config: TttConfig, tokens: list[int]) -> LoraConfig:
-    """The adapter of the arguments. A tied head shares the embedding's trained rows, any other gets its own."""
+    """Return the adapter of the arguments. A tied head shares the embedding's trained rows, any other gets its own."""
     rows = {"embed_tokens": tokens} if config.tie_word_embeddings else {"embed_tokens": tokens, "lm_head": tokens}
     return LoraConfig(
         task_type="CAUSAL_LM",
@@ -113,10 +135,11 @@ def lora_config(args: LoraArguments, config: TttConfig, tokens: list[int]) -> Lo
 
 def load_config(args: LoraArguments) -> TttConfig:
     """
-    The model's configuration with the run's options.
+    Return the model's configuration with the run's options.
 
     Raises:
-        ValueError: another objective than the model's, under whose configuration the adapter will be used.
+        ValueError: If a run asks for another objective than the model's, under whose configuration the adapter will be
+            used.
     """
     config = TttConfig.from_pretrained(args.model)
     for name, value in args.config_options().items():
@@ -131,7 +154,7 @@ def load_config(args: LoraArguments) -> TttConfig:
 
 
 def load_base(args: LoraArguments, config: TttConfig) -> TttForConditionalGeneration:
-    """The frozen model, loaded by its full path, which is what the adapter will call it."""
+    """Load the frozen model by its full path, which is what the adapter will call it."""
     path = args.model.resolve()
     options = {"config": config, "dtype": args.dtype, "attn_implementation": args.attn_implementation}
     if not args.quantize:
@@ -147,7 +170,7 @@ def load_base(args: LoraArguments, config: TttConfig) -> TttForConditionalGenera
 
 
 def save_merged(model: Path, adapter: str, folder: Path) -> None:
-    """Writes `model` with the adapter's change in its weights, its processor and its code."""
+    """Write a whole Hub folder of `model` with the adapter's change in its weights."""
     base = TttForConditionalGeneration.from_pretrained(model)
     merged = PeftModel.from_pretrained(base, adapter).merge_and_unload().eval()
     save_repository(merged, TttProcessor.from_pretrained(model), folder)
@@ -167,8 +190,13 @@ def main() -> None:
     model.print_trainable_parameters()
     trainer = make_trainer(arguments, training, model, config, processor, (train_dataset, eval_dataset))
     run(trainer)
+    if arguments.adapter_strength != 1.0:
+        # What was trained is scaled by alpha / r when it is loaded; the checkpoints keep the full strength.
+        model.peft_config["default"].lora_alpha = arguments.alpha * arguments.adapter_strength
+        trainer.save_model()
     if arguments.merge_to is not None and trainer.is_world_process_zero():
         save_merged(arguments.model, training.output_dir, arguments.merge_to)
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from scipy.signal import resample_poly
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
+from training_examples.files import write_text
 from training_examples.ttt_tiny import domain
 from training_examples.ttt_tiny.domain import Item
 from training_examples.ttt_tiny.skill import new_words, skill_items, split_of
@@ -129,11 +130,12 @@ def main() -> None:
         write_shard(speech / f"questions-{index:04d}.safetensors", rows, copies)
     for name, rows in tqdm(plan_held_out(args).items(), desc="held-out lists", unit="list"):
         speak_list(evaluation, name, rows)
+    write_text(args.output_dir / "new_words.txt", "".join(f"{word}\n" for word in new_words()))
     minutes = sum(len(wave) for rows in spoken.values() for _, wave in rows) / SAMPLING_RATE / 60
     new = sum(row["kind"] == "produce" for row, _ in spoken["questions"])
     print(
         f"{args.output_dir}: {minutes:.1f} minutes, {len(spoken['questions'])} questions ({new} of them new) and "
-        f"{len(spoken['assistant'])} answers; new words: {' '.join(new_words())}"
+        f"{len(spoken['assistant'])} answers; new words: {args.output_dir / 'new_words.txt'}"
     )
 
 

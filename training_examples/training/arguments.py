@@ -1,0 +1,155 @@
+"""What a training run may be told: the options that train_ttt.py and finetune_lora.py share, and the Trainer's own with
+what TtT needs of them. What is done with them lives in trainer.py."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments, set_seed
+
+# Options of the configuration that a run may set.
+CONFIG_OPTIONS = (
+    "audio_objective",
+    "text_objective",
+    "clean_batch_probability",
+    "prefix_preservation_probability",
+    "prefix_preservation_unit",
+    "span_truncation_probability",
+    "noise_epsilon",
+    "stratified_noise",
+)
+OBJECTIVES = ["diffusion", "autoregressive"]
+Arguments = TypeVar("Arguments", bound="ModelArguments")
+
+
+@dataclass
+class ModelArguments:
+    model: Path = field(metadata={"help": "Folder to start from: model and processor."})
+    processor: Path | None = field(default=None, metadata={"help": "Folder of the processor, if not the model's."})
+    dataset: list[str] = field(
+        default_factory=lambda: ["data/ttt_tiny/examples/dataset"],
+        metadata={
+            "help": "Saved DatasetDict or folder of prepare_dataset.py; several are mixed, by weight with PATH:WEIGHT."
+        },
+    )
+    eval_dataset: list[str] | None = field(
+        default=None, metadata={"help": "Where the evaluation split is, if not in the folders of --dataset."}
+    )
+    eval_split: str = field(default="eval", metadata={"help": "Name of the evaluation split."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the training data as it is needed; with --max_steps."}
+    )
+    shuffle_buffer_size: int = field(default=1_000, metadata={"help": "Examples among which a stream is shuffled."})
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Longer examples lose their end; with --packing the length of a row, in tokens."},
+    )
+    packing: bool = field(default=False, metadata={"help": "Lay the examples of a batch into rows of --max_length."})
+    # None: as the model's configuration says; a new model's says what was published.
+    audio_objective: str | None = field(
+        default=None,
+        metadata={
+            "help": "diffusion (TtT) or autoregressive (the twin); by default the model's.",
+            "choices": OBJECTIVES,
+        },
+    )
+    text_objective: str | None = field(
+        default=None,
+        metadata={
+            "help": "autoregressive (TtT) or diffusion (the purely diffused model); by default the model's.",
+            "choices": OBJECTIVES,
+        },
+    )
+    clean_batch_probability: float | None = field(
+        default=None, metadata={"help": "BANOM, the paper's p_mix; 0 is off; by default the model's (a new one's 0.3)."}
+    )
+    prefix_preservation_probability: float | None = field(
+        default=None, metadata={"help": "PPM, p_prefix; 0 is off; by default the model's (a new one's 0.3)."}
+    )
+    prefix_preservation_unit: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where a kept prefix may end: before a span, or at any token; by default the model's (span).",
+            "choices": ["span", "token"],
+        },
+    )
+    span_truncation_probability: float | None = field(
+        default=None, metadata={"help": "SST, the paper's p_trunc; 0 is off; by default the model's (a new one's 0.5)."}
+    )
+    noise_epsilon: float | None = field(
+        default=None, metadata={"help": "Smallest noise level; by default the model's (a new one's 0.001)."}
+    )
+    stratified_noise: bool = field(default=True, metadata={"help": "Spread the noise levels of a batch evenly."})
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Of the weights; --bf16 computes in bfloat16 beside it.",
+            "choices": ["float32", "bfloat16", "auto"],
+        },
+    )
+    attn_implementation: str = field(
+        default="sdpa", metadata={"help": "Attention backend.", "choices": ["sdpa", "flex_attention", "eager"]}
+    )
+    threads: int = field(default=0, metadata={"help": "Torch threads; 0 leaves torch's own choice."})
+
+    def __post_init__(self):
+        for name, value in self.config_options().items():
+            if name.endswith("_probability") and not 0 <= value <= 1:
+                raise ValueError(f"--{name} is {value}; a probability lies between 0 and 1.")
+        if self.noise_epsilon is not None and not 0 < self.noise_epsilon < 1:
+            raise ValueError(f"--noise_epsilon is {self.noise_epsilon}; it lies between 0 and 1, both excluded.")
+        if self.text_objective == "diffusion" and self.audio_objective == "autoregressive":
+            raise ValueError("--text_objective diffusion needs --audio_objective diffusion: all is diffused, or audio.")
+        if self.packing and self.max_length is None:
+            raise ValueError("--packing needs --max_length, the length of a row; for example --max_length 2048.")
+        for name in ("model", "processor"):
+            folder = getattr(self, name)
+            if folder is not None and not folder.is_dir():
+                raise ValueError(f"--{name} {folder} is no folder; init_from_llm.py and create_tiny.py make one.")
+
+    def config_options(self) -> dict[str, Any]:
+        """The options of the configuration that the run sets."""
+        return {name: getattr(self, name) for name in CONFIG_OPTIONS if getattr(self, name) is not None}
+
+
+@dataclass
+class TttTrainingArguments(TrainingArguments):
+    """
+    The Trainer's arguments, with other defaults where TtT has reasons: evaluation hands its losses to the metrics,
+    tokens per second are logged, and every step uses all parameters.
+
+    Raises:
+        ValueError: for an option under which the Trainer would train something else than TtT.
+    """
+
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns the model does not take."})
+    include_for_metrics: list[str] = field(default_factory=lambda: ["loss"], metadata={"help": "What metrics get."})
+    include_num_input_tokens_seen: str = field(
+        default="non_padding",
+        metadata={"help": "Tokens counted for tokens per second.", "choices": ["non_padding", "all", "no"]},
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Look for parameters without a gradient; TtT has none."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.label_smoothing_factor != 0:
+            raise ValueError(
+                f"--label_smoothing_factor is {self.label_smoothing_factor}, but the Trainer then computes a loss of "
+                "its own, that of the next token everywhere, in audio spans that see themselves, too. Leave it at 0: "
+                "the model's own loss, with its noise and strategies, is the one to train on."
+            )
+        # A process of several reads its own share of a stream; batches of different lengths cannot be handed round.
+        if self.accelerator_config.dispatch_batches is None:
+            self.accelerator_config.dispatch_batches = False
+
+
+def parse_arguments(kind: type[Arguments]) -> tuple[Arguments, TttTrainingArguments]:
+    """Read the command line; set threads and seed as it says."""
+    arguments, training = HfArgumentParser((kind, TttTrainingArguments)).parse_args_into_dataclasses()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    set_seed(training.seed)
+    return arguments, training

@@ -1,0 +1,129 @@
+"""One training run of TtT with the plain Trainer: its data, its checks, its collator and metrics, and what it leaves
+behind. The options are those of arguments.py."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import Trainer, TrainingArguments
+
+from modeling_ttt import TttConfig
+from processing import TttDataCollator, TttProcessor
+from training_examples.preparation.mixtures import load_mixture, parse_source
+from training_examples.training.arguments import ModelArguments
+from training_examples.training.metrics import EvaluationMetrics, TrainingScores, plot_curves, write_log
+from training_examples.training.resuming import DataOrder, RankSeed, last_complete_checkpoint
+
+
+def load_data(args: ModelArguments, training: TrainingArguments) -> tuple[Any, Dataset | None]:
+    """
+    Return training data and, if the run evaluates, evaluation data, whose examples say so, which keeps them whole.
+
+    Raises:
+        ValueError: If a stream has no number of steps to end after; and as `load_mixture` does.
+    """
+    if args.streaming and training.max_steps <= 0:
+        raise ValueError("--streaming needs --max_steps: the length of a stream is not known.")
+    train: Any = load_mixture(args.dataset, args.streaming, training.seed)
+    if isinstance(train, IterableDataset):
+        # One endless pass, shuffled across its repetitions: the Trainer resumes the first pass over a stream only.
+        train = train.repeat(None).shuffle(seed=training.seed, buffer_size=args.shuffle_buffer_size)
+    if training.eval_strategy == "no":
+        return train, None
+    sources = args.eval_dataset or [str(parse_source(source)[0]) for source in args.dataset]
+    evaluation = load_mixture(sources, split=args.eval_split)
+    return train, evaluation.add_column("training", [False] * len(evaluation))
+
+
+def check_vocabulary(config: TttConfig, processor: TttProcessor) -> None:
+    """Raise a ValueError that names the first token on which model and processor disagree."""
+    ours = {name: (value, getattr(config, name, value)) for name, value in vars(processor.token_ids).items()}
+    differing = [
+        f"`{name}` is {theirs}, the tokenizer's {value}" for name, (value, theirs) in ours.items() if value != theirs
+    ]
+    if len(processor.tokenizer) > config.vocab_size:
+        differing.append(f"`vocab_size` is {config.vocab_size}, the tokenizer has {len(processor.tokenizer)} tokens")
+    if differing:
+        raise ValueError(
+            f"--processor does not fit --model: its {differing[0]}. Use the processor that the model was made with."
+        )
+
+
+def check_lengths(args: ModelArguments, config: TttConfig, dataset: Any) -> Any:
+    """
+    Return the dataset, or raise a ValueError if an example, or a row of `max_length`, has more tokens than the model
+    has positions. The examples of a stream are looked at as they come.
+    """
+    limit = config.text_config.max_position_embeddings
+    if args.max_length is not None:
+        if args.max_length > limit:
+            raise ValueError(f"--max_length is {args.max_length}, but the model has {limit} positions.")
+        return dataset
+
+    def check(example: dict[str, Any]) -> dict[str, Any]:
+        if example["length"] > limit:
+            raise ValueError(
+                f"An example of --dataset has {example['length']} tokens, but the model has {limit} positions: set "
+                f"--max_length {limit} to cut it, or prepare the data with a smaller --max_length."
+            )
+        return example
+
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(check)
+    check({"length": pyarrow.compute.max(dataset.data.column("length")).as_py()})
+    return dataset
+
+
+def make_trainer(
+    args: ModelArguments,
+    training: TrainingArguments,
+    model: torch.nn.Module,
+    config: TttConfig,
+    processor: TttProcessor,
+    data: tuple[Any, Dataset | None],
+    **options: Any,
+) -> Trainer:
+    """
+    Return the plain Trainer with this repository's collator and metrics.
+
+    Args:
+        config (`TttConfig`): the model's.
+        data (`tuple`): from `load_data`.
+        options: the Trainer's own.
+    """
+    # Truncated spans teach the end from content to a model that writes whole blocks; the twin writes code by code.
+    probability = config.span_truncation_probability if config.audio_objective == "diffusion" else 0.0
+    trainer = Trainer(
+        model=model,
+        args=training,
+        train_dataset=data[0],
+        eval_dataset=data[1],
+        data_collator=TttDataCollator(
+            processor.tokenizer,
+            span_truncation_probability=probability,
+            max_length=args.max_length,
+            packing=args.packing,
+            seed=training.seed,
+        ),
+        compute_metrics=EvaluationMetrics(),
+        callbacks=[DataOrder(), *([RankSeed()] if training.world_size > 1 else [])],
+        **options,
+    )
+    TrainingScores.attach_to(trainer)
+    return trainer
+
+
+def run(trainer: Trainer) -> None:
+    """Train to the end, from the last checkpoint if there is one; save the model, the log and its curves."""
+    output_dir = Path(trainer.args.output_dir)
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint or last_complete_checkpoint(output_dir))
+    evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    if trainer.eval_dataset is not None and trainer.state.global_step not in evaluated:
+        trainer.evaluate()
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        write_log(trainer.state.log_history, output_dir / "log_history.jsonl")
+        plot_curves(trainer.state.log_history, output_dir / "curves.png")
