@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,16 +17,32 @@ from .codebooks_ttt import TttAudioFormat, unflatten_codes
 POINTWISE = (nn.Identity, nn.Dropout, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, Snake1d)
 
 
-class WaveformStream:
-    """Decodes frames as they come. In 2. and 3. the pieces joined are the waveform of all frames decoded at once.
+@runtime_checkable
+class StreamingDecoder(Protocol):
+    """
+    Codes to waveform as they come: what an audio tokenizer's `streaming_decoder()` returns.
 
-    1. An audio tokenizer with a method `streaming_decoder()` is left to it: an object whose `push` takes codes (1,
-       codebooks, frames) and returns the samples that became final, and whose `flush` returns the rest. Whether they
-       join to what `decode` gives is up to it.
-    2. Of one whose decoder is convolutional or causal, `decoder_context` tells what a frame's samples depend on.
-       New frames are decoded together with that context, and the samples that can no longer change are returned. A
-       causal decoder sees everything before, so each piece decodes the answer anew up to there.
-    3. Any other is decoded once, at the end.
+    What the pieces join to does not depend on how the codes are split between calls. Whether it is what `decode` gives
+    for all codes at once is up to the audio tokenizer.
+    """
+
+    def push(self, audio_codes: torch.Tensor) -> torch.Tensor:
+        """Take codes of shape `(1, codebooks, frames)`; return the samples that became final, `(samples,)`, or none."""
+        ...
+
+    def flush(self) -> torch.Tensor:
+        """End the stream: return the rest of the waveform, `(samples,)`, and start afresh."""
+        ...
+
+
+class BoundedContextDecoder:
+    """
+    The [`StreamingDecoder`] of an audio tokenizer that has none of its own. The pieces join to what `decode` gives.
+
+    `decoder_context` tells which frames a sample can depend on. New frames are decoded together with those, and the
+    samples that can no longer change are returned; memory stays bounded, since older frames are dropped. A causal
+    decoder sees everything before, so that each piece decodes the answer anew up to there; where everything after
+    counts too, all is decoded at the end.
 
     Args:
         audio_tokenizer: any Transformers codec with `decode`.
@@ -34,59 +50,94 @@ class WaveformStream:
 
     def __init__(self, audio_tokenizer: Any):
         self.audio_tokenizer = audio_tokenizer
-        self.format = TttAudioFormat.from_config(audio_tokenizer.config)
-        make_decoder = getattr(audio_tokenizer, "streaming_decoder", None)
-        self.decoder = None if make_decoder is None else make_decoder()
-        whole = self.format.samples_per_frame is None
-        self.left, self.right = (None, None) if whole else decoder_context(audio_tokenizer)
-        self.frames = torch.zeros(self.format.num_codebooks, 0, dtype=torch.long)  # context, then what is not spoken
+        audio_format = TttAudioFormat.from_config(audio_tokenizer.config)
+        self.samples = audio_format.samples_per_frame
+        self.left, self.right = (None, None) if self.samples is None else decoder_context(audio_tokenizer)
+        self.frames = torch.zeros(
+            1, audio_format.num_codebooks, 0, dtype=torch.long
+        )  # context, then what is not spoken
         self.num_context = 0  # how many leading ones of `frames` have been spoken
+
+    def push(self, audio_codes: torch.Tensor) -> torch.Tensor:
+        """Take codes of shape `(1, codebooks, frames)`; return the samples that became final, `(samples,)`, or none."""
+        self.frames = torch.cat([self.frames, audio_codes.to(self.frames)], -1)
+        end = self.frames.shape[-1] - (self.right or 0)
+        if self.samples is None or self.right is None or end <= self.num_context:
+            return torch.zeros(0)
+        waveform = self._decode()[self.num_context * self.samples : end * self.samples]
+        dropped = 0 if self.left is None else max(end - self.left, 0)
+        self.frames, self.num_context = self.frames[..., dropped:], end - dropped
+        return waveform
+
+    def flush(self) -> torch.Tensor:
+        """End the stream: return the rest of the waveform, `(samples,)`, and start afresh."""
+        rest = torch.zeros(0)
+        if self.frames.shape[-1] > self.num_context:
+            rest = self._decode()[self.num_context * (self.samples or 0) :]
+        self.frames, self.num_context = self.frames[..., :0], 0
+        return rest
+
+    @torch.no_grad()
+    def _decode(self) -> torch.Tensor:
+        codes = self.frames.to(self.audio_tokenizer.device)
+        return self.audio_tokenizer.decode(audio_codes=codes).audio_values.reshape(-1)
+
+
+class WaveformStream:
+    """
+    Flat codes to waveform as they come.
+
+    Args:
+        audio_tokenizer: any Transformers codec with `decode`. One with a method `streaming_decoder()` that returns a
+            [`StreamingDecoder`] is streamed by it, any other by [`BoundedContextDecoder`].
+
+    Raises:
+        TypeError: what `streaming_decoder()` returns is no [`StreamingDecoder`].
+    """
+
+    def __init__(self, audio_tokenizer: Any):
+        self.format = TttAudioFormat.from_config(audio_tokenizer.config)
+        self.device = audio_tokenizer.device
+        make_decoder = getattr(audio_tokenizer, "streaming_decoder", None)
+        self.decoder = BoundedContextDecoder(audio_tokenizer) if make_decoder is None else make_decoder()
+        if not isinstance(self.decoder, StreamingDecoder):
+            raise TypeError(
+                f"`{type(audio_tokenizer).__name__}.streaming_decoder()` returned a {type(self.decoder).__name__}, "
+                "which lacks `push` or `flush`: see StreamingDecoder."
+            )
         self.last_frame: torch.Tensor | None = None
 
     @torch.no_grad()
     def push(self, codes: Sequence[int]) -> np.ndarray:
-        """Takes the flat codes of whole frames; returns the waveform (samples,) that became final, possibly empty."""
+        """Take the flat codes of whole frames; return the waveform that became final, `(samples,)`, or none."""
         if not len(codes):
             return np.zeros(0, dtype=np.float32)
-        new = unflatten_codes(codes, self.format.num_codebooks, self.format.codebook_size, self.last_frame)
-        self.last_frame = new[:, -1:]
-        if self.decoder is not None:
-            return _to_numpy(self.decoder.push(new[None].to(self.audio_tokenizer.device)))
-        self.frames = torch.cat([self.frames, new], 1)
-        samples = self.format.samples_per_frame
-        if samples is None or self.right is None or self.frames.shape[1] - self.right <= self.num_context:
-            return np.zeros(0, dtype=np.float32)
-        end = self.frames.shape[1] - self.right
-        waveform = self._decode()[self.num_context * samples : end * samples]
-        dropped = 0 if self.left is None else max(end - self.left, 0)
-        self.frames, self.num_context = self.frames[:, dropped:], end - dropped
-        return waveform
+        frames = unflatten_codes(codes, self.format.num_codebooks, self.format.codebook_size, self.last_frame)
+        self.last_frame = frames[:, -1:]
+        return _to_numpy(self.decoder.push(frames[None].to(self.device)))  # (1, codebooks, frames)
 
     @torch.no_grad()
     def flush(self) -> np.ndarray:
-        """Ends the stream; returns the rest of the waveform, (samples,)."""
-        if self.decoder is not None:
-            return _to_numpy(self.decoder.flush())
-        if self.frames.shape[1] == self.num_context:
-            return np.zeros(0, dtype=np.float32)
-        return self._decode()[self.num_context * (self.format.samples_per_frame or 0) :]
-
-    def _decode(self) -> np.ndarray:
-        codes = self.frames[None].to(self.audio_tokenizer.device)  # (1, codebooks, frames)
-        return _to_numpy(self.audio_tokenizer.decode(audio_codes=codes).audio_values)
+        """End the stream: return the rest of the waveform, `(samples,)`, and start afresh."""
+        self.last_frame = None
+        return _to_numpy(self.decoder.flush())
 
 
 def decoder_context(audio_tokenizer: Any) -> tuple[int | None, int | None]:
-    """How many frames before and after a frame its samples can depend on.
+    """
+    Return how many frames before and after a frame its samples can depend on.
 
-    A configuration with `use_causal_conv` (Mimi) means a causal decoder: everything before, nothing after. Otherwise
-    the context is counted where `decoder` holds nothing but 1-D convolutions, in the order in which they are applied,
-    and layers that treat every sample alone (DAC).
+    A configuration may say so itself (`decoder_context_codes`, on either side). One with `use_causal_conv` (Mimi) means
+    a causal decoder: everything before, nothing after. Otherwise the context is counted where `decoder` holds nothing
+    but 1-D convolutions, in the order in which they are applied, and layers that treat every sample alone (DAC).
 
     Returns:
-        (before, after); None for all there are.
+        `tuple[int | None, int | None]`: before and after; `None` for all there are.
     """
-    if getattr(audio_tokenizer.config, "use_causal_conv", False):
+    config = audio_tokenizer.config
+    if hasattr(config, "decoder_context_codes"):
+        return config.decoder_context_codes, config.decoder_context_codes
+    if getattr(config, "use_causal_conv", False):
         return None, 0
     decoder = getattr(audio_tokenizer, "decoder", None)
     if not isinstance(decoder, nn.Module):

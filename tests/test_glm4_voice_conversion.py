@@ -334,6 +334,5 @@ def test_command_writes_weights_and_code(published, tmp_path, monkeypatch, capsy
         "encoder_glm4_voice.py",
         "flow_glm4_voice.py",
         "modeling_glm4_voice.py",
-        "streaming_glm4_voice.py",
         "vocoder_glm4_voice.py",
     }

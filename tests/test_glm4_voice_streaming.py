@@ -4,6 +4,8 @@ import pytest
 import torch
 from glm4_voice_goldens import golden_case, golden_model, golden_tensors
 
+from processing.waveform_stream_ttt import StreamingDecoder, WaveformStream
+
 HOP = 256
 
 
@@ -152,3 +154,13 @@ def test_a_first_block_that_would_be_held_back_is_refused():
         golden_model().streaming_decoder(block_sizes=[5, 20])
     with pytest.raises(ValueError, match="the first block gives 8 log-mel frames"):
         golden_model().streaming_decoder(prompt_mel=torch.zeros(1, 80, 60))
+
+
+def test_it_is_the_streaming_decoder_that_a_processor_looks_for():
+    model = golden_model()
+    stream_of_model = WaveformStream(model)
+    assert isinstance(stream_of_model.decoder, StreamingDecoder)
+    assert type(stream_of_model.decoder) is type(model.streaming_decoder())
+    model.streaming_decoder = lambda: object()
+    with pytest.raises(TypeError, match="returned a object, which lacks `push`"):
+        WaveformStream(model)

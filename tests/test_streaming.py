@@ -8,6 +8,7 @@ import pytest
 import torch
 from builders import build_processor
 
+from modeling_ttt.ttt_codec import TttCodecConfig
 from processing import TttStreamer
 from processing.streaming_ttt import TttStreamCancelled
 
@@ -80,8 +81,10 @@ def test_a_piece_is_there_before_the_answer_ends(processor):
 
 
 def test_an_audio_tokenizer_without_streaming_is_decoded_at_the_end(processor):
+    whole = TttCodecConfig(**{**processor.audio_tokenizer.config.to_dict(), "vocoder": "griffin_lim"})
+
     class Whole:
-        device, config = torch.device("cpu"), processor.audio_tokenizer.config
+        device, config = torch.device("cpu"), whole  # whose samples depend on all codes
 
         def decode(self, audio_codes):
             return processor.audio_tokenizer.decode(audio_codes)

@@ -6,6 +6,7 @@ from transformers import AutoModelForAudioTokenization
 
 from modeling_ttt.ttt_codec import TttCodecConfig, TttCodecModel
 from modeling_ttt.ttt_codec.modeling_ttt_codec import TttCodecFiniteScalarQuantizer, overlap_add
+from processing.waveform_stream_ttt import BoundedContextDecoder
 
 HOP = 1280
 
@@ -59,9 +60,9 @@ def test_speech_of_a_row_does_not_depend_on_neighbours_or_padding(codec, vocoder
 def test_streamed_decoding_equals_whole_decoding(codec, step):
     codes = torch.randint(400, (60,), generator=torch.Generator().manual_seed(3))
     whole = codec.decode(codes[None]).audio_values[0, 0]
-    decoder = codec.streaming_decoder()
+    decoder = BoundedContextDecoder(codec)
     for _ in range(2):  # the second stream starts afresh
-        chunks = [decoder.push(part) for part in codes.split(step)] + [decoder.flush()]
+        chunks = [decoder.push(part) for part in codes[None, None].split(step, dim=-1)] + [decoder.flush()]
         assert torch.allclose(torch.cat(chunks), whole, atol=1e-5)
 
 
@@ -69,12 +70,18 @@ def test_streamed_decoding_equals_whole_decoding(codec, step):
 def test_streaming_waits_no_longer_than_its_stated_lookahead(codec):
     codes = torch.randint(400, (40,), generator=torch.Generator().manual_seed(4))
     context = codec.config.decoder_context_codes
-    assert len(codec.streaming_decoder().push(codes)) == (40 - context) * HOP
+    assert len(BoundedContextDecoder(codec).push(codes[None, None])) == (40 - context) * HOP
     changed = codes.clone()
     changed[-1] = (changed[-1] + 1) % 400
     first, second = (codec.decode(x[None]).audio_values[0, 0] for x in (codes, changed))
     different = (first - second).abs() > 1e-6
     assert different.any() and int(different.nonzero()[0]) >= (39 - context) * HOP
+
+
+def test_a_vocoder_whose_phase_depends_on_everything_is_streamed_as_a_whole(codec):
+    slow = TttCodecModel(TttCodecConfig(**{**codec.config.to_dict(), "vocoder": "griffin_lim"})).eval()
+    decoder, codes = BoundedContextDecoder(slow), torch.arange(30)[None, None]
+    assert len(decoder.push(codes)) == 0 and len(decoder.flush()) == 30 * HOP
 
 
 def test_every_code_has_a_point_of_its_own_and_back():

@@ -6,8 +6,12 @@ from .configuration_glm4_voice import (
     Glm4VoiceFlowConfig,
     Glm4VoiceVocoderConfig,
 )
-from .modeling_glm4_voice import Glm4VoiceDecoderOutput, Glm4VoiceEncoderOutput, Glm4VoiceModel
-from .streaming_glm4_voice import Glm4VoiceStreamingDecoder
+from .modeling_glm4_voice import (
+    Glm4VoiceDecoderOutput,
+    Glm4VoiceEncoderOutput,
+    Glm4VoiceModel,
+    Glm4VoiceStreamingDecoder,
+)
 
 __all__ = [
     "Glm4VoiceConfig",

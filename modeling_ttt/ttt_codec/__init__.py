@@ -5,7 +5,6 @@ from .modeling_ttt_codec import (
     TttCodecDecoderOutput,
     TttCodecEncoderOutput,
     TttCodecModel,
-    TttCodecStreamingDecoder,
 )
 
 __all__ = [
@@ -13,5 +12,4 @@ __all__ = [
     "TttCodecDecoderOutput",
     "TttCodecEncoderOutput",
     "TttCodecModel",
-    "TttCodecStreamingDecoder",
 ]

@@ -112,8 +112,11 @@ class TttCodecConfig(PreTrainedConfig):
         return self.hop_length // self.mel_hop_length
 
     @property
-    def decoder_context_codes(self) -> int:
-        """How many codes on either side a decoded sample can depend on: the lookahead of streaming decoding."""
+    def decoder_context_codes(self) -> int | None:
+        """How many codes on either side a decoded sample can depend on: the lookahead of streaming decoding. `None`
+        for all: the phase that `"griffin_lim"` finds depends on every one."""
+        if self.vocoder == "griffin_lim":
+            return None
         frames = self.num_mel_blocks * (self.mel_kernel_size // 2) + 2  # +2: the overlap-add of the inverse transform
         frames += (self.num_vocoder_blocks + 1) * (self.vocoder_kernel_size // 2)
         return self.num_code_blocks * (self.code_kernel_size // 2) + math.ceil(frames / self.frames_per_code)

@@ -403,10 +403,6 @@ class TttCodecModel(TttCodecPreTrainedModel):
             waveform[row, start : start + len(samples)] = torch.from_numpy(samples).to(waveform)
         return waveform
 
-    def streaming_decoder(self) -> "TttCodecStreamingDecoder":
-        """A decoder that takes codes bit by bit; its chunks joined equal `decode` of all codes (neural vocoder)."""
-        return TttCodecStreamingDecoder(self)
-
     @can_return_tuple
     def forward(self, input_values: torch.Tensor, padding_mask: torch.Tensor | None = None, **kwargs) -> TttCodecOutput:
         """Encodes and decodes: `encode`'s arguments, the speech in the decoder's voice as the result."""
@@ -415,44 +411,9 @@ class TttCodecModel(TttCodecPreTrainedModel):
         return TttCodecOutput(audio_codes=encoded.audio_codes, audio_values=values[..., : input_values.shape[-1]])
 
 
-class TttCodecStreamingDecoder:
-    """Decodes a stream of codes. A sample is returned once the codes it depends on are all there.
-
-    The delay is `config.decoder_context_codes` codes; memory stays bounded, since older codes are dropped.
-    """
-
-    def __init__(self, model: TttCodecModel):
-        self.model = model
-        self.context = model.config.decoder_context_codes
-        self.codes = torch.zeros(0, dtype=torch.long, device=model.device)  # context, then codes not yet spoken
-        self.num_context = 0  # how many leading ones of `codes` have been spoken
-
-    def push(self, audio_codes: torch.Tensor) -> torch.Tensor:
-        """Takes codes, shape (n,) or (1, 1, n); returns the waveform (samples,) that became final, possibly empty."""
-        self.codes = torch.cat([self.codes, audio_codes.reshape(-1).to(self.codes)])
-        return self._speak(len(self.codes) - self.context)
-
-    def flush(self) -> torch.Tensor:
-        """Ends the stream; returns the rest of the waveform, shape (samples,), and starts afresh."""
-        rest = self._speak(len(self.codes))
-        self.codes, self.num_context = self.codes[:0], 0
-        return rest
-
-    @torch.no_grad()
-    def _speak(self, end: int) -> torch.Tensor:
-        if end <= self.num_context:
-            return torch.zeros(0, device=self.model.device)
-        hop = self.model.config.hop_length
-        waveform = self.model.decode(self.codes[None], vocoder="neural").audio_values[0, 0]
-        chunk = waveform[self.num_context * hop : end * hop]
-        dropped = max(end - self.context, 0)
-        self.codes, self.num_context = self.codes[dropped:], end - dropped
-        return chunk
-
-
 TttCodecModel.register_for_auto_class("AutoModelForAudioTokenization")
 AutoConfig.register("ttt_codec", TttCodecConfig, exist_ok=True)
 AutoModel.register(TttCodecConfig, TttCodecModel, exist_ok=True)
 AutoModelForAudioTokenization.register(TttCodecConfig, TttCodecModel, exist_ok=True)
 
-__all__ = ["TttCodecModel", "TttCodecPreTrainedModel", "TttCodecStreamingDecoder"]
+__all__ = ["TttCodecModel", "TttCodecPreTrainedModel"]
