@@ -1,10 +1,13 @@
 """Configuration of a TtT model: a decoder-only Transformer and the layout of its audio vocabulary."""
 
+import os
 from collections.abc import Sequence
 from typing import Literal
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+
+from .pipeline_code_ttt import save_pipeline_code
 
 # The ids that must lie on one side of `audio_token_id_start`, by the string each has in the tokenizer.
 TEXT_SIDE_TOKENS = {
@@ -132,6 +135,11 @@ class TttConfig(PreTrainedConfig):
         self.eval_noise_levels = list(self.eval_noise_levels)
         self.validate_ids()
         self._validate_objective()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """As any configuration's; the pipeline that it names has its code saved beside it."""
+        save_pipeline_code(self, save_directory)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @property
     def vocab_size(self) -> int:

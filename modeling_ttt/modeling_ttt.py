@@ -27,6 +27,7 @@ from .objective_ttt import (
     sample_weights,
     score,
 )
+from .pipeline_code_ttt import register_pipeline
 
 
 @dataclass
@@ -213,6 +214,7 @@ class TttForConditionalGeneration(TttPreTrainedModel, TttGenerationMixin):
         super().__init__(config)
         self.model = TttModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        register_pipeline(config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

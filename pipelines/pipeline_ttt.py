@@ -211,9 +211,33 @@ class TttAudioToAudioPipeline(Pipeline):
             return len(inputs) > 0 and isinstance(inputs[0], (int, float))
         return not hasattr(inputs, "__iter__") and not hasattr(inputs, "__getitem__")
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Save the whole Hub folder: see [`save_repository`]."""
-        save_repository(self.model, self.processor, save_directory, **kwargs)
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        max_shard_size: int | str = "50GB",
+        **kwargs: Any,
+    ) -> None:
+        """
+        Save the whole Hub folder, which names this pipeline's own class: see [`save_repository`].
+
+        Args:
+            save_directory (`str` or `os.PathLike`): folder to write; made if missing.
+            push_to_hub (`bool`, *optional*, defaults to `False`): upload it too.
+            repo_id (`str`, *optional*): where to; the folder's name in your namespace by default.
+            max_shard_size (`int` or `str`, *optional*, defaults to `"50GB"`): of the model's weights.
+            kwargs: passed to `push_to_hub`.
+        """
+        os.makedirs(save_directory, exist_ok=True)
+        custom_object_save(self, save_directory)
+        impl = f"{type(self).__module__.split('.')[-1]}.{type(self).__name__}"
+        self.model.config.custom_pipelines = {
+            "audio-to-audio": {"impl": impl, "pt": ["AutoModel"], "type": "multimodal"}
+        }
+        save_repository(self.model, self.processor, save_directory, max_shard_size=max_shard_size)
+        if push_to_hub:
+            self.push_to_hub(repo_id or Path(save_directory).name, max_shard_size=max_shard_size, **kwargs)
 
 
 def save_repository(
@@ -239,10 +263,6 @@ def save_repository(
     """
     if getattr(processor, "audio_tokenizer", None) is None:
         raise ValueError("`processor` has no audio tokenizer, so the folder could not talk. Load it with its own.")
-    os.makedirs(folder, exist_ok=True)
-    impl = f"{TttAudioToAudioPipeline.__module__.split('.')[-1]}.{TttAudioToAudioPipeline.__name__}"
-    model.config.custom_pipelines = {"audio-to-audio": {"impl": impl, "pt": ["AutoModel"], "type": "multimodal"}}
-    custom_object_save(TttAudioToAudioPipeline, folder)
     model.save_pretrained(folder, **kwargs)
     processor.save_pretrained(folder)
     readme = Path(folder) / "README.md"

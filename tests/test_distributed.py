@@ -117,7 +117,7 @@ def test_two_processes_save_the_model_of_one(runs, strategy):
         torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-5)
     config = json.loads((folder / strategy / "config.json").read_text())
     assert config["auto_map"]["AutoModel"] == "modeling_ttt.TttForConditionalGeneration"
-    assert (folder / strategy / "modeling_ttt.py").is_file()
+    assert (folder / strategy / "modeling_ttt.py").is_file() and (folder / strategy / "pipeline_ttt.py").is_file()
     assert not list((folder / strategy).glob("_fsdp*"))
 
 

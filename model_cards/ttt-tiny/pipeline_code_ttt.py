@@ -1,0 +1,1 @@
+../../modeling_ttt/pipeline_code_ttt.py
