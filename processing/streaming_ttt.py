@@ -25,7 +25,8 @@ class TttStreamer(BaseStreamer):
 
     Each item is `{"text": str}` or `{"audio": (samples,) float32, "sampling_rate": int}`. Texts joined are the answer's
     text, waveforms joined its speech. When a piece of waveform comes depends on the audio tokenizer: see
-    `WaveformStream`. Waveforms are decoded in the thread that iterates.
+    `WaveformStream`. Waveforms are decoded in the thread that iterates. After `end` or `fail` it takes another answer,
+    read by iterating again; after `cancel` it is of no more use.
 
     Args:
         tokenizer: decodes text ids.
@@ -50,12 +51,17 @@ class TttStreamer(BaseStreamer):
         self.audio_tokenizer = audio_tokenizer
         self.sampling_rate = sampling_rate
         self.timeout = timeout
+        self.skip_prompt = skip_prompt
         self._skip_next = skip_prompt
         self._queue: queue.Queue[Any] = queue.Queue()
         self._cancelled = False
-        self._text = _TextDecoder(tokenizer)
-        self._audio = None if audio_tokenizer is None else WaveformStream(audio_tokenizer)
-        self._reader = Deinterleaver(token_ids, self._audio.format.num_codebooks if self._audio else 1)
+        self._read_anew()
+
+    def _read_anew(self) -> None:
+        """Forget what was read of an answer."""
+        self._text = _TextDecoder(self.tokenizer)
+        self._audio = None if self.audio_tokenizer is None else WaveformStream(self.audio_tokenizer)
+        self._reader = Deinterleaver(self.token_ids, self._audio.format.num_codebooks if self._audio else 1)
 
     def put(self, value: torch.Tensor) -> None:
         """Takes ids, (length,) or (1, length); called by `generate`.
@@ -75,11 +81,15 @@ class TttStreamer(BaseStreamer):
 
     def end(self) -> None:
         """Called by `generate` when the answer is complete."""
-        self._queue.put(None)
+        self._end(None)
 
     def fail(self, error: BaseException) -> None:
         """Ends the stream with an error, raised where it is read."""
-        self._queue.put(error)
+        self._end(error)
+
+    def _end(self, last: BaseException | None) -> None:
+        self._skip_next = self.skip_prompt
+        self._queue.put(last)
 
     def cancel(self) -> None:
         """Stops the generation at its next token."""
@@ -89,6 +99,7 @@ class TttStreamer(BaseStreamer):
         while True:
             ids = self._queue.get(timeout=self.timeout)
             if isinstance(ids, BaseException):
+                self._read_anew()
                 raise ids
             if ids is None:
                 break
@@ -96,9 +107,11 @@ class TttStreamer(BaseStreamer):
             yield from self._written(self._text.push(text_ids))
             if self._audio is not None and codes:
                 yield from self._spoken(self._audio.push(codes))
-        yield from self._written(self._text.flush())
-        if self._audio is not None:
-            yield from self._spoken(self._audio.flush())
+        text, audio = self._text, self._audio
+        self._read_anew()
+        yield from self._written(text.flush())
+        if audio is not None:
+            yield from self._spoken(audio.flush())
 
     def _written(self, text: str) -> Iterator[dict[str, Any]]:
         if text:

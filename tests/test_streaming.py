@@ -123,6 +123,22 @@ def test_a_failure_while_generating_is_raised_where_the_stream_is_read(processor
         next(pieces)
 
 
+def test_a_streamer_takes_one_answer_after_another(processor):
+    streamer = processor.streamer()
+    for text, codes in ((TEXT, CODES), ("again", CODES[:30]), ("and again", [])):
+        feed(streamer, processor, processor.build_response(text, codes))
+        spoken, waveform = join(list(streamer))
+        whole = processor.decode_audio([codes])[0]
+        assert spoken == text and len(waveform) == len(whole) and np.allclose(waveform, whole, atol=1e-3)
+    streamer.put(torch.tensor([[1]]))
+    streamer.put(torch.tensor(processor.build_response("lost", CODES)[:3]))
+    streamer.fail(RuntimeError("out of memory"))
+    with pytest.raises(RuntimeError):
+        list(streamer)
+    feed(streamer, processor, processor.build_response("found"))
+    assert join(list(streamer))[0] == "found"
+
+
 def test_generation_stops_when_the_reader_has_left(processor):
     streamer = processor.streamer()
     stopped = threading.Event()
