@@ -17,17 +17,9 @@ from .attention_ttt import compute_span_ids, create_masks, extend_span_ids, over
 from .configuration_ttt import TttConfig
 from .generation_config_ttt import TttGenerationConfig
 from .generation_ttt import TttGenerationMixin
-from .objective_ttt import (
-    IGNORE_INDEX,
-    Samples,
-    Scores,
-    draw_noise,
-    find_sample_starts,
-    noise_grid,
-    sample_weights,
-    score,
-)
+from .objective_ttt import Scores, draw_noise, noise_grid, sample_weights, score
 from .pipeline_code_ttt import register_pipeline
+from .samples_ttt import IGNORE_INDEX, Samples, find_sample_starts
 
 
 @dataclass

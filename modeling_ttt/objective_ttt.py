@@ -8,7 +8,7 @@ positions those are (`targets`, -100 elsewhere) and how much each counts (`weigh
 states it needs and never projects the others to the vocabulary.
 
 Noise level, prefix preservation and normalisation belong to a sample, and a sample is a row of a padded batch or one of
-several sequences packed into a row. `Samples` says which is which; nothing below it knows about rows.
+several sequences packed into a row. `Samples` (samples_ttt.py) says which is which; nothing here knows about rows.
 """
 
 from collections.abc import Callable
@@ -19,66 +19,12 @@ import torch
 import torch.nn.functional as F
 
 from .configuration_ttt import TttConfig
+from .samples_ttt import IGNORE_INDEX, Samples, draw_uniform
 
-IGNORE_INDEX = -100
 EVAL_NOISE_SEED = 0
 EVAL_NOISE_LENGTH = 4096
 NUM_NOISE_BINS = 4
 CROSS_ENTROPY_ROWS = 256
-
-
-def find_sample_starts(labels: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
-    """
-    Find where a sample starts: at each row's first token and, in packed rows, wherever the positions do not go on by
-    one (as `transformers.masking_utils` finds packed sequences).
-
-    Args:
-        labels (`torch.Tensor` of shape `(batch, length)`).
-        position_ids (`torch.Tensor` of shape `(batch or 1, length)`, *optional*): only of rows without padding mask.
-
-    Returns:
-        `torch.Tensor` of shape `(batch, length)`, bool.
-    """
-    starts = torch.zeros_like(labels, dtype=torch.bool)
-    starts[:, 0] = True
-    if position_ids is not None:
-        starts[:, 1:] |= position_ids.diff(dim=-1) != 1
-    return starts
-
-
-@dataclass(frozen=True)
-class Samples:
-    """
-    Which sample each token belongs to.
-
-    Samples are numbered in order of appearance, row by row; those without labels (an example that is all prompt, the
-    filling of a packed row) are none, and their tokens carry the number of a neighbour, which nothing there reads.
-
-    Args:
-        ids (`torch.Tensor` of shape `(batch, length)`): never decreasing when read row by row.
-        count (`int`): number of samples, at least 1.
-    """
-
-    ids: torch.Tensor
-    count: int
-
-    @classmethod
-    def from_starts(cls, starts: torch.Tensor, labels: torch.Tensor) -> "Samples":
-        """From `find_sample_starts` and the labels, both `(batch, length)`."""
-        pieces = starts.flatten().long().cumsum(0) - 1  # (batch * length,)
-        num_labels = torch.zeros_like(pieces).index_add_(0, pieces, (labels != IGNORE_INDEX).flatten().long())
-        numbers = (num_labels > 0).long().cumsum(0)  # of each piece, counted from 1
-        return cls((numbers[pieces] - 1).clamp(min=0).view_as(labels), max(int(numbers[-1]), 1))
-
-    def total(self, flags: torch.Tensor) -> torch.Tensor:
-        """Count the flagged tokens of each sample: (batch, length) to (count,), long."""
-        totals = torch.zeros(self.count, dtype=torch.long, device=flags.device)
-        return totals.index_add_(0, self.ids.flatten(), flags.flatten().long())
-
-    def running_total(self, flags: torch.Tensor) -> torch.Tensor:
-        """Count the flagged tokens of the sample up to and including each one, (batch, length), long."""
-        before = self.total(flags).cumsum(0) - self.total(flags)  # in earlier samples
-        return flags.flatten().long().cumsum(0).view_as(flags) - before[self.ids]
 
 
 @dataclass(frozen=True)
@@ -172,9 +118,9 @@ def draw_noise_levels(
     Returns:
         `torch.Tensor` of shape `(samples,)`, float32.
     """
-    time = _uniform(num_samples, generator, device)
+    time = draw_uniform(num_samples, generator, device)
     if stratified:
-        order = _uniform(num_samples, generator, device).argsort()
+        order = draw_uniform(num_samples, generator, device).argsort()
         time = (order + time) / num_samples
     return (1.0 - epsilon) * time + epsilon
 
@@ -192,7 +138,7 @@ def drop_for_clean_batch(
     Returns:
         `torch.Tensor` of shape `(batch, length)`, bool.
     """
-    return maskable & (_uniform(1, generator, maskable.device) >= probability)
+    return maskable & (draw_uniform(1, generator, maskable.device) >= probability)
 
 
 def preserve_prefixes(
@@ -219,8 +165,8 @@ def preserve_prefixes(
     starts = maskable.clone()
     if unit == "span":
         starts[:, 1:] &= ~maskable[:, :-1] | (samples.ids[:, 1:] != samples.ids[:, :-1])
-    chosen = (_uniform(samples.count, generator, maskable.device) * samples.total(starts)).long()
-    preserve = _uniform(samples.count, generator, maskable.device) < probability
+    chosen = (draw_uniform(samples.count, generator, maskable.device) * samples.total(starts)).long()
+    preserve = draw_uniform(samples.count, generator, maskable.device) < probability
     before_chosen = samples.running_total(starts) <= chosen[samples.ids]
     return maskable & ~(before_chosen & preserve[samples.ids])
 
@@ -250,7 +196,7 @@ def mask_tokens(
     """
     if noise is None:
         rank = (maskable.flatten().long().cumsum(0) - 1).clamp(min=0)
-        noise = _uniform(input_ids.numel(), generator, input_ids.device)[rank].view_as(input_ids)
+        noise = draw_uniform(input_ids.numel(), generator, input_ids.device)[rank].view_as(input_ids)
     masked = maskable & (noise < noise_levels[samples.ids])
     return input_ids.masked_fill(masked, mask_token_id), masked
 
@@ -491,23 +437,14 @@ def tabulate_scores(
     return table.index_add_(0, rows * shape[1] + groups, values).view(*shape, 3)
 
 
-def _uniform(number: int, generator: torch.Generator | None, device: torch.device | str | None) -> torch.Tensor:
-    """U[0, 1) draws; a generator draws on its own device, so that a CPU generator gives the same noise everywhere."""
-    if generator is None:
-        return torch.rand(number, device=device)
-    return torch.rand(number, generator=generator, device=generator.device).to(device)
-
-
 __all__ = [
     "Noise",
-    "Samples",
     "Scores",
     "cross_entropy",
     "diffusion_targets",
     "draw_noise",
     "draw_noise_levels",
     "drop_for_clean_batch",
-    "find_sample_starts",
     "find_targets",
     "fixed_noise",
     "mask_tokens",

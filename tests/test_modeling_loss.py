@@ -8,7 +8,8 @@ from conftest import make_model
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from modeling_ttt.objective_ttt import Samples, diffusion_targets, draw_noise, next_token_targets, sample_weights
+from modeling_ttt.objective_ttt import diffusion_targets, draw_noise, next_token_targets, sample_weights
+from modeling_ttt.samples_ttt import Samples
 
 AUDIO = 110
 NO_TRICKS = {"clean_batch_probability": 0.0, "prefix_preservation_probability": 0.0}

@@ -7,12 +7,10 @@ from safetensors.torch import load_file
 
 from modeling_ttt.objective_ttt import (
     CROSS_ENTROPY_ROWS,
-    Samples,
     cross_entropy,
     diffusion_targets,
     draw_noise_levels,
     drop_for_clean_batch,
-    find_sample_starts,
     fixed_noise,
     mask_tokens,
     next_token_targets,
@@ -20,6 +18,7 @@ from modeling_ttt.objective_ttt import (
     sample_weights,
     tabulate_scores,
 )
+from modeling_ttt.samples_ttt import Samples, find_sample_starts
 
 AUDIO = 110
 

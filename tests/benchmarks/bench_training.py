@@ -37,16 +37,14 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from modeling_ttt import TttConfig, TttForConditionalGeneration  # noqa: E402
 from modeling_ttt.attention_ttt import compute_span_ids  # noqa: E402
 from modeling_ttt.objective_ttt import (  # noqa: E402
-    IGNORE_INDEX,
-    Samples,
     diffusion_targets,
     draw_noise_levels,
-    find_sample_starts,
     mask_tokens,
     next_token_targets,
     preserve_prefixes,
     sample_weights,
 )
+from modeling_ttt.samples_ttt import IGNORE_INDEX, Samples, find_sample_starts  # noqa: E402
 from processing import TttDataCollator, TttTokenIds, interleave  # noqa: E402
 
 CODES_PER_SECOND = 12.5

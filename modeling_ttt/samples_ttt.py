@@ -1,0 +1,236 @@
+"""Which tokens of a training batch belong together: samples, and blocks of audio spans. A sample can be cut after one
+of its blocks (block-aligned masking), or all blocks be copied (block-causal spans). Noise and loss are in
+objective_ttt.py, attention in attention_ttt.py.
+
+Sampling writes a span block by block: a block of masks stands behind what is final, and nothing stands behind it. Where
+a span ends within a block, the sampler drops the rest of the block, so in training the rest is filled with the span's
+end token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .attention_ttt import NO_SPAN
+
+IGNORE_INDEX = -100
+
+
+def find_sample_starts(labels: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    Find where a sample starts: at each row's first token and, in packed rows, wherever the positions do not go on by
+    one (as `transformers.masking_utils` finds packed sequences).
+
+    Args:
+        labels (`torch.Tensor` of shape `(batch, length)`).
+        position_ids (`torch.Tensor` of shape `(batch or 1, length)`, *optional*): only of rows without padding mask.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, length)`, bool.
+    """
+    starts = torch.zeros_like(labels, dtype=torch.bool)
+    starts[:, 0] = True
+    if position_ids is not None:
+        starts[:, 1:] |= position_ids.diff(dim=-1) != 1
+    return starts
+
+
+@dataclass(frozen=True)
+class Samples:
+    """
+    Which sample each token belongs to.
+
+    Samples are numbered in order of appearance, row by row; those without labels (an example that is all prompt, the
+    filling of a packed row) are none, and their tokens carry the number of a neighbour, which nothing there reads.
+
+    Args:
+        ids (`torch.Tensor` of shape `(batch, length)`): never decreasing when read row by row.
+        count (`int`): number of samples, at least 1.
+    """
+
+    ids: torch.Tensor
+    count: int
+
+    @classmethod
+    def from_starts(cls, starts: torch.Tensor, labels: torch.Tensor) -> "Samples":
+        """From `find_sample_starts` and the labels, both `(batch, length)`."""
+        pieces = starts.flatten().long().cumsum(0) - 1  # (batch * length,)
+        num_labels = torch.zeros_like(pieces).index_add_(0, pieces, (labels != IGNORE_INDEX).flatten().long())
+        numbers = (num_labels > 0).long().cumsum(0)  # of each piece, counted from 1
+        return cls((numbers[pieces] - 1).clamp(min=0).view_as(labels), max(int(numbers[-1]), 1))
+
+    def total(self, flags: torch.Tensor) -> torch.Tensor:
+        """Count the flagged tokens of each sample: (batch, length) to (count,), long."""
+        totals = torch.zeros(self.count, dtype=torch.long, device=flags.device)
+        return totals.index_add_(0, self.ids.flatten(), flags.flatten().long())
+
+    def running_total(self, flags: torch.Tensor) -> torch.Tensor:
+        """Count the flagged tokens of the sample up to and including each one, (batch, length), long."""
+        before = self.total(flags).cumsum(0) - self.total(flags)  # in earlier samples
+        return flags.flatten().long().cumsum(0).view_as(flags) - before[self.ids]
+
+
+def draw_uniform(number: int, generator: torch.Generator | None, device: torch.device | str | None) -> torch.Tensor:
+    """Draw from U[0, 1), on the generator's own device, so that a CPU generator gives the same noise everywhere."""
+    if generator is None:
+        return torch.rand(number, device=device)
+    return torch.rand(number, generator=generator, device=generator.device).to(device)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """
+    The blocks of the spans that are diffused.
+
+    Args:
+        ids (`torch.LongTensor` of shape `(batch, length)`): number of each token's block, counted through the batch; -1
+            outside, and in the rest of a span that was cut off without an end token: no sampler shows such a block.
+        starts (`torch.BoolTensor` of shape `(batch, length)`): the first token of each block.
+        fillings (`torch.LongTensor` of shape `(batch, length)`): how many end tokens are missing behind this one until
+            the block is full; above 0 at the end token of a span only.
+        count (`int`): number of blocks.
+    """
+
+    ids: torch.Tensor
+    starts: torch.Tensor
+    fillings: torch.Tensor
+    count: int
+
+
+def find_blocks(
+    input_ids: torch.Tensor,
+    diffused: torch.Tensor,
+    samples: Samples,
+    lengths: torch.Tensor,
+    end_token_ids: Sequence[int],
+) -> Blocks:
+    """
+    Cut the diffused spans into blocks, counted from the start of each span.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(batch, length)`): clean ids.
+        diffused (`torch.BoolTensor` of shape `(batch, length)`): a span is a maximal run of these in one sample.
+        lengths (`torch.LongTensor` of shape `(samples,)`): tokens of a block, for each sample.
+        end_token_ids (`list[int]`): the tokens that end a span.
+
+    Returns:
+        [`Blocks`].
+    """
+    same_sample = samples.ids[:, 1:] == samples.ids[:, :-1]
+    first, last = diffused.clone(), diffused.clone()  # tokens of their spans
+    first[:, 1:] &= ~(diffused[:, :-1] & same_sample)
+    last[:, :-1] &= ~(diffused[:, 1:] & same_sample)
+    index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    place = index - (index * first).cummax(-1).values  # in the span
+    length = lengths[samples.ids]
+    place = place % length  # in the block
+
+    starts = diffused & (place == 0)
+    ends = last & torch.isin(input_ids, torch.tensor(end_token_ids, device=input_ids.device))
+    number = (starts.flatten().long().cumsum(0) - 1).view_as(input_ids).clamp(min=0)
+    num_starts = int(starts.sum())
+    closed = torch.zeros(max(num_starts, 1), dtype=torch.bool, device=input_ids.device)
+    closed[number[diffused & (ends | (place == length - 1))]] = True  # is full, or will be filled
+
+    inside = diffused & closed[number]
+    renumbered = closed.long().cumsum(0) - 1
+    return Blocks(
+        ids=torch.where(inside, renumbered[number], NO_SPAN),
+        starts=starts & inside,
+        fillings=torch.where(ends & inside, length - 1 - place, 0),
+        count=int(closed.sum()),
+    )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """
+    Where the tokens of a batch come to stand in another one.
+
+    Args:
+        sources (`torch.LongTensor` of shape `(batch, width)`): the column each token comes from; 0 in the padding.
+        copies (`torch.LongTensor` of shape `(batch, width)`): 0 for a token itself, 1, 2, ... for its further copies.
+        is_token (`torch.BoolTensor` of shape `(batch, width)`): False in the padding, which is on the right.
+    """
+
+    sources: torch.Tensor
+    copies: torch.Tensor
+    is_token: torch.Tensor
+
+    @classmethod
+    def from_counts(cls, counts: torch.Tensor) -> "Layout":
+        """Write each token as often as `counts`, `torch.LongTensor` of shape `(batch, length)`, says, in order."""
+        rows, length = counts.shape
+        source = torch.repeat_interleave(counts.flatten())  # (tokens,), an index into the flat batch
+        index = torch.arange(len(source), device=counts.device)
+        of_token, of_row = counts.flatten(), counts.sum(-1)
+        copy = index - (of_token.cumsum(0) - of_token)[source]
+        place = source // length, index - (of_row.cumsum(0) - of_row)[source // length]
+        shape = rows, max(int(of_row.max()), 1)
+        sources, copies = (counts.new_zeros(shape).index_put(place, values) for values in (source % length, copy))
+        is_token = torch.zeros(shape, dtype=torch.bool, device=counts.device)
+        is_token[place] = True
+        return cls(sources, copies, is_token)
+
+    def take(self, values: torch.Tensor, padding: int | float | bool) -> torch.Tensor:
+        """Lay out `values` of shape `(batch, length)`, with `padding` behind them: shape `(batch, width)`."""
+        return values.gather(1, self.sources).masked_fill(~self.is_token, padding)
+
+
+def draw_block_lengths(
+    choices: Sequence[int], num_samples: int, generator: torch.Generator | None, device: torch.device | str | None
+) -> torch.Tensor:
+    """Draw a block length for each sample, all of `choices` alike: `torch.LongTensor` of shape `(samples,)`."""
+    chosen = (draw_uniform(num_samples, generator, device) * len(choices)).long()
+    return torch.tensor(choices, device=chosen.device)[chosen]
+
+
+def choose_blocks(
+    blocks: Blocks, samples: Samples, probability: float, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """
+    Choose one block of each sample uniformly, with the given probability; none where a sample has none.
+
+    Returns:
+        `torch.BoolTensor` of shape `(batch, length)`: the tokens of the chosen blocks.
+    """
+    device = blocks.ids.device
+    is_cut = draw_uniform(samples.count, generator, device) < probability
+    chosen = (draw_uniform(samples.count, generator, device) * samples.total(blocks.starts)).long()
+    rank = samples.running_total(blocks.starts) - 1
+    return (blocks.ids >= 0) & (rank == chosen[samples.ids]) & is_cut[samples.ids]
+
+
+def cut_after_blocks(chosen: torch.Tensor, blocks: Blocks, samples: Samples, is_token: torch.Tensor) -> Layout:
+    """
+    Cut samples after their chosen block, which is filled up; other samples stay whole.
+
+    Args:
+        chosen (`torch.BoolTensor` of shape `(batch, length)`): from `choose_blocks`.
+        is_token (`torch.BoolTensor` of shape `(batch, length)`): False for padding, which is left out.
+
+    Returns:
+        [`Layout`].
+    """
+    behind = ~chosen & (samples.running_total(chosen) > 0)
+    return Layout.from_counts((is_token & ~behind) * (1 + blocks.fillings * chosen))
+
+
+def copy_blocks(blocks: Blocks) -> Layout:
+    """Lay out all blocks, each filled up, one behind the other."""
+    return Layout.from_counts((blocks.ids >= 0) * (1 + blocks.fillings))
+
+
+__all__ = [
+    "Blocks",
+    "Layout",
+    "Samples",
+    "choose_blocks",
+    "copy_blocks",
+    "cut_after_blocks",
+    "draw_block_lengths",
+    "draw_uniform",
+    "find_blocks",
+    "find_sample_starts",
+]
