@@ -1,0 +1,216 @@
+"""A judge that knows nothing of the domain: Whisper through faster-whisper, and the spelling of what it writes.
+
+A recogniser may differ from what was said in spelling alone ("9-4" for "nine minus four", "102030" for "ten twenty
+thirty", "for" for "four"). `closest_reading` undoes that before words are counted; it needs no model.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import librosa
+import numpy as np
+from rapidfuzz.distance import Levenshtein
+from tqdm.auto import tqdm
+
+SAMPLING_RATE = 16_000
+# Makes Whisper spell numbers. It is no sentence of the domain and is the same for everything that is judged.
+NUMBER_PROMPT = "one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty."
+
+ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
+).split()
+TENS = "zero ten twenty thirty forty fifty sixty seventy eighty ninety".split()
+SIGNS = {"+": "plus", "=": "is", "*": "times", "×": "times", "÷": "divided by", "%": "percent", "&": "and"}
+ORDINALS = {
+    "1st": "first", "2nd": "second", "3rd": "third", "4th": "fourth", "5th": "fifth", "6th": "sixth", "7th": "seventh",
+    "8th": "eighth", "9th": "ninth", "10th": "tenth", "11th": "eleventh", "12th": "twelfth", "20th": "twentieth",
+}  # fmt: skip
+SPELLINGS = {
+    "colour": "color", "colours": "colors", "grey": "gray", "ok": "okay", "mr": "mister", "mrs": "missus",
+    "aeroplane": "airplane", "centre": "center", "favourite": "favorite",
+}  # fmt: skip
+# Words that sound alike are one word to the ear: each is counted as the first of its group.
+SOUND_ALIKE = {
+    word: group.split()[0]
+    for group in (
+        "two to too", "four for fore", "eight ate", "one won", "red read", "blue blew", "son sun", "sea see", "bee be",
+        "flower flour", "hour our", "week weak", "meet meat", "right write", "no know", "here hear", "mail male",
+        "tale tail", "hair hare", "bear bare", "pair pear", "wood would", "road rode", "night knight", "by buy bye",
+        "high hi", "i eye", "deer dear", "plane plain", "peace piece", "their there they're", "whole hole", "new knew",
+        "so sew", "wait weight", "way weigh", "may mae", "rose rows", "nose knows", "rome roam",
+    )
+    for word in group.split()[1:]
+}  # fmt: skip
+# One word that is often written as two.
+COMPOUNDS = {"air plane": "airplane", "good bye": "goodbye", "bye bye": "byebye", "every body": "everybody"}
+LONGEST_CUT = 10  # digits; longer runs are not tried in every cut
+
+
+def number_words(number: int) -> str:
+    """A number in words, without "and".
+
+    Raises:
+        ValueError: If the number is not from 0 to 999,999.
+    """
+    if not 0 <= number < 1_000_000:
+        raise ValueError(f"`number` is {number}; it must be from 0 to 999,999")
+    if number < 20:
+        return ONES[number]
+    if number < 100:
+        return TENS[number // 10] + (f" {ONES[number % 10]}" if number % 10 else "")
+    unit, name = (100, "hundred") if number < 1000 else (1000, "thousand")
+    rest = f" {number_words(number % unit)}" if number % unit else ""
+    return f"{number_words(number // unit)} {name}{rest}"
+
+
+def digit_readings(digits: str) -> list[str]:
+    """Ways to read a run of digits aloud, the likeliest first.
+
+    Up to three digits are a number, more are tens ("102030") or single digits; then every cut into numbers of one or
+    two digits ("1112" may be "eleven twelve").
+    """
+    spelled = " ".join(ONES[int(digit)] for digit in digits)
+    if len(digits) > LONGEST_CUT:
+        return [spelled]
+    cuts = [" ".join(cut) for cut in _cuts(digits)]
+    tens = [cut for cut in cuts if all(word in TENS[1:] for word in cut.split())]
+    number = [number_words(int(digits))] if len(digits) <= 6 and str(int(digits)) == digits else []
+    first = number if len(digits) <= 3 else tens
+    return list(dict.fromkeys([*first, spelled, *number, *cuts]))
+
+
+def _cuts(digits: str) -> list[list[str]]:
+    if not digits:
+        return [[]]
+    found = [[ONES[int(digits[0])], *rest] for rest in _cuts(digits[1:])]
+    if len(digits) > 1 and digits[0] != "0":
+        found += [[number_words(int(digits[:2])), *rest] for rest in _cuts(digits[2:])]
+    return found
+
+
+def readings(text: str) -> list[list[str]]:
+    """The words of a transcript in speaking order; each item lists the ways to read it, the likeliest first.
+
+    Lower case, no punctuation, American spelling, numbers in words; words that sound alike are written as one of them.
+    """
+    text = text.lower().replace("’", "'").replace("−", "-").replace("–", "-")
+    for apart, joined in COMPOUNDS.items():
+        text = re.sub(rf"\b{apart.replace(' ', '[ -]')}\b", joined, text)
+    items: list[list[str]] = []
+    tokens = re.findall(r"\d+(?:st|nd|rd|th)\b|\d{1,3}(?:,\d{3})+\b|\d+|[a-z]+(?:'[a-z]+)*|[-+=*×÷%&]", text)
+    for index, token in enumerate(tokens):
+        after_digit = index > 0 and tokens[index - 1].isdigit()
+        if "," in token and int(digits := token.replace(",", "")) < 1_000_000:
+            items.append(list(dict.fromkeys([number_words(int(digits)), *digit_readings(digits)])))
+        elif token in ORDINALS:
+            items.append([ORDINALS[token]])
+        elif token.isdigit():
+            items.append(digit_readings(token))
+        elif token == "-":
+            if after_digit and index + 1 < len(tokens) and tokens[index + 1].isdigit():
+                items.append(["minus", "to", ""])
+        elif token == "x" and after_digit:
+            items.append(["times"])
+        elif token in SIGNS:
+            items.append([SIGNS[token]])
+        else:
+            items.append([SPELLINGS.get(token, token)])
+    return [[" ".join(SOUND_ALIKE.get(word, word) for word in way.split()) for way in ways] for ways in items]
+
+
+def canonical(text: str) -> str:
+    """A text as it is counted, every item in its likeliest reading. References are brought into this form."""
+    return " ".join(way for way in (ways[0] for ways in readings(text)) if way)
+
+
+def closest_reading(transcript: str, reference: str) -> str:
+    """The reading of `transcript` with the fewest word errors against `reference` (which is made `canonical`).
+
+    Only spelling has several readings: "9-4" may be "nine minus four", but "nine" is never anything else. Items are
+    settled from left to right.
+    """
+    said = canonical(reference).split()
+    items = readings(transcript)
+    chosen = [ways[0] for ways in items]
+    for index, ways in enumerate(items):
+        if len(ways) > 1:
+
+            def errors(way: str, index: int = index) -> int:
+                return Levenshtein.distance(" ".join([*chosen[:index], way, *chosen[index + 1 :]]).split(), said)
+
+            chosen[index] = min(ways, key=errors)
+    return " ".join(way for way in chosen if way)
+
+
+def count_word_errors(references: Sequence[str], transcripts: Sequence[str]) -> list[tuple[int, int]]:
+    """Word errors and reference words of each pair, spelling set aside: what intervals are drawn over.
+
+    Raises:
+        ValueError: If the lists differ in length.
+    """
+    return [
+        (
+            Levenshtein.distance(closest_reading(heard, said).split(), canonical(said).split()),
+            len(canonical(said).split()),
+        )
+        for said, heard in zip(references, transcripts, strict=True)
+    ]
+
+
+class WhisperJudge:
+    """Whisper over whole waveforms, greedy, on one thread, without memory of what came before.
+
+    Args:
+        model: A folder of faster-whisper's (CTranslate2's) format, or a name such as `"base"` or `"tiny.en"`, or a Hub
+            repository of that format.
+        prompt: Text that sets the style of writing; the same for everything that is compared. None for none.
+        num_threads: CPU threads.
+        compute_type: CTranslate2's number format.
+    """
+
+    def __init__(
+        self, model: str | Path, prompt: str | None = NUMBER_PROMPT, num_threads: int = 1, compute_type: str = "int8"
+    ):
+        from faster_whisper import WhisperModel
+
+        self.prompt = prompt
+        self._model = WhisperModel(
+            str(model), device="cpu", compute_type=compute_type, cpu_threads=num_threads, num_workers=1
+        )
+
+    def transcribe(
+        self, waveforms: Sequence[np.ndarray], sampling_rate: int = SAMPLING_RATE, progress: bool = False
+    ) -> list[str]:
+        """What is said in each waveform, as Whisper writes it.
+
+        Args:
+            waveforms: Mono waveforms, each of shape (samples,), floats in [-1, 1].
+            sampling_rate: Of all of them, in Hz.
+            progress: Whether to show a progress bar.
+
+        Returns:
+            One transcript a waveform, empty where nothing was heard.
+
+        Raises:
+            ValueError: If a waveform is not one-dimensional or not finite.
+        """
+        return [
+            self._transcribe(np.asarray(waveform, dtype=np.float32), sampling_rate)
+            for waveform in tqdm(waveforms, desc="Whisper", disable=not progress)
+        ]
+
+    def _transcribe(self, waveform: np.ndarray, sampling_rate: int) -> str:
+        if waveform.ndim != 1 or not np.isfinite(waveform).all():
+            raise ValueError(f"`waveforms` must be finite and of shape (samples,), got shape {waveform.shape}")
+        if waveform.size == 0:
+            return ""
+        if sampling_rate != SAMPLING_RATE:
+            waveform = librosa.resample(waveform, orig_sr=sampling_rate, target_sr=SAMPLING_RATE)
+        options: dict[str, Any] = {"beam_size": 1, "temperature": 0.0, "condition_on_previous_text": False}
+        segments, _ = self._model.transcribe(
+            waveform, language="en", initial_prompt=self.prompt, without_timestamps=True, **options
+        )
+        return " ".join(segment.text.strip() for segment in segments)
