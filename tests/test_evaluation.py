@@ -79,10 +79,13 @@ def test_a_missing_list_says_which_script_makes_it(tmp_path):
         read_list(tmp_path, "tts")
 
 
-def test_audio_of_another_rate_is_refused(tmp_path):
+def test_audio_is_read_at_the_rate_asked_for_and_with_one_channel(tmp_path):
     soundfile.write(tmp_path / "a.wav", tone(0.1), 8_000)
-    with pytest.raises(ValueError, match="8000 Hz"):
-        read_audio(tmp_path, "a.wav")
+    assert len(read_audio(tmp_path, "a.wav", 8_000)) == len(tone(0.1))
+    assert len(read_audio(tmp_path, "a.wav", 24_000)) == 3 * len(tone(0.1))
+    soundfile.write(tmp_path / "b.wav", np.zeros((100, 2)), 8_000)
+    with pytest.raises(ValueError, match="one channel"):
+        read_audio(tmp_path, "b.wav", 8_000)
 
 
 def test_a_table_has_a_row_for_each_row():

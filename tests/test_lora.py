@@ -358,9 +358,9 @@ def test_the_skill_is_new_and_its_held_out_questions_are_never_trained_on():
 
 
 def test_training_speech_stays_below_its_limit(monkeypatch):
-    monkeypatch.setattr(build_skill, "speak", lambda text, delivery: tone(0.1 * len(text.split())))
+    monkeypatch.setattr(build_skill, "speak", lambda text, delivery: tone(0.15 * len(text.split())))
     spoken = build_skill.speak_training(build_skill.SkillArguments(minutes=1.0))
-    seconds = sum(len(wave) for rows in spoken.values() for _, wave in rows) / 16_000
+    seconds = sum(len(wave) for rows in spoken.values() for _, wave in rows) / build_skill.SAMPLING_RATE
     assert 55 < seconds <= 60
     answers = {row["text"] for row, _ in spoken["assistant"]}
     assert {row["answer"] for row, _ in spoken["questions"]} <= answers

@@ -1,5 +1,6 @@
 """The scripts that made ttt-tiny, on data small enough to print: the domain's split, shards, examples and training."""
 
+import dataclasses
 import hashlib
 import json
 import random
@@ -15,19 +16,97 @@ from modeling_ttt import TttConfig, TttForConditionalGeneration
 from modeling_ttt.ttt_codec import TttCodecConfig, TttCodecModel
 from training_examples import train_ttt
 from training_examples.files import whole_file, write_text
-from training_examples.ttt_tiny import build_examples, build_speech, create_tiny, domain, speech, train_codec
+from training_examples.ttt_tiny import (
+    build_examples,
+    build_speech,
+    create_tiny,
+    domain,
+    other_sentences,
+    speech,
+    synthesis,
+    train_codec,
+)
+
+SMALL = build_speech.BuildArguments(
+    assistant=1500, questions=2000, dictations=300, digits=100, words=800, others=300, eval_items=60
+)
 
 
 def test_no_held_out_sentence_is_ever_drawn_for_training():
-    plan = build_speech.plan_training(build_speech.BuildArguments(sequences=300, questions=2000, dictations=300))
+    plan = build_speech.plan_training(SMALL)
     asked = {row["text"] for row in plan["questions"]}
-    held_out = build_speech.plan_evaluation(build_speech.BuildArguments(eval_items=60))
-    for name in ("spoken_qa_seen", "spoken_qa_unheard", "text_qa"):
+    held_out = build_speech.plan_evaluation(SMALL)
+    for name in ("spoken_qa_seen", "spoken_qa_unheard", "text_qa", "other_seen", "other_unheard"):
         assert len(held_out[name]) == 60
         assert not asked & {row["question"] for row in held_out[name]}
     dictated = {row["text"] for row in plan["questions"]} | {row["text"] for row in plan["assistant"]}
-    assert not dictated & {row["answer"] for row in held_out["tts"]}
-    assert {row["voice"] for row in plan["questions"]}.isdisjoint(row["voice"] for row in held_out["asr_unheard"])
+    for name in ("tts", "asr_seen", "asr_unheard", "asr_unheard_natural"):
+        assert not dictated & {row["answer"] for row in held_out[name]}
+
+
+def test_voices_never_heard_are_in_no_mixture_and_in_no_development_list():
+    trained = [row["voice"] for row in build_speech.plan_training(SMALL)["questions"]]
+    held_out = build_speech.plan_evaluation(SMALL)
+    trained += [
+        row["voice"] for name, rows in held_out.items() if "unheard" not in name for row in rows if "voice" in row
+    ]
+    unheard = {name.partition(":")[2] for name in (*synthesis.UNHEARD_VOICES, synthesis.UNHEARD_NATURAL_VOICE)}
+    parts = {part.partition(":")[0] for voice in trained for part in voice.partition(":")[2].split("+")}
+    assert len(unheard) == 6 and not unheard & parts and len(parts & set(synthesis.KOKORO_VOICES)) >= 22
+    for name in ("spoken_qa_unheard", "asr_unheard", "other_unheard"):
+        assert {row["voice"] for row in held_out[name]} == set(synthesis.UNHEARD_VOICES)
+    assert not any(":" in voice.partition(":")[2] for voice in synthesis.TRAINED_VOICES)
+
+
+def test_training_speech_is_planned_in_an_order_that_may_be_cut_anywhere(tmp_path):
+    plan = build_speech.plan_training(SMALL)
+    answers = {row["text"]: place for place, row in enumerate(plan["assistant"])}
+    asked = [row["answer"] for row in plan["questions"] if row["answer"] is not None]
+    assert len(answers) == SMALL.assistant and len(plan["questions"]) == 3500
+    # Every answer is spoken, before anything that answers nothing.
+    needed = {item.answer for item in domain.fixed_items()} | set(asked) | {domain.NOT_HEARD, domain.NOT_KNOWN}
+    assert {answers[answer] for answer in needed} == set(range(len(needed)))
+    half = {row["kind"] for row in plan["questions"][:1750]}
+    assert half == {row["kind"] for row in plan["questions"]} >= {"word", "digits", "dictation", "other", "repeat"}
+    for row in plan["questions"]:
+        assert (row["answer"] == domain.NOT_KNOWN) == (row["kind"] == "other")
+    jobs = [path.stem for path, _ in build_speech.training_jobs(dataclasses.replace(SMALL, output_dir=tmp_path))]
+    assert jobs[:5] == ["assistant-0000", "questions-0000", "questions-0001", "questions-0002", "assistant-0001"]
+    (tmp_path / "speech").mkdir()
+    (tmp_path / "speech" / "questions-0000.safetensors").touch()
+    rest = [path.stem for path, _ in build_speech.training_jobs(dataclasses.replace(SMALL, output_dir=tmp_path))]
+    assert rest == [name for name in jobs if name != "questions-0000"]
+
+
+def test_other_sentences_are_outside_the_domain_and_split_by_pattern_and_text():
+    known = {item.question for item in domain.fixed_items()}
+    rng = random.Random(0)
+    trained = other_sentences.sample_sentences(rng, 2000, unseen_patterns=False, held_out=False)
+    held_out = other_sentences.sample_sentences(rng, 200, unseen_patterns=False, held_out=True)
+    unseen = other_sentences.sample_sentences(rng, 200, unseen_patterns=True, held_out=True)
+    assert len(set(trained)) == 2000 and not known & {*trained, *held_out, *unseen}
+    assert not set(trained) & {*held_out, *unseen}
+    assert not any(map(domain.is_held_out, trained)) and all(map(domain.is_held_out, held_out))
+    assert all(text == text.lower() and text.replace(" ", "").isalpha() for text in trained)
+    assert not any(f" a {vowel}" in f" {text}" for text in trained for vowel in "aeiou")
+    with pytest.raises(ValueError, match="fewer than 10"):
+        other_sentences.sample_sentences(rng, 10, unseen_patterns=True, held_out=True, excluded=EVERYTHING)
+
+
+class Everything:
+    def __contains__(self, _):
+        return True
+
+
+EVERYTHING = Everything()
+
+
+def test_what_is_read_aloud_and_repeated_has_content_words_only():
+    content = set(domain.CONTENT)
+    assert not content & set("a am an the is of to i do not you what which from and me".split())
+    rng = random.Random(0)
+    assert {word for _ in range(300) for word in domain.repeat_item(rng).answer.split()} <= content
+    assert {word for row in build_speech.plan_evaluation(SMALL)["tts"] for word in row["answer"].split()} <= content
 
 
 def sentences(rows):
@@ -36,16 +115,15 @@ def sentences(rows):
 
 def test_development_lists_are_held_out_and_share_no_sentence_with_the_evaluation_list_they_stand_for():
     plan = build_speech.plan_evaluation(build_speech.BuildArguments())
-    for name in ("spoken_qa_seen", "asr_seen", "tts"):
+    for name in ("spoken_qa_seen", "asr_seen", "other_seen", "tts"):
         rows = plan[f"development_{name}"]
         assert len(rows) == 100
         assert all(domain.is_held_out(sentence) for sentence in sentences(rows))
         assert not sentences(rows) & sentences(plan[name])
         assert [row.keys() for row in rows] == [plan[name][0].keys()] * 100
-    # Every kind of question is left, in about the evaluation's proportions.
-    assert {row["kind"] for row in plan["development_spoken_qa_seen"]} == {
-        row["kind"] for row in plan["spoken_qa_seen"]
-    }
+    # Every kind of question is left, in about the evaluation's proportions, but for the few greetings.
+    kinds = {name: {row["kind"] for row in plan[name]} for name in ("development_spoken_qa_seen", "spoken_qa_seen")}
+    assert kinds["development_spoken_qa_seen"] | {"greetings"} == kinds["spoken_qa_seen"] == set(domain.KIND_WEIGHTS)
 
 
 def test_evaluation_lists_do_not_depend_on_the_development_lists():
@@ -55,11 +133,11 @@ def test_evaluation_lists_do_not_depend_on_the_development_lists():
         assert (few[name] == many[name]) != name.startswith("development_"), name
     # Published figures rest on these very draws.
     digest = hashlib.sha256(json.dumps([rows for name, rows in few.items() if "development" not in name]).encode())
-    assert digest.hexdigest()[:16] == "9a01384e56ac8a28"
+    assert digest.hexdigest()[:16] == "7279e20e0f7b84bf"
 
 
 def test_the_same_seed_plans_the_same_speech():
-    args = build_speech.BuildArguments(sequences=50, questions=50, dictations=50)
+    args = SMALL
     assert build_speech.plan_training(args) == build_speech.plan_training(args)
 
 
@@ -106,9 +184,11 @@ def write_shard(folder, kind, texts):
 
 def test_shards_are_read_back_as_written(tmp_path):
     rows, waves = write_shard(tmp_path, "assistant", ["one", "two three"])
-    read_rows, read_waves = speech.read_shard(tmp_path / "assistant-0000.safetensors")
+    read_rows, read_waves = speech.read_shard(tmp_path / "assistant-0000.safetensors", synthesis.SAMPLING_RATE)
     assert read_rows == rows
     assert all(np.array_equal(a, b) for a, b in zip(waves, read_waves, strict=True))
+    _, slower = speech.read_shard(tmp_path / "assistant-0000.safetensors", synthesis.SAMPLING_RATE // 2)
+    assert [len(wave) for wave in slower] == [len(wave) // 2 for wave in waves]
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):

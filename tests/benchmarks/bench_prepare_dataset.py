@@ -45,15 +45,18 @@ class Arguments:
 
 def read_clips(arguments: Arguments) -> list[tuple[np.ndarray, str]]:
     """Waveforms at 16 kHz with their words."""
+    from training_examples.ttt_tiny import domain, speech, synthesis
+
     if arguments.speech.is_file():
         rows = [json.loads(line) for line in arguments.speech.read_text().splitlines()[: arguments.clips]]
-        folder = arguments.speech.parent
-        return [(soundfile.read(folder / r["audio"], dtype="int16")[0], r["question"] or r["answer"]) for r in rows]
-    from training_examples.ttt_tiny import domain, synthesis
-
+        waves = [speech.read_audio(arguments.speech.parent, row["audio"], 16_000) for row in rows]
+        texts = [row["question"] or row["answer"] for row in rows]
+        return [(speech.to_int16(wave), text) for wave, text in zip(waves, texts, strict=True)]
     print(f"{arguments.speech} is not there: eSpeak NG speaks.")
     texts = [item.question for item in domain.fixed_items()][: arguments.clips]
-    return [((synthesis.speak(text, "espeak:en-us") * 32767).astype(np.int16), text) for text in texts]
+    waves = [speech.to_int16(synthesis.speak(text, "espeak:en-us")) for text in texts]
+    rate = synthesis.SAMPLING_RATE
+    return [(speech.resample_int16(wave, rate, 16_000), text) for wave, text in zip(waves, texts, strict=True)]
 
 
 def write_recordings(clips: list[tuple[np.ndarray, str]], joined: int, folder: Path) -> Path:

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import soundfile
 import torch
 from datasets import Dataset, DatasetDict
 from tqdm import tqdm
@@ -25,7 +24,7 @@ from transformers import HfArgumentParser, set_seed
 from modeling_ttt.ttt_codec import TttCodecModel
 from processing import TttProcessor, interleave
 from training_examples.files import whole_file
-from training_examples.ttt_tiny.speech import read_list, read_shard
+from training_examples.ttt_tiny.speech import read_audio, read_list, read_shard, to_int16
 from training_examples.ttt_tiny.waveforms import augment, pad
 
 
@@ -63,7 +62,7 @@ def encode_shard(codec_dir: Path, shard: Path, target: Path, seed: int) -> Path:
     torch.set_num_threads(1)
     set_seed(seed)
     codec = TttCodecModel.from_pretrained(codec_dir).eval()
-    rows, waves = read_shard(shard)
+    rows, waves = read_shard(shard, codec.config.sampling_rate)
     columns = {key: [row[key] for row in rows] for key in rows[0]} | {"codes": encode(codec, waves)}
     if shard.name.startswith("questions"):
         columns["noisy_codes"] = encode(codec, waves, noisy=True)
@@ -129,13 +128,17 @@ def held_out(args: ExampleArguments, codec: TttCodecModel) -> list[tuple[str, li
     """The held-out spoken questions (trained voices) and texts to read, for the loss during training."""
     folder = args.data_dir / "eval"
     conversations = []
+
+    def read(path: str) -> np.ndarray:
+        return to_int16(read_audio(folder, path, codec.config.sampling_rate))
+
     for name, task in (("spoken_qa_seen", "spoken_qa"), ("tts", "tts")):
         lines = read_list(folder, name)
-        speech = encode(codec, [soundfile.read(folder / row["answer_audio"], dtype="int16")[0] for row in lines])
+        speech = encode(codec, [read(row["answer_audio"]) for row in lines])
         if task == "tts":
             contents = [[{"type": "text", "text": row["answer"]}] for row in lines]
         else:
-            heard = encode(codec, [soundfile.read(folder / row["audio"], dtype="int16")[0] for row in lines])
+            heard = encode(codec, [read(row["audio"]) for row in lines])
             contents = [[{"type": "audio", "audio_codes": codes}] for codes in heard]
         for row, content, codes in zip(lines, contents, speech, strict=True):
             answer = [{"type": "text", "text": row["answer"]}, {"type": "audio", "audio_codes": codes}]

@@ -27,7 +27,6 @@ from training_examples.ttt_tiny.speech import speak_list, to_int16, write_shard
 from training_examples.ttt_tiny.synthesis import (
     ASSISTANT_VOICE,
     SAMPLING_RATE,
-    TRAINED_VOICES,
     Delivery,
     random_delivery,
     speak,
@@ -87,7 +86,7 @@ def speak_training(args: SkillArguments) -> dict[str, list[tuple[dict, np.ndarra
             if item.answer not in answers:
                 answers.add(item.answer)
                 add("assistant", Delivery(ASSISTANT_VOICE), item.answer)
-            add("questions", random_delivery(rng, TRAINED_VOICES), item.question, answer=item.answer, kind=item.kind)
+            add("questions", random_delivery(rng), item.question, answer=item.answer, kind=item.kind)
     return spoken
 
 
@@ -106,7 +105,7 @@ def plan_held_out(args: SkillArguments) -> dict[str, list[dict]]:
         questions = [items[index % len(items)] for index in range(args.eval_items)]
         plan[f"{prefix}spoken_qa_seen"] = [
             {"task": "spoken_qa", "question": item.question, "answer": item.answer, "kind": item.kind}
-            | {"seen_voice": True, **asdict(random_delivery(rng, TRAINED_VOICES))}
+            | {"seen_voice": True, **asdict(random_delivery(rng))}
             for item in questions
         ]
     answers = sorted({item.answer for item in skill_items()})

@@ -1,15 +1,16 @@
 """Speaks the domain of ttt-tiny: training speech in shards, held-out speech as FLAC files with JSONL lists.
 
-    python training_examples/ttt_tiny/build_speech.py --output_dir data/ttt_tiny
+    KOKORO_DIR=data/voices/kokoro python -m training_examples.ttt_tiny.build_speech --output_dir data/ttt_tiny
 
-Needs eSpeak NG and Flite (`apt-get install libespeak-ng1 espeak-ng-data libflite1`). About 30,000 assistant sentences
-and 55,000 questions and dictations took 27 minutes on two busy cores; `--evaluation_only` speaks the held-out lists
-alone. A shard is written whole or not at all, so a killed run goes on where it stopped. Sentences, voices, speeds and
-pitches are drawn from `--seed`; the synthesisers add noise of their own, so samples differ from run to run.
+Needs Kokoro-82M (see README.md beside this file), `onnxruntime`, and eSpeak NG and Flite (`apt-get install
+libespeak-ng1 espeak-ng-data libflite1`). The held-out lists are spoken first (`--evaluation_only` stops there), then
+the training shards, in an order in which everything spoken so far is a balanced set at any time: training may begin
+before the end. A shard is written whole or not at all, so a killed run goes on where it stopped. Sentences, voices,
+speeds and pitches are drawn from `--seed`; the synthesisers add noise of their own, so samples differ from run to run.
 """
 
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,74 +18,116 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from training_examples.ttt_tiny import domain
-from training_examples.ttt_tiny.speech import speak_list, to_int16, write_shard
+from training_examples.ttt_tiny import domain, other_sentences
+from training_examples.ttt_tiny.speech import speak_list, speak_row, to_int16, write_shard
 from training_examples.ttt_tiny.synthesis import (
     ASSISTANT_VOICE,
-    TRAINED_VOICES,
     UNHEARD_NATURAL_VOICE,
     UNHEARD_VOICES,
     Delivery,
     random_delivery,
-    speak,
 )
+
+HEARD_NUMBERS = domain.NUMBERS[:13]
 
 
 @dataclass
 class BuildArguments:
     output_dir: Path = field(default=Path("data/ttt_tiny"), metadata={"help": "Where the speech goes."})
-    sequences: int = field(default=26_000, metadata={"help": "Random word sequences in the assistant's voice."})
-    questions: int = field(default=40_000, metadata={"help": "Spoken questions in many voices."})
-    dictations: int = field(default=15_000, metadata={"help": "Random word sequences in many voices, for recognition."})
+    assistant: int = field(default=20_000, metadata={"help": "Texts in the assistant's voice, fixed answers included."})
+    questions: int = field(default=12_500, metadata={"help": "Spoken questions of the domain in many voices."})
+    dictations: int = field(default=6_000, metadata={"help": "Random word sequences in many voices, for recognition."})
+    digits: int = field(default=1_500, metadata={"help": "Strings of digits in many voices."})
+    words: int = field(default=1_500, metadata={"help": "Words said alone in many voices, half of them numbers."})
+    others: int = field(default=3_500, metadata={"help": "Sentences outside the domain in many voices."})
     eval_items: int = field(default=300, metadata={"help": "Held-out items per evaluation list."})
     development_items: int = field(default=100, metadata={"help": "Held-out items per development list."})
-    shard_size: int = field(default=500, metadata={"help": "Sentences per shard."})
+    shard_size: int = field(default=250, metadata={"help": "Sentences per shard."})
     evaluation_only: bool = field(default=False, metadata={"help": "Speak the held-out lists, not the training data."})
-    workers: int = field(default=2, metadata={"help": "Processes that speak side by side."})
+    workers: int = field(default=1, metadata={"help": "Processes that speak side by side, one thread each."})
     seed: int = field(default=0, metadata={"help": "Seed of every draw."})
 
 
 def plan_training(args: BuildArguments) -> dict[str, list[dict]]:
-    """Lists every training utterance: `assistant` rows (text, delivery), `questions` rows (with answer and kind)."""
+    """List every training utterance in the order of speaking.
+
+    Returns:
+        `questions`: rows with `text`, `answer` (None where there is only something to recognise), `kind` and the
+        delivery's fields. `assistant`: rows with `text` and the delivery's; the answers of the domain come first, then
+        those of the requests to repeat, then lists of content words and recombined answers.
+    """
     rng = random.Random(args.seed)
     items = domain.sample_items(rng, args.questions, held_out=False)
-    questions = [
-        {
-            "text": item.question,
-            "answer": item.answer,
-            "kind": item.kind,
-            **asdict(random_delivery(rng, TRAINED_VOICES)),
-        }
-        for item in items
-    ]
-    for words in domain.sample_sequences(rng, args.dictations, held_out=False, shortest=1, longest=7):
-        questions.append(
-            {"text": words, "answer": None, "kind": "dictation", **asdict(random_delivery(rng, TRAINED_VOICES))}
-        )
-    rng.shuffle(questions)
-    answers = {item.answer for item in domain.fixed_items()} | {item.answer for item in items}
-    sequences = domain.sample_sequences(rng, args.sequences, held_out=False, shortest=1, longest=9)
-    texts = sorted(answers | set(sequences))
-    rng.shuffle(texts)
+    heard = [(item.kind, item.question, item.answer) for item in items]
+    heard += [("dictation", text, None) for text in _random_dictations(rng, args.dictations, held_out=False)]
+    heard += [("digits", text, None) for text in _digit_strings(rng, args.digits, held_out=False)]
+    words = [*HEARD_NUMBERS, "plus", "minus", "times"] * 21 + domain.vocabulary()
+    heard += [("word", words[index % len(words)], None) for index in range(args.words)]
+    known = {item.question for item in domain.fixed_items()}
+    others = other_sentences.sample_sentences(rng, args.others, unseen_patterns=False, held_out=False, excluded=known)
+    heard += [("other", text, domain.NOT_KNOWN) for text in others]
+    rng.shuffle(heard)
     return {
-        "questions": questions,
-        "assistant": [{"text": text, **asdict(Delivery(ASSISTANT_VOICE))} for text in texts],
+        "questions": [
+            {"text": text, "answer": answer, "kind": kind, **asdict(random_delivery(rng, kind=kind))}
+            for kind, text, answer in heard
+        ],
+        "assistant": [
+            {"text": text, **asdict(Delivery(ASSISTANT_VOICE))} for text in _assistant_texts(rng, args.assistant, items)
+        ],
     }
 
 
+def _assistant_texts(rng: random.Random, count: int, asked: Sequence[domain.Item]) -> list[str]:
+    fixed = {item.answer for item in domain.fixed_items()} | {domain.NOT_HEARD, domain.NOT_KNOWN}
+    repeated = {item.answer for item in asked} - fixed
+    groups = [sorted(fixed), sorted(repeated)]
+    rest: dict[str, None] = {}
+    while len(rest) < count - len(fixed) - len(repeated):
+        draw = rng.random()
+        if draw < 0.75:
+            text = domain.random_words(rng, 1, 9, domain.CONTENT)
+        elif draw < 0.85:
+            text = domain.random_words(rng, 2, 8, domain.NUMBERS[:10])
+        else:
+            text = domain.recombined_answer(rng)
+        if not domain.is_held_out(text) and text not in fixed | repeated:
+            rest[text] = None
+    for group in groups:
+        rng.shuffle(group)
+    return [*groups[0], *groups[1], *rest]
+
+
+def _random_dictations(
+    rng: random.Random, count: int, held_out: bool, excluded: Collection[str] = (), longest: int = 7
+) -> list[str]:
+    """Two thirds sequences of any words of the domain, one third of content words, of 2 words at least."""
+    content = count // 3
+    texts = domain.sample_sequences(rng, count - content, held_out, 2, longest, excluded)
+    return texts + domain.sample_sequences(rng, content, held_out, 2, longest, excluded, domain.CONTENT)
+
+
+def _digit_strings(rng: random.Random, count: int, held_out: bool, excluded: Collection[str] = ()) -> list[str]:
+    return domain.sample_sequences(rng, count, held_out, 2, 7, excluded, words=domain.NUMBERS[:10])
+
+
 def plan_evaluation(args: BuildArguments) -> dict[str, list[dict]]:
-    """Lists the held-out items: none of their sentences is in the training plan.
+    """List the held-out items, the development lists first: none of their sentences is in the training plan.
 
     The evaluation lists give the figures that are published. Choices (of a checkpoint, of decoding options) are made on
     the `development_*` lists, drawn from a seed of their own: none shares a sentence with the evaluation list it
-    stands for. The held-out questions are too few to be disjoint from all evaluation lists at once.
+    stands for. The held-out questions are too few to be disjoint from all evaluation lists at once. The voices never
+    heard occur in the evaluation lists alone.
     """
     rng = random.Random(args.seed + 1)
-    heard = {"seen": TRAINED_VOICES, "unheard": UNHEARD_VOICES, "unheard_natural": [UNHEARD_NATURAL_VOICE]}
+    # Trained voices ask as often as in training, so that the figures weigh the engines alike.
+    heard = {"seen": None, "unheard": UNHEARD_VOICES, "unheard_natural": (UNHEARD_NATURAL_VOICE,)}
     plan: dict[str, list[dict]] = {}
     for name, voices in heard.items():
         plan[f"spoken_qa_{name}"] = _spoken_questions(rng, args.eval_items, voices)
         plan[f"asr_{name}"] = _dictations(rng, args.eval_items, voices)
+    plan["other_seen"] = _others(rng, args.eval_items, None, unseen_patterns=False)
+    plan["other_unheard"] = _others(rng, args.eval_items, UNHEARD_VOICES, unseen_patterns=True)
     plan["text_qa"] = [
         {"task": "text_qa", "question": item.question, "answer": item.answer, "kind": item.kind, "seen_voice": True}
         for item in domain.sample_items(rng, args.eval_items, held_out=True)
@@ -92,77 +135,97 @@ def plan_evaluation(args: BuildArguments) -> dict[str, list[dict]]:
     plan["tts"] = _texts_to_read(rng, args.eval_items)
     # Answers whose text the audio tokenizer never heard: train_codec.py leaves out every held-out sentence.
     answers = sorted({item.answer for item in domain.fixed_items() if domain.is_held_out(item.answer)})
-    repeats = domain.sample_sequences(rng, args.eval_items - len(answers), held_out=True, shortest=2, longest=5)
+    lists = domain.sample_sequences(rng, max(args.eval_items - len(answers), 0), True, 2, 5, words=domain.CONTENT)
     plan["codec_answers"] = [
         {"task": "codec", "question": "", "answer": text, "kind": "answer", "seen_voice": True}
-        for text in [*answers, *repeats[: args.eval_items // 10]]
+        for text in [*answers, *lists[: args.eval_items // 10]]
     ]
 
     rng = random.Random(args.seed + 2)
     taken = {name: {row["question"] or row["answer"] for row in rows} for name, rows in plan.items()}
     count = args.development_items
-    plan["development_spoken_qa_seen"] = _spoken_questions(rng, count, TRAINED_VOICES, taken["spoken_qa_seen"])
-    plan["development_asr_seen"] = _dictations(rng, count, TRAINED_VOICES, taken["asr_seen"])
-    plan["development_tts"] = _texts_to_read(rng, count, taken["tts"])
-    return plan
+    return {
+        "development_spoken_qa_seen": _spoken_questions(rng, count, None, taken["spoken_qa_seen"]),
+        "development_asr_seen": _dictations(rng, count, None, taken["asr_seen"]),
+        "development_other_seen": _others(rng, count, None, False, taken["other_seen"]),
+        "development_tts": _texts_to_read(rng, count, taken["tts"]),
+        **plan,
+    }
 
 
 def _spoken_questions(
-    rng: random.Random, count: int, voices: Sequence[str], excluded: Collection[str] = ()
+    rng: random.Random, count: int, voices: Sequence[str] | None, excluded: Collection[str] = ()
 ) -> list[dict]:
     return [
         {"task": "spoken_qa", "question": item.question, "answer": item.answer, "kind": item.kind}
-        | {"seen_voice": voices == TRAINED_VOICES, **asdict(random_delivery(rng, voices))}
+        | {"seen_voice": voices is None, **asdict(random_delivery(rng, voices))}
         for item in domain.sample_items(rng, count, held_out=True, excluded=excluded)
     ]
 
 
-def _dictations(rng: random.Random, count: int, voices: Sequence[str], excluded: Collection[str] = ()) -> list[dict]:
-    """Two thirds questions of the domain, one third random word sequences."""
-    questions = domain.sample_items(rng, count * 2 // 3, held_out=True, excluded=excluded)
-    sequences = domain.sample_sequences(rng, count - len(questions), held_out=True, longest=6, excluded=excluded)
-    sentences = [*(("question", item.question) for item in questions), *(("random", words) for words in sequences)]
+def _dictations(
+    rng: random.Random, count: int, voices: Sequence[str] | None, excluded: Collection[str] = ()
+) -> list[dict]:
+    """One third questions of the domain, one half random word sequences, one sixth strings of digits."""
+    questions = [item.question for item in domain.sample_items(rng, count // 3, held_out=True, excluded=excluded)]
+    sequences = _random_dictations(rng, count // 2, True, excluded, longest=6)
+    digits = _digit_strings(rng, count - len(questions) - len(sequences), True, excluded)
     return [
         {"task": "asr", "question": "", "answer": text, "kind": kind}
-        | {"seen_voice": voices == TRAINED_VOICES, **asdict(random_delivery(rng, voices))}
-        for kind, text in sentences
+        | {"seen_voice": voices is None, **asdict(random_delivery(rng, voices, kind))}
+        for kind, texts in (("question", questions), ("dictation", sequences), ("digits", digits))
+        for text in texts
+    ]
+
+
+def _others(
+    rng: random.Random, count: int, voices: Sequence[str] | None, unseen_patterns: bool, excluded: Collection[str] = ()
+) -> list[dict]:
+    """Sentences outside the domain. Those of training patterns are held out by the hash of their text."""
+    known = {item.question for item in domain.fixed_items()} | set(excluded)
+    sentences = other_sentences.sample_sentences(rng, count, unseen_patterns, held_out=True, excluded=known)
+    return [
+        {"task": "spoken_qa", "question": text, "answer": domain.NOT_KNOWN, "kind": "other"}
+        | {"seen_voice": voices is None, **asdict(random_delivery(rng, voices))}
+        for text in sentences
     ]
 
 
 def _texts_to_read(rng: random.Random, count: int, excluded: Collection[str] = ()) -> list[dict]:
-    return [
-        {"task": "tts", "question": "", "answer": words, "kind": "random", "seen_voice": True}
-        for words in domain.sample_sequences(rng, count, held_out=True, excluded=excluded)
-    ]
+    sequences = domain.sample_sequences(rng, count, held_out=True, excluded=excluded, words=domain.CONTENT)
+    return [{"task": "tts", "question": "", "answer": text, "kind": "random", "seen_voice": True} for text in sequences]
 
 
 def speak_shard(path: Path, rows: list[dict]) -> Path:
     """Speak `rows` into one shard."""
-    waves = [to_int16(speak(row["text"], Delivery(row["voice"], row["rate"], row["pitch"]))) for row in rows]
-    write_shard(path, rows, waves)
+    write_shard(path, rows, [to_int16(speak_row(row)) for row in rows])
     return path
+
+
+def training_jobs(args: BuildArguments) -> Iterator[tuple[Path, list[dict]]]:
+    """The shards that are still to be spoken; both kinds grow together."""
+    shards = []
+    for name, rows in plan_training(args).items():
+        for start in range(0, len(rows), args.shard_size):
+            path = args.output_dir / "speech" / f"{name}-{start // args.shard_size:04d}.safetensors"
+            shards.append((start / len(rows), path, rows[start : start + args.shard_size]))
+    for _, path, rows in sorted(shards, key=lambda shard: shard[:2]):
+        if not path.exists():
+            yield path, rows
 
 
 def main() -> None:
     (args,) = HfArgumentParser(BuildArguments).parse_args_into_dataclasses()
-    speech, evaluation = args.output_dir / "speech", args.output_dir / "eval"
-    for folder in (speech, evaluation):
-        folder.mkdir(parents=True, exist_ok=True)
-    jobs = []
-    for name, rows in ({} if args.evaluation_only else plan_training(args)).items():
-        for index in range(0, len(rows), args.shard_size):
-            jobs.append(
-                (
-                    index,
-                    speech / f"{name}-{index // args.shard_size:04d}.safetensors",
-                    rows[index : index + args.shard_size],
-                )
-            )
-    jobs.sort(key=lambda job: job[0])  # both kinds grow together, so training may begin before all is spoken
+    for folder in ("speech", "eval"):
+        (args.output_dir / folder).mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(args.workers) as pool:
-        pending = [pool.submit(speak_shard, path, rows) for _, path, rows in jobs if not path.exists()]
-        lists = [pool.submit(speak_list, evaluation, name, rows) for name, rows in plan_evaluation(args).items()]
-        for job in tqdm(pending + lists, desc="speaking", unit="shard"):
+        jobs = [
+            pool.submit(speak_list, args.output_dir / "eval", name, rows)
+            for name, rows in plan_evaluation(args).items()
+        ]
+        if not args.evaluation_only:
+            jobs += [pool.submit(speak_shard, path, rows) for path, rows in training_jobs(args)]
+        for job in tqdm(jobs, desc="speaking", unit="shard", smoothing=0.02):
             job.result()
     (args.output_dir / "README.txt").write_text("Made by training_examples/ttt_tiny/build_speech.py; see its help.\n")
 

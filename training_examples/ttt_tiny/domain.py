@@ -8,8 +8,9 @@ and split by the same hash.
 
 import random
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 NUMBERS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
@@ -65,12 +66,42 @@ FACTS = [
     ("what is your name", "my name is tiny"),
     ("who are you", "i am a small talking model"),
 ]
+GREETINGS = [
+    (question, answer)
+    for answer, questions in {
+        "hello i am tiny": "hello|hello there|hi|hi there|hello tiny|hi tiny",
+        "good morning": "good morning|good morning tiny|a good morning to you",
+        "good evening": "good evening|good evening tiny|a good evening to you",
+        "i am fine thank you": "how are you|how are you today|hello how are you|are you fine",
+        "yes i can hear you": "can you hear me|do you hear me|hello can you hear me|tiny can you hear me",
+        "you are welcome": "thank you|thanks|thank you tiny|thank you very much",
+        "goodbye": "goodbye|goodbye tiny|bye|bye bye",
+        "i can count and answer small questions": "what can you do|what do you know|tell me what you can do",
+    }.items()
+    for question in questions.split("|")
+]
+# What is said to silence, noise and music, and to anything outside the domain.
+NOT_HEARD = "i did not hear you"
+NOT_KNOWN = "i do not know that"
 OBJECTS = (
     "apple banana bread butter cheese chicken coffee sugar salt potato tomato rabbit tiger lion monkey mouse elephant "
     "garden river mountain forest ocean island bridge castle window door table chair kitchen bottle paper pencil music "
     "guitar piano doctor teacher farmer sister brother mother father baby purple brown pink silver golden jacket hat "
     "shoe train airplane bicycle rocket planet flower morning evening"
 ).split()
+COLORS = "red orange yellow green blue purple pink brown black white silver golden gray".split()
+ANIMALS = (
+    "dog cat horse cow bird fish spider rabbit tiger lion monkey mouse elephant duck sheep goat pig frog bear fox "
+    "snake wolf"
+).split()
+# What is read aloud and repeated: words that carry a meaning of their own. A recogniser that expects sentences would
+# correct random function words, and count its own corrections as the voice's errors.
+CONTENT = list(
+    dict.fromkeys(
+        [*NUMBERS, *TENS, *DAYS, *MONTHS, *OBJECTS, *COLORS, *ANIMALS, *CAPITALS, *CAPITALS.values()]
+        + "sky grass snow lemon milk coal water honey seeds tree car hand blood wheels fingers legs".split()
+    )
+)
 # Ways to begin: each multiplies every question that starts with a question word.
 OPENINGS = ("", "please tell me ", "do you know ", "can you tell me ")
 HELD_OUT_PERCENT = 10
@@ -173,6 +204,8 @@ def _knowledge() -> Iterator[Item]:
         yield Item("capitals", f"name the capital of {country}", answer)
     for question, answer in FACTS:
         yield from _open("facts", question, answer)
+    for question, answer in GREETINGS:
+        yield Item("greetings", question, answer)
 
 
 def _open(kind: str, question: str, answer: str) -> Iterator[Item]:
@@ -194,25 +227,23 @@ def vocabulary() -> list[str]:
         "say",
         "please",
         "hundred",
-        *OBJECTS,
-        *NUMBERS,
-        *TENS,
-        *CAPITALS,
-        *CAPITALS.values(),
+        *CONTENT,
+        *NOT_HEARD.split(),
+        *NOT_KNOWN.split(),
     }
     for item in fixed_items():
         words.update(item.question.split(), item.answer.split())
     return sorted(words)
 
 
-def random_words(rng: random.Random, shortest: int, longest: int) -> str:
-    """A sequence of `shortest` to `longest` domain words in any order."""
-    return " ".join(rng.choices(_WORDS, k=rng.randint(shortest, longest)))
+def random_words(rng: random.Random, shortest: int, longest: int, words: Sequence[str] | None = None) -> str:
+    """A sequence of `shortest` to `longest` of `words` (*optional*, defaults to the whole domain) in any order."""
+    return " ".join(rng.choices(_WORDS if words is None else words, k=rng.randint(shortest, longest)))
 
 
 def repeat_item(rng: random.Random) -> Item:
-    """A "repeat after me" request of 1 to 5 words in any order; the sequence itself decides whether it is held out."""
-    words = random_words(rng, 1, 5)
+    """A "repeat after me" request of 1 to 5 content words; the request's text decides whether it is held out."""
+    words = random_words(rng, 1, 5, CONTENT)
     return Item("repeat", rng.choice(("repeat after me ", "please repeat ", "say ", "repeat ")) + words, words)
 
 
@@ -220,6 +251,7 @@ def repeat_item(rng: random.Random) -> Item:
 KIND_WEIGHTS = {
     "addition": 14, "subtraction": 12, "multiplication": 6, "comparison": 6, "days": 10, "months": 10, "counting": 10,
     "opposites": 10, "capitals": 8, "facts": 4, "repeat": 10,
+    "greetings": 4,
 }  # fmt: skip
 
 
@@ -250,14 +282,35 @@ def sample_sequences(
     shortest: int = 2,
     longest: int = 8,
     excluded: Collection[str] = (),
+    words: Sequence[str] | None = None,
 ) -> list[str]:
-    """Draws `count` random word sequences, all of them held out or none of them, none among `excluded`."""
+    """Draws `count` sequences of `words` (*optional*, defaults to the whole domain), all of them held out or none of
+    them, none among `excluded`."""
     found: list[str] = []
     while len(found) < count:
-        words = random_words(rng, shortest, longest)
-        if is_held_out(words) == held_out and words not in excluded:
-            found.append(words)
+        text = random_words(rng, shortest, longest, words)
+        if is_held_out(text) == held_out and text not in excluded:
+            found.append(text)
     return found
+
+
+def recombined_answer(rng: random.Random) -> str:
+    """A sentence built as the answers are, of words that need not belong together ("sixty comes after paris").
+
+    Reading them aloud teaches the answers' shape for every content word.
+    """
+    one, two, three = rng.choices(CONTENT, k=3)
+    pattern = rng.choice(
+        (
+            "{0} plus {1} is {2}", "{0} minus {1} is {2}", "{0} times {1} is {2}", "{0} is bigger", "{0} is smaller",
+            "{0} comes after {1}", "{0} comes before {1}", "tomorrow is {0}", "yesterday was {0}",
+            "the opposite of {0} is {1}", "the capital of {0} is {1}", "the {0} is {1}", "{0} is {1}", "a {0} is {1}",
+            "a {0} has {1} {2}", "a {0} lives in {1}", "a {0} drinks {1}", "a {0} eats {1}", "{0} comes from a {1}",
+        )
+    )  # fmt: skip
+    numbers = rng.choices([*NUMBERS, *TENS], k=3) if any(w in pattern for w in ("plus", "minus", "times")) else None
+    text = pattern.format(*(numbers or (one, two, three)))
+    return " ".join("an" if a == "a" and b[0] in "aeiou" else a for a, b in pairwise([*text.split(), "."]))
 
 
 def lm_sentences(seed: int, n: int) -> list[str]:

@@ -75,7 +75,7 @@ def main() -> None:
         for name, title in LISTS.items():
             rows = read_list(args.data_dir, name, args.limit)
             texts = [normalized(row["answer"]) for row in rows]
-            originals = [read_audio(args.data_dir, row["answer_audio"]) for row in rows]
+            originals = [read_audio(args.data_dir, row["answer_audio"], model.config.sampling_rate) for row in rows]
             duration = sum(map(len, originals)) / model.config.sampling_rate
             heard = recognizer.transcribe(originals, progress=True)
             entry = {"originals": Figure(word_error_rate(texts, heard), len(rows))}

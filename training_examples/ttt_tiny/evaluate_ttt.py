@@ -143,7 +143,7 @@ class Talker:
             text = [row["question"] or row["answer"] for row in rows]
             inputs = self.processor(text=text, task=task)
         else:
-            audio = [read_audio(self.args.data_dir, row["audio"]) for row in rows]
+            audio = [read_audio(self.args.data_dir, row["audio"], SAMPLING_RATE) for row in rows]
             inputs = self.processor(audio=audio, sampling_rate=SAMPLING_RATE, task=task)
         prompt_length = inputs["input_ids"].shape[1]
         if self.args.max_new_tokens is not None:
@@ -210,7 +210,7 @@ def measure_speed(talker: Talker, options: dict[str, Any]) -> dict[str, Any]:
 def measure_cold_command(talker: Talker) -> dict[str, Any]:
     """Seconds from starting `ttt-talk` to its exit, with a question of about 3 s, in processes of their own."""
     rows = talker.args.read_list("spoken_qa_seen")
-    questions = [read_audio(talker.args.data_dir, row["audio"]) for row in rows]
+    questions = [read_audio(talker.args.data_dir, row["audio"], SAMPLING_RATE) for row in rows]
     question = min(questions, key=lambda samples: abs(len(samples) - 3 * SAMPLING_RATE))
     command = str(Path(sys.executable).with_name("ttt-talk"))
     seconds = []
@@ -227,7 +227,8 @@ def measure_cold_command(talker: Talker) -> dict[str, Any]:
 def measure_originals(args: EvaluationArguments, name: str, recognizer: Recognizer) -> dict[str, Any]:
     """What the recogniser hears in the reference answers' own speech."""
     rows = args.read_list(name, args.limit)
-    heard = recognizer.transcribe([read_audio(args.data_dir, row["answer_audio"]) for row in rows], progress=True)
+    spoken = [read_audio(args.data_dir, row["answer_audio"], SAMPLING_RATE) for row in rows]
+    heard = recognizer.transcribe(spoken, progress=True)
     return {"expected": [normalized(row["answer"]) for row in rows], "heard": heard}
 
 

@@ -3,9 +3,11 @@ whom, is the business of build_speech.py and build_skill.py."""
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import librosa
 import numpy as np
 import soundfile
 from safetensors import safe_open
@@ -17,30 +19,53 @@ from training_examples.ttt_tiny.synthesis import ASSISTANT_VOICE, SAMPLING_RATE,
 
 def to_int16(samples: np.ndarray) -> np.ndarray:
     """Return floats in [-1, 1] as 16-bit samples."""
-    return np.round(samples * 32767).astype(np.int16)
+    return np.round(np.clip(samples, -1.0, 1.0) * 32767).astype(np.int16)
+
+
+def resample_int16(wave: np.ndarray, rate: int, target: int) -> np.ndarray:
+    """Return an int16 waveform of shape `(samples,)` at `rate` Hz as it is at `target` Hz."""
+    if rate == target:
+        return wave
+    resampled = librosa.resample(wave.astype(np.float32), orig_sr=rate, target_sr=target)
+    return np.round(resampled).clip(-32768, 32767).astype(np.int16)
 
 
 def write_shard(path: Path, rows: Sequence[dict], waves: Sequence[np.ndarray]) -> None:
     """
-    Write one shard: `samples` (int16, all sentences end to end), `offsets` (int64, one more than rows), and the rows as
-    metadata.
+    Write one shard: `samples` (int16, all sentences end to end) and `offsets` (int64, one more than rows); its metadata
+    has the rows and the sampling rate.
 
     Args:
         path (`Path`): a `.safetensors` file.
         rows (`Sequence[dict]`): what is known about each sentence, `text` among it.
-        waves (`Sequence[np.ndarray]`): int16 waveforms at 16 kHz, each of shape `(samples,)`.
+        waves (`Sequence[np.ndarray]`): int16 waveforms at 24 kHz, each of shape `(samples,)`.
     """
     offsets = np.cumsum([0, *map(len, waves)], dtype=np.int64)
+    metadata = {"rows": json.dumps(rows), "sampling_rate": str(SAMPLING_RATE)}
     with whole_file(path) as partial:
-        save_file({"samples": np.concatenate(waves), "offsets": offsets}, partial, metadata={"rows": json.dumps(rows)})
+        save_file({"samples": np.concatenate(waves), "offsets": offsets}, partial, metadata=metadata)
 
 
-def read_shard(path: Path) -> tuple[list[dict], list[np.ndarray]]:
-    """Return a shard's rows and their int16 waveforms (16 kHz)."""
+def read_shard(path: Path, sampling_rate: int) -> tuple[list[dict], list[np.ndarray]]:
+    """Return a shard's rows and their int16 waveforms, each of shape `(samples,)`, at `sampling_rate` Hz."""
     with safe_open(path, "numpy") as shard:
-        rows = json.loads(shard.metadata()["rows"])
+        metadata = shard.metadata()
         samples, offsets = shard.get_tensor("samples"), shard.get_tensor("offsets")
-    return rows, [samples[start:end] for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
+    waves = [samples[start:end] for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
+    stored = int(metadata["sampling_rate"])
+    return json.loads(metadata["rows"]), [resample_int16(wave, stored, sampling_rate) for wave in waves]
+
+
+def speak_row(row: dict) -> np.ndarray:
+    """Return what a row says, in its voice: float32 of shape `(samples,)`, 24 kHz."""
+    delivery = Delivery(row["voice"], row["rate"], row["pitch"], row["phrasing"])
+    return speak(row.get("text") or row["question"] or row["answer"], delivery)
+
+
+@cache
+def speak_answer(text: str) -> np.ndarray:
+    """Return `text` in the assistant's voice: float32 of shape `(samples,)`, 24 kHz. Many questions share an answer."""
+    return speak(text, ASSISTANT_VOICE)
 
 
 def speak_list(folder: Path, name: str, rows: Sequence[dict]) -> Path:
@@ -51,13 +76,13 @@ def speak_list(folder: Path, name: str, rows: Sequence[dict]) -> Path:
     (folder / name).mkdir(parents=True, exist_ok=True)
     lines = []
     for index, row in enumerate(rows):
-        row = {"id": f"{name}-{index:04d}", **row, "audio": None, "answer_audio": f"{name}/{index:04d}-answer.flac"}
-        if "rate" in row:
+        row = {"id": f"{name}-{index:04d}", **row, "audio": None, "answer_audio": None}
+        if "voice" in row:
             row["audio"] = f"{name}/{index:04d}.flac"
-            spoken = row["question"] or row["answer"]
-            delivery = Delivery(row["voice"], row["rate"], row["pitch"])
-            soundfile.write(folder / row["audio"], speak(spoken, delivery), SAMPLING_RATE)
-        soundfile.write(folder / row["answer_audio"], speak(row["answer"], ASSISTANT_VOICE), SAMPLING_RATE)
+            soundfile.write(folder / row["audio"], speak_row(row), SAMPLING_RATE)
+        if row["task"] != "asr":
+            row["answer_audio"] = f"{name}/{index:04d}-answer.flac"
+            soundfile.write(folder / row["answer_audio"], speak_answer(row["answer"]), SAMPLING_RATE)
         lines.append(json.dumps(row) + "\n")
     write_text(target, "".join(lines))
     return target
@@ -79,14 +104,14 @@ def read_list(folder: str | Path, name: str, limit: int | None = None) -> list[d
     return rows[:limit]
 
 
-def read_audio(folder: str | Path, path: str) -> np.ndarray:
+def read_audio(folder: str | Path, path: str, sampling_rate: int) -> np.ndarray:
     """
-    Return a mono waveform of a held-out list, float32 of shape `(samples,)` at 16 kHz.
+    Return a mono waveform of a held-out list, float32 of shape `(samples,)`, at `sampling_rate` Hz.
 
     Raises:
-        ValueError: If its rate is another one.
+        ValueError: If the file has more than one channel.
     """
     samples, rate = soundfile.read(Path(folder, path), dtype="float32")
-    if rate != SAMPLING_RATE or samples.ndim != 1:
-        raise ValueError(f"{path} has {rate} Hz and shape {samples.shape}; expected mono at {SAMPLING_RATE} Hz")
-    return samples
+    if samples.ndim != 1:
+        raise ValueError(f"{path} has shape {samples.shape}; expected one channel")
+    return samples if rate == sampling_rate else librosa.resample(samples, orig_sr=rate, target_sr=sampling_rate)

@@ -1,87 +1,163 @@
-"""In-process speech synthesis with eSpeak NG and Flite: text and a voice in, a 16 kHz waveform out.
+"""In-process speech synthesis: text and a voice in, a 24 kHz waveform out, by Kokoro, eSpeak NG or Flite.
 
-Both are called through their C libraries (Debian packages `libespeak-ng1` with `espeak-ng-data`, and `libflite1`),
-which is many times faster than one process per sentence. Only the data scripts need them; a trained model does not.
+eSpeak NG and Flite are called through their C libraries (Debian packages `libespeak-ng1` with `espeak-ng-data`, and
+`libflite1`), Kokoro through `kokoro.py`. Only the data scripts need them; a trained model does not.
 """
 
 import ctypes
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
+import librosa
 import numpy as np
-from scipy.signal import resample_poly
 
-SAMPLING_RATE = 16_000
-ASSISTANT_VOICE = "flite:slt"
+from training_examples.ttt_tiny import kokoro
+
+SAMPLING_RATE = kokoro.SAMPLING_RATE
+ASSISTANT_VOICE = "kokoro:af_heart"
 # Voices of the questions. The held-out ones are never heard in training, not even by the audio tokenizer.
-TRAINED_VOICES = (
-    "espeak:en-us espeak:en-us+m2 espeak:en-us+m3 espeak:en-us+m4 espeak:en-us+m5 espeak:en-us+m7 espeak:en-us+f1 "
-    "espeak:en-us+f2 espeak:en-us+f4 espeak:en-us+f5 espeak:en-us+Andrea espeak:en-us+anikaRobot espeak:en-us+linda "
-    "espeak:en-us+steph espeak:en-us+Mario espeak:en-us+Michael espeak:en-us+Alex espeak:en-us+belinda "
-    "espeak:gmw/en espeak:gmw/en+f2 espeak:gmw/en+m3 espeak:gmw/en-GB-x-rp espeak:gmw/en-GB-x-rp+f4 "
-    "espeak:gmw/en-GB-scotland "
-    "flite:awb flite:kal flite:kal16 flite:slt"
+KOKORO_VOICES = (
+    "af_alloy af_aoede af_bella af_heart af_jessica af_nicole af_nova af_river af_sarah af_sky am_adam am_eric "
+    "am_fenrir am_liam am_onyx am_puck am_santa bf_alice bf_isabella bf_lily bm_daniel bm_fable bm_lewis"
 ).split()
-UNHEARD_VOICES = ("espeak:en-us+f3", "espeak:en-us+Annie")
-UNHEARD_NATURAL_VOICE = "flite:rms"
-# Flite's recorded voices are few: they take a larger share of the questions than one of the formant voices does.
-VOICE_WEIGHTS = {"flite:awb": 3.0, "flite:kal16": 3.0, "flite:slt": 3.0, "flite:kal": 2.0}
+UNHEARD_KOKORO_VOICES = "af_kore am_michael am_echo bf_emma bm_george".split()
+# Voices of other languages say English words, too: they occur as the lesser part of mixtures.
+FOREIGN_KOKORO_VOICES = (
+    "ef_dora em_alex ff_siwis hf_alpha hf_beta hm_omega hm_psi if_sara im_nicola jf_alpha jf_gongitsune jm_kumo "
+    "pf_dora pm_alex zf_xiaobei zf_xiaoyi zm_yunjian zm_yunxi"
+).split()
+ESPEAK_VOICES = (
+    "en-us en-us+m2 en-us+m3 en-us+m4 en-us+m5 en-us+m7 en-us+f1 en-us+f2 en-us+f4 en-us+f5 en-us+Andrea "
+    "en-us+anikaRobot en-us+linda en-us+steph en-us+Mario en-us+Michael en-us+Alex en-us+belinda gmw/en gmw/en+f2 "
+    "gmw/en+m3 gmw/en-GB-x-rp gmw/en-GB-x-rp+f4 gmw/en-GB-scotland"
+).split()
+FLITE_VOICES = "awb kal kal16 slt".split()
+UNHEARD_FLITE_VOICE = "rms"
+TRAINED_VOICES = (
+    *(f"kokoro:{name}" for name in KOKORO_VOICES),
+    *(f"espeak:{name}" for name in ESPEAK_VOICES),
+    *(f"flite:{name}" for name in FLITE_VOICES),
+)
+UNHEARD_VOICES = tuple(f"kokoro:{name}" for name in UNHEARD_KOKORO_VOICES)
+UNHEARD_NATURAL_VOICE = f"flite:{UNHEARD_FLITE_VOICE}"
+# How often each engine asks, and how often Kokoro does so with a mixture of two voices.
+ENGINE_WEIGHTS = {"kokoro": 78.0, "espeak": 10.0, "flite": 12.0}
+MIXTURE_SHARE = 0.4
+# The level of every waveform: root mean square of its speech, and the most a peak may reach.
+SPEECH_RMS = 0.08
+PEAK = 0.95
 
 
 @dataclass(frozen=True)
 class Delivery:
-    """How a sentence is spoken: `rate` 1.0 is the voice's own speed, `pitch` 1.0 its own pitch."""
+    """How a sentence is spoken: `rate` 1.0 is the voice's own speed, `pitch` 1.0 its own pitch; `phrasing` is one of
+    `"statement"`, `"question"` and `"list"`, which Kokoro alone tells apart."""
 
     voice: str
     rate: float = 1.0
     pitch: float = 1.0
+    phrasing: str = "statement"
 
 
-def random_delivery(rng: random.Random, voices: Sequence[str]) -> Delivery:
-    """Draws a voice with a speed and a pitch around its own."""
-    voice = rng.choices(voices, weights=[VOICE_WEIGHTS.get(name, 1.0) for name in voices])[0]
-    spread = 0.12 if voice.startswith("flite") else 0.2
-    return Delivery(voice, round(rng.uniform(0.82, 1.25), 3), round(rng.uniform(1 - spread, 1 + spread), 3))
+def random_delivery(rng: random.Random, voices: Sequence[str] | None = None, kind: str = "") -> Delivery:
+    """Draw a voice with a speed and a pitch around its own.
+
+    Args:
+        rng: The source of chance.
+        voices (`Sequence[str]`, *optional*, defaults to the trained voices and mixtures of them): The voices to draw
+            from, each as often as the others.
+        kind: `"dictation"` and `"digits"` are phrased as statements or lists, anything else as statements or questions.
+    """
+    if voices is not None:
+        voice = rng.choice(voices)
+    else:
+        engine = rng.choices(list(ENGINE_WEIGHTS), weights=list(ENGINE_WEIGHTS.values()))[0]
+        voice = rng.choice([name for name in TRAINED_VOICES if name.startswith(engine)])
+        if engine == "kokoro" and rng.random() < MIXTURE_SHARE:
+            voice = f"kokoro:{random_mixture(rng)}"
+    other = "list" if kind in ("dictation", "digits") else "question"
+    phrasing = other if rng.random() < 0.35 else "statement"
+    if not voice.startswith("kokoro"):
+        spread = 0.12 if voice.startswith("flite") else 0.2
+        rate, pitch = rng.uniform(0.82, 1.25), rng.uniform(1 - spread, 1 + spread)
+    else:
+        rate = rng.triangular(0.75, 1.35, 1.0)
+        # Half of them as they are; the others as a longer or shorter vocal tract would say it.
+        pitch = 1.0 if rng.random() < 0.5 else rng.uniform(0.9, 1.12)
+    return Delivery(voice, round(rate, 3), round(pitch, 3), phrasing)
+
+
+def random_mixture(rng: random.Random) -> str:
+    """A new Kokoro voice: two English voices, or an English one and a smaller part of a foreign one."""
+    if rng.random() < 0.25:
+        first, second, weight = rng.choice(KOKORO_VOICES), rng.choice(FOREIGN_KOKORO_VOICES), rng.uniform(0.5, 0.75)
+    else:
+        (first, second), weight = rng.sample(KOKORO_VOICES, 2), rng.uniform(0.3, 0.7)
+    weight = round(weight, 2)
+    return f"{first}:{weight:.2f}+{second}:{1 - weight:.2f}"
 
 
 def speak(text: str, delivery: Delivery | str) -> np.ndarray:
-    """Speaks `text`.
+    """Speak `text`.
 
     Args:
-        text: What to say.
-        delivery: A `Delivery`, or a voice name such as `"flite:slt"` or `"espeak:en-us+f3"`.
+        text: What to say, lower-case words.
+        delivery: A `Delivery`, or a voice name such as `"kokoro:af_heart"`, `"flite:slt"` or `"espeak:en-us+f3"`.
 
     Returns:
-        float32 waveform, shape (samples,), 16 kHz mono, silence at both ends cut to 50 ms, peak 0.6.
+        float32 waveform of shape (samples,), 24 kHz mono, silence at both ends cut to 50 ms, at `SPEECH_RMS`.
 
     Raises:
-        ValueError: if the voice is unknown or nothing was spoken.
+        ValueError: If the voice is unknown or nothing was spoken.
     """
     if isinstance(delivery, str):
         delivery = Delivery(delivery)
     engine, _, name = delivery.voice.partition(":")
-    if engine == "flite":
-        samples, rate = _flite(text, name, delivery.rate * delivery.pitch)
-        rate = int(rate * delivery.pitch)  # played faster: higher pitch; the duration stretch above undoes the speed
+    # Spoken slower and played faster: a higher pitch and a shorter vocal tract at the same speed.
+    rate = delivery.rate / delivery.pitch
+    if engine == "kokoro":
+        samples = kokoro.kokoro().speak(text, name, rate, delivery.phrasing)
+        played_at = kokoro.SAMPLING_RATE * delivery.pitch
+    elif engine == "flite":
+        samples, played_at = _flite(text, name, rate)
+        played_at *= delivery.pitch
     elif engine == "espeak":
-        samples, rate = _espeak(text, name, delivery)
+        samples, played_at = _espeak(text, name, delivery)
     else:
-        raise ValueError(f"unknown voice {delivery.voice!r}: use 'flite:NAME' or 'espeak:NAME'")
-    if not len(samples):
+        raise ValueError(f"unknown voice {delivery.voice!r}: use 'kokoro:NAME', 'flite:NAME' or 'espeak:NAME'")
+    if not len(samples) or not np.abs(samples).max() > 1e-3:
         raise ValueError(f"voice {delivery.voice!r} said nothing for {text!r}")
-    if rate != SAMPLING_RATE:
-        step = math.gcd(rate // 50 * 50, SAMPLING_RATE)
-        samples = resample_poly(samples, SAMPLING_RATE // step, rate // 50 * 50 // step)
-    return _trim(samples / max(np.abs(samples).max(), 1e-3) * 0.6).astype(np.float32)
+    if played_at != SAMPLING_RATE:
+        samples = librosa.resample(samples, orig_sr=played_at, target_sr=SAMPLING_RATE)
+    return level(trim(samples)).astype(np.float32)
 
 
-def _trim(samples: np.ndarray, keep: float = 0.05, threshold: float = 0.012) -> np.ndarray:
-    loud = np.flatnonzero(np.abs(samples) > threshold)
-    margin = int(keep * SAMPLING_RATE)
-    return samples[max(loud[0] - margin, 0) : loud[-1] + margin]
+def trim(samples: np.ndarray, rate: int = SAMPLING_RATE, keep: float = 0.05, threshold: float = -42.0) -> np.ndarray:
+    """Cut what is quiet at both ends, down to `keep` seconds.
+
+    Args:
+        samples: Waveform of shape (samples,), not silent.
+        rate: Its sampling rate in Hz.
+        keep: Seconds left before the first and after the last loud frame; silence is added where there is less.
+        threshold: Decibels below the loudest frame (of 10 ms) at which a frame counts as quiet.
+    """
+    frame, margin = rate // 100, int(keep * rate)
+    padded = np.pad(samples, (0, -len(samples) % frame))
+    power = np.mean(padded.reshape(-1, frame) ** 2, axis=1)
+    loud = np.flatnonzero(power > power.max() * 10 ** (threshold / 10)) * frame
+    return np.pad(samples, margin)[loud[0] : loud[-1] + frame + 2 * margin]
+
+
+def level(samples: np.ndarray, rms: float = SPEECH_RMS) -> np.ndarray:
+    """Bring the speech in a waveform of shape (samples,) to a root mean square of `rms`, no peak above `PEAK`.
+
+    Pauses do not count: the mean is taken over samples above a thirtieth of the peak.
+    """
+    peak = np.abs(samples).max()
+    speech = samples[np.abs(samples) > 0.03 * peak]
+    return samples * min(rms / np.sqrt(np.mean(speech**2)), PEAK / peak)
 
 
 class _Wave(ctypes.Structure):

@@ -90,14 +90,15 @@ def pronunciations() -> tuple[dict[str, list[int]], int]:
 class Speech:
     """All sentences of one kind (`assistant` or `questions`), mapped from disk; new shards join at every epoch."""
 
-    def __init__(self, folder: Path, kind: str, seed: int):
+    def __init__(self, folder: Path, kind: str, sampling_rate: int, seed: int):
         self.folder, self.kind, self.rng = folder, kind, random.Random(seed)
+        self.sampling_rate = sampling_rate
         self.shards: set[Path] = set()
         self.sentences: list[tuple[str, np.ndarray]] = []
 
     def refresh(self) -> None:
         for path in sorted(set(self.folder.glob(f"{self.kind}-*.safetensors")) - self.shards):
-            rows, waves = read_shard(path)
+            rows, waves = read_shard(path, self.sampling_rate)
             self.sentences += [(r["text"], w) for r, w in zip(rows, waves, strict=True) if not is_held_out(r["text"])]
             self.shards.add(path)
         if not self.sentences:
@@ -251,10 +252,11 @@ def main() -> None:
         head.load_state_dict(state["head"])
         step = state["step"]
     set_seed(args.seed + step)
-    answers = Speech(args.speech_dir, "assistant", args.seed + step)
-    questions = Speech(args.speech_dir, "questions", args.seed + step + 1)
+    rate = model.config.sampling_rate
+    answers = Speech(args.speech_dir, "assistant", rate, args.seed + step)
+    questions = Speech(args.speech_dir, "questions", rate, args.seed + step + 1)
     answer_batches = answers.batches(args.batch_size // 2 if args.stage == "tokenizer" else args.batch_size)
-    question_batches, segments = questions.batches(args.batch_size // 2), answers.segments(args.batch_size, 16_000)
+    question_batches, segments = questions.batches(args.batch_size // 2), answers.segments(args.batch_size, rate)
 
     progress, started = tqdm(total=args.max_steps, initial=step, desc=args.stage), time.time()
     running: dict[str, float] = {}
