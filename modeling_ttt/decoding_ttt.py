@@ -313,6 +313,9 @@ class TttDecoder:
         for i, row in enumerate(rows):
             states[i, : sizes[i]] = hidden[i][-sizes[i] :]
             undecided[i, : sizes[i]] = torch.tensor([token == UNDECIDED for token in row.block])
+            if self.options.audio_order_bias:  # what stands behind a decided end is dropped anyway
+                end = next((j for j, token in enumerate(row.block) if token in self.end_tokens), sizes[i])
+                undecided[i, end:] = False
         logits = self.runner.project(states, self.first_candidate, self.last_candidate + 1)  # (rows, block, candidates)
         unconditional = self._unconditional(rows, max(sizes)) if self.options.audio_guidance_scale else None
 

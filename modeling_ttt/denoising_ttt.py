@@ -64,7 +64,8 @@ def denoise(
         1 if threshold is not None or done >= len(share) else share[done]
         for share, done in zip(shares, steps_done, strict=True)
     ]
-    return tokens, choose_positions(confidence, undecided, torch.tensor(counts, device=logits.device), threshold)
+    count = torch.tensor(counts, device=logits.device)
+    return tokens, choose_positions(confidence, undecided, count, threshold, options.audio_order_bias)
 
 
 def make_generators(options: Any, num_rows: int, device: torch.device) -> list[torch.Generator | None]:
@@ -160,11 +161,16 @@ def confidence_of(logits: torch.Tensor, tokens: torch.Tensor, rule: str) -> torc
 
 
 def choose_positions(
-    confidence: torch.Tensor, undecided: torch.Tensor, count: torch.Tensor, threshold: float | None = None
+    confidence: torch.Tensor,
+    undecided: torch.Tensor,
+    count: torch.Tensor,
+    threshold: float | None = None,
+    order_bias: float = 0.0,
 ) -> torch.Tensor:
     """
     Choose which undecided positions this step fixes: the `count` most confident ones of each row (ties: the earlier
-    position) and, with a threshold, every one whose confidence reaches it.
+    position) and, with a threshold, every one whose confidence reaches it. `order_bias` is taken off the confidence in
+    the first choice, once for every position that stands before, so that earlier positions come first.
 
     Args:
         confidence, undecided (`torch.Tensor` of shape `(rows, block)`), count (`torch.LongTensor` of shape `(rows,)`).
@@ -172,9 +178,9 @@ def choose_positions(
     Returns:
         `torch.BoolTensor` of shape `(rows, block)`.
     """
-    confidence = confidence.masked_fill(~undecided, -1.0)
-    order = confidence.argsort(dim=-1, descending=True, stable=True)
-    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    places = torch.arange(confidence.shape[-1], device=confidence.device).expand_as(confidence)
+    preference = (confidence - order_bias * places).masked_fill(~undecided, -torch.inf)
+    order = preference.argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(-1, order, places)
     chosen = rank < count[:, None]
     if threshold is not None:

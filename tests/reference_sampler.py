@@ -61,6 +61,7 @@ def reference_generate(
     top_k: int | None = None,
     top_p: float | None = None,
     guidance: float = 0.0,
+    order_bias: float = 0.0,
     do_sample: bool = False,
     process_text: Callable[[list[int], torch.Tensor], torch.Tensor] | None = None,
     seed: int | None = None,
@@ -89,6 +90,11 @@ def reference_generate(
         noise = torch.empty(logits.shape).exponential_(generator=generator)
         return (logits.softmax(-1) / noise).argmax(-1)
 
+    def still_denoised(block: list[int]) -> list[int]:
+        """With a preference for earlier positions, what stands behind a decided end is left alone."""
+        decided = [i for i, token in enumerate(block) if token in ends]
+        return block[: decided[0]] if order_bias and decided else block
+
     begins = (config.begin_of_audio_token_id, config.begin_of_last_audio_token_id)
     while len(ids) - len(prompt) < max_new_tokens:
         if len(ids) > len(prompt) or ids[-1] not in begins:
@@ -105,7 +111,7 @@ def reference_generate(
             start, block = len(ids), [config.mask_token_id] * block_size
             share, rest = divmod(block_size, steps)
             kept_state, step = None, 0
-            while config.mask_token_id in block:
+            while config.mask_token_id in still_denoised(block):
                 logits = forward(ids + block)[start:]
                 if guidance:
                     unconditional = forward([config.mask_token_id] * start + block)[start:]
@@ -135,8 +141,8 @@ def reference_generate(
                     confidence = (-entropy).exp().tolist()
                 else:
                     confidence = torch.rand(block_size, generator=generator).tolist()
-                undecided = [i for i, token in enumerate(block) if token == config.mask_token_id]
-                undecided.sort(key=lambda i: -confidence[i])
+                undecided = [i for i, token in enumerate(still_denoised(block)) if token == config.mask_token_id]
+                undecided.sort(key=lambda i: order_bias * i - confidence[i])
                 count = share + (step < rest)
                 if threshold is not None:
                     count = max(1, sum(confidence[i] >= threshold for i in undecided))

@@ -71,6 +71,17 @@ def test_a_threshold_fixes_all_that_pass_and_at_least_the_best():
     assert chosen.tolist() == [[True, True, False], [True, False, False]]
 
 
+def test_a_preference_for_earlier_positions_changes_the_order_and_not_the_threshold():
+    confidence, undecided = torch.tensor([[0.2, 0.5, 0.55, 0.9]]), torch.ones(1, 4, dtype=torch.bool)
+    one = torch.tensor([1])
+    assert choose_positions(confidence, undecided, one, order_bias=0.1).tolist() == [[False, False, False, True]]
+    assert choose_positions(confidence, undecided, one, order_bias=0.3).tolist() == [[True, False, False, False]]
+    two = choose_positions(confidence, undecided, torch.tensor([2]), order_bias=0.06)
+    assert two.tolist() == [[False, True, False, True]]  # 0.5 - 0.06 before 0.55 - 0.12
+    chosen = choose_positions(confidence, undecided, one, threshold=0.5, order_bias=0.3)
+    assert chosen.tolist() == [[True, True, True, True]]
+
+
 def options_of(**options):
     defaults = TttGenerationConfig._get_default_generation_params()
     return TttGenerationConfig(**{**defaults, **options})

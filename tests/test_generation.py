@@ -82,12 +82,27 @@ def test_golden_tokens_are_the_published_ones(name):
             {"threshold": 0.3, "remasking": "entropy"},
         ),
         ({"audio_remasking": "random", "seed": 3}, {"remasking": "random", "seed": 3}),
+        ({"audio_order_bias": 0.02, "audio_steps_per_block": 4}, {"order_bias": 0.02, "steps": 4}),
+        (
+            {"audio_order_bias": 0.02, "audio_confidence_threshold": 0.4},
+            {"order_bias": 0.02, "threshold": 0.4},
+        ),
         (
             {"audio_temperature": 1.2, "audio_top_k": 12, "audio_top_p": 0.9, "do_sample": True, "seed": 5},
             {"temperature": 1.2, "top_k": 12, "top_p": 0.9, "do_sample": True, "seed": 5},
         ),
     ],
-    ids=["greedy", "guidance", "entropy", "threshold", "entropy-threshold", "random", "sampling"],
+    ids=[
+        "greedy",
+        "guidance",
+        "entropy",
+        "threshold",
+        "entropy-threshold",
+        "random",
+        "order",
+        "order-threshold",
+        "sampling",
+    ],
 )
 def test_cached_tokens_equal_the_uncached_reference(options, reference, implementation):
     model = model_of("c")
@@ -119,8 +134,9 @@ def test_cached_tokens_equal_the_uncached_reference(options, reference, implemen
         {"do_sample": True, "temperature": 1.3, "audio_temperature": 0.8, "seed": 4, "audio_guidance_scale": 0.3},
         {"repetition_penalty": 1.3, "min_new_tokens": 40, "no_repeat_ngram_size": 3},
         {"max_audio_codes_per_span": 7, "max_new_tokens": 23},
+        {"audio_order_bias": 0.05, "audio_steps_per_block": 4},
     ],
-    ids=["greedy", "guidance", "entropy", "random", "threshold", "sampling", "processors", "limits"],
+    ids=["greedy", "guidance", "entropy", "random", "threshold", "sampling", "processors", "limits", "order"],
 )
 @pytest.mark.parametrize("name", ["b", "c"])
 def test_rows_of_a_batch_get_what_they_get_alone(name, options):

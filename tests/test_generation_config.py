@@ -22,6 +22,7 @@ from modeling_ttt import TttForConditionalGeneration, TttGenerationConfig
         ("audio_temperature", -0.1, "at least 0"),
         ("audio_temperature", float("nan"), "finite"),
         ("audio_guidance_scale", -1, "at least 0"),
+        ("audio_order_bias", -0.1, "at least 0"),
         ("audio_confidence_threshold", 0.0, "at most 1"),
         ("audio_confidence_threshold", 1.5, "at most 1"),
         ("audio_top_p", 2, "at most 1"),
