@@ -26,6 +26,7 @@ NO_SPAN = -1
 def compute_span_ids(
     input_ids: torch.Tensor,
     audio_token_id_start: int,
+    audio_token_id_end: int,
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
     end_of_prompt_audio_token_id: int | None = None,
@@ -37,7 +38,7 @@ def compute_span_ids(
 
     Args:
         input_ids (`torch.LongTensor` of shape `(batch, length)`): clean token ids.
-        audio_token_id_start (`int`): ids from here up are audio-side.
+        audio_token_id_start, audio_token_id_end (`int`): first id of the audio side, and the one after its last.
         attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): 0 marks padding, which is in no span.
         position_ids (`torch.LongTensor` of shape `(batch or 1, length)`, *optional*):
             A break in the positions (packed sequences) also ends a span.
@@ -49,7 +50,7 @@ def compute_span_ids(
     Returns:
         `torch.LongTensor` of shape `(batch, length)`: 0, 1, ... inside the spans of a row, -1 outside.
     """
-    is_audio = input_ids >= audio_token_id_start
+    is_audio = (input_ids >= audio_token_id_start) & (input_ids < audio_token_id_end)
     if attention_mask is not None:
         is_audio = is_audio & attention_mask.bool()
 

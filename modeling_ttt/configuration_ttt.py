@@ -2,24 +2,17 @@
 
 import os
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .pipeline_code_ttt import save_pipeline_code
 
-# The ids that must lie on one side of `audio_token_id_start`, by the string each has in the tokenizer.
-TEXT_SIDE_TOKENS = {
-    "begin_of_audio_token_id": "<|begin_of_audio|>",
-    "end_of_prompt_audio_token_id": "<|end_of_audio|>",
-    "begin_of_last_audio_token_id": "<|begin_of_quad|>",
-}
-AUDIO_SIDE_TOKENS = {
-    "mask_token_id": "<|mask_token|>",
-    "end_of_audio_token_id": "<|end_of_audio_new|>",
-    "end_of_last_audio_token_id": "<|end_of_audio_span_last|>",
-}
+# Ids that stand on one side of the vocabulary. The strings of these tokens belong to the tokenizer.
+TEXT_SIDE_IDS = ("begin_of_audio_token_id", "end_of_prompt_audio_token_id", "begin_of_last_audio_token_id")
+AUDIO_SIDE_IDS = ("mask_token_id", "end_of_audio_token_id", "end_of_last_audio_token_id")
+SHARED_WITH_BACKBONE = ("tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")
 PROBABILITIES = (
     "clean_batch_probability",
     "prefix_preservation_probability",
@@ -36,47 +29,59 @@ class TttConfig(PreTrainedConfig):
     r"""
     Configuration of [`TttModel`] and [`TttForConditionalGeneration`] (Text-to-Talk, arXiv 2509.20072).
 
-    The vocabulary has two sides: ids below `audio_token_id_start` are text, all others are audio. Real ids are looked
-    up from the tokenizer by the strings given here; the defaults only have the shape of a published checkpoint.
+    The vocabulary has two sides. The audio side reaches from `audio_token_id_start` to the last of codes, mask and end
+    tokens; every other id is text, below it and, where tokens were added later, above it. Real ids are looked up from
+    the tokenizer; the defaults only have the shape of a published checkpoint.
 
     Args:
         text_config (`PreTrainedConfig` or `dict`, *optional*):
             The decoder-only backbone (Qwen2 unless its `model_type` says otherwise). Its `vocab_size` spans both sides.
-        audio_token_id_start (`int`): first id of the audio side, `<|audio|>`.
-        audio_code_id_start (`int`): id of audio code 0, `<|audio_0|>`; code `c` has the id `audio_code_id_start + c`.
-        num_audio_codes (`int`): size of the codebook.
-        mask_token_id (`int`): `<|mask_token|>`, the absorbing state of the diffusion (audio side).
-        begin_of_audio_token_id (`int`): `<|begin_of_audio|>`, opens a span (text side).
-        end_of_prompt_audio_token_id (`int`): `<|end_of_audio|>`, closes a user's audio (text side).
-        begin_of_last_audio_token_id (`int`): `<|begin_of_quad|>`, opens the last span of a response (text side).
-        end_of_audio_token_id (`int`): `<|end_of_audio_new|>`, ends a span of a response (audio side).
-        end_of_last_audio_token_id (`int`): `<|end_of_audio_span_last|>`, ends the last span (audio side).
-        audio_objective, text_objective (`str`): how each side is trained. TtT is `"diffusion"` and `"autoregressive"`.
-            Its baselines share everything else. `"autoregressive"` for both: the twin whose audio is causal, trained on
-            the next code and written by ordinary generation. `"diffusion"` for both: the response, text and end of turn
-            included, is absorbed and predicted as one bidirectional span. Each side's loss is averaged over its own
-            labels in all three, so that their parts can be compared.
-        causal_prompt_audio (`bool`): keep audio closed by `end_of_prompt_audio_token_id` causal, as the paper says;
-            by default it is bidirectional, as the released weights were trained.
-        clean_batch_probability (`float`): p_mix, how often a training batch is left unmasked (BANOM). Without effect
-            where text is diffused: nothing would be left to score.
-        prefix_preservation_probability (`float`): p_prefix, how often a sample keeps the spans before a random one
-            clean and unscored (PPM).
-        prefix_preservation_unit (`str`): where such a prefix may end: `"span"`, before a span, as published, or
-            `"token"`, anywhere in one, which trains what block-wise sampling meets.
-        span_truncation_probability (`float`): p_trunc, how often the data collator cuts the last span of a response
-            (SST). Recorded here, applied there.
-        noise_epsilon (`float`): lower end of the noise level, λ = (1 - ε) t + ε.
-        stratified_noise (`bool`): draw the λ of a batch from equal strata instead of independently (lower variance).
-        eval_noise_levels (`Sequence[float]`): the λ grid of the deterministic loss in eval mode, one forward each.
-        tie_word_embeddings (`bool`, *optional*): share input embeddings and output head; the backbone's value if not
-            given.
-        pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): the backbone's values if not given.
+        audio_token_id_start (`int`, *optional*, defaults to 151684): First id of the audio side.
+        audio_code_id_start (`int`, *optional*, defaults to 151685): Id of audio code 0; code `c` has the id
+            `audio_code_id_start + c`.
+        num_audio_codes (`int`, *optional*, defaults to 16384): Size of the codebook.
+        mask_token_id (`int`, *optional*, defaults to 168069): The absorbing state of the diffusion (audio side).
+        begin_of_audio_token_id (`int`, *optional*, defaults to 151681): Opens a span (text side).
+        end_of_prompt_audio_token_id (`int`, *optional*, defaults to 151682): Closes a user's audio (text side).
+        begin_of_last_audio_token_id (`int`, *optional*, defaults to 151683): Opens the last span of a response (text
+            side).
+        end_of_audio_token_id (`int`, *optional*, defaults to 168070): Ends a span of a response (audio side).
+        end_of_last_audio_token_id (`int`, *optional*, defaults to 168071): Ends the last span (audio side).
+        audio_objective (`str`, *optional*, defaults to `"diffusion"`):
+            How audio is trained. The twin (`"autoregressive"`) has causal audio, is trained on the next code and
+            written by ordinary generation.
+        text_objective (`str`, *optional*, defaults to `"autoregressive"`):
+            How text is trained. With `"diffusion"` for both sides the response, text and end of turn included, is
+            absorbed and predicted as one bidirectional span. TtT's baselines share everything else; each side's loss is
+            averaged over its own labels in all three, so that their parts can be compared.
+        causal_prompt_audio (`bool`, *optional*, defaults to `False`):
+            Keep audio closed by `end_of_prompt_audio_token_id` causal, as the paper says; by default it is
+            bidirectional, as the released weights were trained.
+        clean_batch_probability (`float`, *optional*, defaults to 0.3):
+            p_mix, how often a training batch is left unmasked (BANOM). Without effect where text is diffused: nothing
+            would be left to score.
+        prefix_preservation_probability (`float`, *optional*, defaults to 0.3):
+            p_prefix, how often a sample keeps the spans before a random one clean and unscored (PPM).
+        prefix_preservation_unit (`str`, *optional*, defaults to `"span"`):
+            Where such a prefix may end: `"span"`, before a span, as published, or `"token"`, anywhere in one, which
+            trains what block-wise sampling meets.
+        span_truncation_probability (`float`, *optional*, defaults to 0.5):
+            p_trunc, how often the data collator cuts the last span of a response (SST). Recorded here, applied there.
+        noise_epsilon (`float`, *optional*, defaults to 0.001): Lower end of the noise level, λ = (1 - ε) t + ε.
+        stratified_noise (`bool`, *optional*, defaults to `False`):
+            Draw the λ of a batch from equal strata instead of independently (lower variance).
+        eval_noise_levels (`Sequence[float]`, *optional*, defaults to `(0.125, 0.375, 0.625, 0.875)`):
+            The λ grid of the deterministic loss in eval mode, one forward each.
+        tie_word_embeddings (`bool`, *optional*):
+            Share input embeddings and output head; the backbone's value if not given.
+        pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): The backbone's values if not given.
 
     Raises:
         TypeError: if `text_config` is neither a config nor a dictionary.
         ValueError: if an id lies on the wrong side, outside the vocabulary or on top of another, or a probability,
-            noise level or objective is out of range. The message names the argument.
+            noise level or objective is out of range. The message names the argument. What is passed to
+            `from_pretrained` is checked in the same way, and what was set since when a model is built or the
+            configuration is saved.
     """
 
     model_type = "ttt"
@@ -128,13 +133,28 @@ class TttConfig(PreTrainedConfig):
             raise TypeError(f"`text_config` is a {type(self.text_config).__name__}; give a config or a dictionary.")
         super().__post_init__(**kwargs)
         # Backbone and head read these from different configs: keep both the same.
-        for name in ("tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"):
+        for name in SHARED_WITH_BACKBONE:
             if getattr(self, name) is None:
                 setattr(self, name, getattr(self.text_config, name, None))
             setattr(self.text_config, name, getattr(self, name))
         self.eval_noise_levels = list(self.eval_noise_levels)
-        self.validate_ids()
-        self._validate_objective()
+        self.validate()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """
+        As any configuration, but what is passed beside `config_dict` goes through the checks of a new one. A dictionary
+        for `text_config` changes the settings that it names.
+        """
+        own = cls.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
+        given = {name: kwargs.pop(name) for name in list(kwargs) if name in own}
+        nested, merged = given.get("text_config"), {**config_dict, **given}
+        if isinstance(nested, dict):
+            backbone = config_dict.get("text_config") or {}
+            backbone = backbone.to_dict() if isinstance(backbone, PreTrainedConfig) else backbone
+            merged["text_config"] = {**backbone, **nested}
+            merged |= {name: None for name in SHARED_WITH_BACKBONE if name in nested and name not in given}
+        return super().from_dict(merged, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
         """As any configuration's; the pipeline that it names has its code saved beside it."""
@@ -143,8 +163,33 @@ class TttConfig(PreTrainedConfig):
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens on both sides, the backbone's."""
+        """Number of tokens on both sides, the backbone's. Setting it checks that every id still has its row."""
         return self.text_config.vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:
+        before, self.text_config.vocab_size = self.text_config.vocab_size, value
+        try:
+            self.validate_ids()
+        except ValueError:
+            self.text_config.vocab_size = before
+            raise
+
+    @property
+    def audio_token_id_end(self) -> int:
+        """One past the last id of the audio side."""
+        last_code = self.audio_code_id_start + self.num_audio_codes - 1
+        return 1 + max(last_code, *(getattr(self, name) for name in AUDIO_SIDE_IDS))
+
+    def is_audio(self, token_ids: Any) -> Any:
+        """Return whether ids are audio-side: a bool for an `int`, a `torch.BoolTensor` for a tensor of any shape."""
+        return (token_ids >= self.audio_token_id_start) & (token_ids < self.audio_token_id_end)
+
+    def validate(self) -> None:
+        """Raise a `ValueError` that names the first setting that cannot be."""
+        super().validate()
+        self.validate_ids()
+        self._validate_objective()
 
     def validate_ids(self) -> None:
         """Raise a `ValueError` that names the first id on the wrong side, outside the vocabulary or on another."""
@@ -164,17 +209,23 @@ class TttConfig(PreTrainedConfig):
             )
 
         seen: dict[int, str] = {}
-        for name, token in (TEXT_SIDE_TOKENS | AUDIO_SIDE_TOKENS).items():
+        for name in TEXT_SIDE_IDS + AUDIO_SIDE_IDS:
             value = getattr(self, name)
             if not 0 <= value < vocab_size:
                 raise ValueError(f"`{name}` is {value} but must be at least 0 and below the vocabulary's {vocab_size}.")
-            if (value >= start) != (name in AUDIO_SIDE_TOKENS):
-                side = "audio-side (at least" if name in AUDIO_SIDE_TOKENS else "text-side (below"
-                raise ValueError(f"`{name}` is {value}; {token} must be {side} `audio_token_id_start`, {start}).")
+            if name in AUDIO_SIDE_IDS and value < start:
+                raise ValueError(
+                    f"`{name}` is {value} but must be audio-side, at least `audio_token_id_start` ({start})."
+                )
             if self.audio_code_id_start <= value <= last_code:
                 raise ValueError(
                     f"`{name}` is {value}, which is audio code {value - self.audio_code_id_start}: choose an id "
                     f"outside {self.audio_code_id_start} to {last_code}."
+                )
+            if name in TEXT_SIDE_IDS and self.is_audio(value):
+                raise ValueError(
+                    f"`{name}` is {value} but must be text-side, below `audio_token_id_start` ({start}) or above "
+                    f"codes, mask and end tokens (from {self.audio_token_id_end})."
                 )
             if value in seen:
                 raise ValueError(f"`{name}` and `{seen[value]}` are both {value}: every token needs an id of its own.")

@@ -84,7 +84,8 @@ class TttDecoder:
 
         # Token ids.
         self.mask_token = config.mask_token_id
-        self.audio_start = config.audio_token_id_start
+        self.is_audio = config.is_audio
+        self.audio_start, self.audio_end = config.audio_token_id_start, config.audio_token_id_end
         self.end_of = {
             config.begin_of_audio_token_id: config.end_of_audio_token_id,
             config.begin_of_last_audio_token_id: config.end_of_last_audio_token_id,
@@ -158,9 +159,9 @@ class TttDecoder:
         for row in self.rows:
             row.cached = self._reusable(row)
             # A prompt that stops inside a span, or at its begin token, goes on there.
-            if row.ids[-1] in self.end_of or (row.ids[-1] >= self.audio_start and row.ids[-1] not in self.end_tokens):
+            if row.ids[-1] in self.end_of or (self.is_audio(row.ids[-1]) and row.ids[-1] not in self.end_tokens):
                 start = len(row.ids)
-                while start > 0 and row.ids[start - 1] >= self.audio_start:
+                while start > 0 and self.is_audio(row.ids[start - 1]):
                     start -= 1
                 row.span_start = start
                 row.cached = min(row.cached, start)
@@ -227,12 +228,16 @@ class TttDecoder:
     def _append_text(self, rows: list[Row], hidden: torch.Tensor) -> None:
         """Chooses the next text token of each row. hidden: (rows, hidden_size)."""
         logits = self.runner.project(hidden, 0, self.audio_start)  # (rows, text vocab)
+        if self.audio_end < self.vocab_size:  # text tokens that were added above the audio side
+            logits = torch.cat([logits, self.runner.project(hidden, self.audio_end, self.vocab_size)], dim=1)
         scores = self._process(rows, logits)
         noise = None
         if self.options.do_sample:
             noise = torch.stack([exponential(scores.shape[1:], row.generator) for row in rows])
             scores = scores.log_softmax(dim=-1)
-        for row, token in zip(rows, draw(scores, noise).tolist(), strict=True):
+        tokens = draw(scores, noise)
+        tokens = torch.where(tokens < self.audio_start, tokens, tokens + self.audio_end - self.audio_start)
+        for row, token in zip(rows, tokens.tolist(), strict=True):
             row.ids.append(token)
             self._stream([token])
             if token in self.end_of:
@@ -264,14 +269,20 @@ class TttDecoder:
                 scores = self._widen(logits).new_zeros(len(self.rows), self.vocab_size)
                 scores[index] = self._widen(logits[of_length])
                 scores = self.processors(self._shown_ids(length), scores)
-                processed[of_length] = scores[index, : self.audio_start].to(processed.dtype)
+                processed[of_length] = self._narrow(scores[index]).to(processed.dtype)
             logits = processed
         if self.scores is not None:
             self.scores.append(self._widen(logits))
         return logits
 
     def _widen(self, logits: torch.Tensor) -> torch.Tensor:
-        return nn.functional.pad(logits, (0, self.vocab_size - logits.shape[1]), value=-torch.inf)
+        """Of the text side, (rows, text vocab), to the whole vocabulary, (rows, vocab)."""
+        audio = logits.new_full((len(logits), self.audio_end - self.audio_start), -torch.inf)
+        return torch.cat([logits[:, : self.audio_start], audio, logits[:, self.audio_start :]], dim=1)
+
+    def _narrow(self, scores: torch.Tensor) -> torch.Tensor:
+        """The inverse of `_widen`."""
+        return torch.cat([scores[:, : self.audio_start], scores[:, self.audio_end :]], dim=1)
 
     def _shown_ids(self, new_tokens: int) -> torch.Tensor:
         """Every row with exactly `new_tokens` new tokens, (batch, prompt width + new tokens), cut or filled to that."""
@@ -429,9 +440,9 @@ class TttDecoder:
             if ours != theirs:
                 break
             length += 1
-        cuts_a_span = any(length < len(other) and other[length] >= self.audio_start for other in (ids, cached))
+        cuts_a_span = any(length < len(other) and self.is_audio(other[length]) for other in (ids, cached))
         if cuts_a_span:
-            while length > 0 and ids[length - 1] >= self.audio_start:
+            while length > 0 and self.is_audio(ids[length - 1]):
                 length -= 1
         return length
 

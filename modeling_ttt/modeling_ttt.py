@@ -64,6 +64,7 @@ class TttPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
 
     def __init__(self, config: TttConfig, *inputs, **kwargs):
+        config.validate()
         for sub_config in (config, config.text_config):
             _refuse_flash_attention(sub_config._attn_implementation)
         super().__init__(config, *inputs, **kwargs)
@@ -86,9 +87,7 @@ class TttPreTrainedModel(PreTrainedModel):
             ValueError: if an audio code or a token of `TttConfig` would be cut off, before anything is changed.
         """
         if new_num_tokens is not None:
-            resized = copy.deepcopy(self.config)
-            resized.text_config.vocab_size = new_num_tokens
-            resized.validate_ids()
+            copy.deepcopy(self.config).vocab_size = new_num_tokens
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
 
@@ -125,6 +124,7 @@ class TttModel(TttPreTrainedModel):
         return compute_span_ids(
             input_ids,
             config.audio_token_id_start,
+            config.audio_token_id_end,
             attention_mask,
             position_ids,
             config.end_of_prompt_audio_token_id if config.causal_prompt_audio else None,
@@ -306,7 +306,7 @@ class TttForConditionalGeneration(TttPreTrainedModel, TttGenerationMixin):
         labels = labels.masked_fill(sample_starts, IGNORE_INDEX)
         samples = Samples.from_starts(sample_starts, labels)
         weight = sample_weights(labels, samples, num_items_in_batch)
-        is_scored, is_audio = labels != IGNORE_INDEX, labels >= config.audio_token_id_start
+        is_scored, is_audio = labels != IGNORE_INDEX, config.is_audio(labels)
 
         # The mask is that of the clean sequence, whatever the noise.
         if span_ids is None:

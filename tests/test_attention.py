@@ -13,7 +13,7 @@ from modeling_ttt.attention_ttt import (
     overlay_response_spans,
 )
 
-AUDIO = 110
+AUDIO = (110, 178)  # first audio-side id, and the one after the last
 END_OF_PROMPT_AUDIO = 101
 
 
@@ -27,7 +27,7 @@ def golden(request):
 
 
 def test_span_ids_give_the_published_mask_exactly(golden):
-    span_ids = compute_span_ids(golden["input_ids"], AUDIO, golden["attention_mask"])
+    span_ids = compute_span_ids(golden["input_ids"], *AUDIO, golden["attention_mask"])
     length = span_ids.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     same_span = (span_ids[:, :, None] == span_ids[:, None, :]) & (span_ids >= 0)[:, :, None]
@@ -39,24 +39,29 @@ def test_span_ids_give_the_published_mask_exactly(golden):
 def test_span_is_a_run_of_audio_tokens():
     ids = torch.tensor([[1, 111, 176, 2, 112, 112, 3], [111, 1, 2, 3, 4, 5, 120]])
     expected = [[-1, 0, 0, -1, 1, 1, -1], [0, -1, -1, -1, -1, -1, 1]]
-    assert compute_span_ids(ids, AUDIO).tolist() == expected
+    assert compute_span_ids(ids, *AUDIO).tolist() == expected
 
 
 def test_padding_belongs_to_no_span_even_if_its_id_is_audio():
     ids = torch.tensor([[175, 175, 1, 111, 112]])
     attention_mask = torch.tensor([[0, 0, 1, 1, 1]])
-    assert compute_span_ids(ids, AUDIO, attention_mask).tolist() == [[-1, -1, -1, 0, 0]]
+    assert compute_span_ids(ids, *AUDIO, attention_mask).tolist() == [[-1, -1, -1, 0, 0]]
+
+
+def test_text_above_the_audio_side_is_in_no_span():
+    ids = torch.tensor([[1, 111, 177, 178, 190, 112]])
+    assert compute_span_ids(ids, *AUDIO).tolist() == [[-1, 0, 0, -1, -1, 1]]
 
 
 def test_a_break_in_the_positions_ends_a_span():
     ids = torch.tensor([[1, 111, 112, 113, 114, 2]])
     positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
-    assert compute_span_ids(ids, AUDIO, position_ids=positions).tolist() == [[-1, 0, 0, 1, 1, -1]]
+    assert compute_span_ids(ids, *AUDIO, position_ids=positions).tolist() == [[-1, 0, 0, 1, 1, -1]]
 
 
 def test_causal_prompt_rule_drops_only_spans_that_the_user_token_closes():
     ids = torch.tensor([[100, 111, 112, 101, 5, 100, 113, 176, 6], [100, 111, 176, 101, 111, 112, 3, 4, 101]])
-    span_ids = compute_span_ids(ids, AUDIO, end_of_prompt_audio_token_id=END_OF_PROMPT_AUDIO)
+    span_ids = compute_span_ids(ids, *AUDIO, end_of_prompt_audio_token_id=END_OF_PROMPT_AUDIO)
     assert span_ids.tolist() == [[-1, -1, -1, -1, -1, -1, 1, 1, -1], [-1, -1, -1, -1, 1, 1, -1, -1, -1]]
 
 
@@ -75,7 +80,7 @@ def test_generation_sees_what_training_sees(golden, implementation):
     model = make_model()
     model.set_attn_implementation(implementation)
     config, length = model.model.language_model.config, golden["input_ids"].shape[1]
-    span_ids = compute_span_ids(golden["input_ids"], AUDIO, golden["attention_mask"])
+    span_ids = compute_span_ids(golden["input_ids"], *AUDIO, golden["attention_mask"])
     whole = create_masks(config, torch.zeros(len(span_ids), length, 1), None, None, None, span_ids)["full_attention"]
     for starts in ([0] * len(span_ids), list(range(len(span_ids)))):
         num_queries = length - max(starts)

@@ -1,10 +1,11 @@
 """TttConfig: what it accepts, what it refuses, and that it survives a round trip."""
 
 import pytest
-from conftest import AUDIO_VOCABULARY, BACKBONE, make_config
-from transformers import AutoConfig, LlamaConfig, Qwen2Config, Qwen3Config
+import torch
+from conftest import AUDIO_VOCABULARY, BACKBONE, make_config, make_model
+from transformers import AutoConfig, AutoModel, LlamaConfig, Qwen2Config, Qwen3Config
 
-from modeling_ttt import TttConfig
+from modeling_ttt import TttConfig, TttForConditionalGeneration
 
 
 def test_default_backbone_is_qwen2():
@@ -80,3 +81,56 @@ def test_bad_settings_are_refused_by_name(settings, message):
 def test_backbone_that_is_no_config_is_refused():
     with pytest.raises(TypeError, match="text_config"):
         TttConfig(text_config="qwen2")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"audio_code_id_start": 5000}, "reaches id 5063"),
+        ({"text_config": {"vocab_size": 20}}, "`text_config.vocab_size` is 20"),
+        ({"vocab_size": 20}, "`text_config.vocab_size` is 20"),
+        ({"mask_token_id": 100}, "`mask_token_id` is 100"),
+        ({"noise_epsilon": 3.0}, "`noise_epsilon` is 3.0"),
+    ],
+)
+@pytest.mark.parametrize("auto_class", [AutoConfig, AutoModel])
+def test_what_is_passed_to_from_pretrained_is_checked_too(auto_class, settings, message, tmp_path):
+    make_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        auto_class.from_pretrained(tmp_path, **settings)
+
+
+def test_what_is_passed_to_from_pretrained_reaches_backbone_and_model(tmp_path):
+    make_config().save_pretrained(tmp_path)
+    config, unused = AutoConfig.from_pretrained(
+        tmp_path, pad_token_id=7, text_config={"vocab_size": 200}, other=1, return_unused_kwargs=True
+    )
+    assert (config.pad_token_id, config.text_config.pad_token_id, config.vocab_size) == (7, 7, 200)
+    assert config.text_config.hidden_size == 32 and unused == {"other": 1}
+    nested = AutoConfig.from_pretrained(tmp_path, text_config={"pad_token_id": 8})
+    assert (nested.pad_token_id, nested.text_config.pad_token_id) == (8, 8)
+
+
+def test_the_vocabulary_size_can_be_set_and_is_checked():
+    config = make_config()
+    config.vocab_size = 200
+    assert config.vocab_size == config.text_config.vocab_size == 200
+    with pytest.raises(ValueError, match="`end_of_last_audio_token_id` is 177"):
+        config.vocab_size = 177
+    assert config.vocab_size == 200
+    assert make_config(vocab_size=190).vocab_size == 190
+
+
+def test_what_was_set_since_is_checked_where_a_model_is_built_and_where_it_is_saved(tmp_path):
+    config = make_config()
+    config.mask_token_id = 120
+    for use in (lambda: TttForConditionalGeneration(config), lambda: config.save_pretrained(tmp_path)):
+        with pytest.raises(ValueError, match="`mask_token_id` is 120, which is audio code 9"):
+            use()
+
+
+def test_the_audio_side_ends_with_its_last_token_and_text_goes_on_above():
+    config = make_config({"vocab_size": 190}, begin_of_audio_token_id=180)
+    assert config.audio_token_id_end == 178
+    assert config.is_audio(torch.tensor([109, 110, 177, 178, -100])).tolist() == [False, True, True, False, False]
+    assert config.is_audio(177) and not config.is_audio(178)

@@ -251,12 +251,25 @@ def test_a_head_that_cannot_be_sliced_gives_the_same_tokens():
     assert torch.equal(model.generate(prompt, **options), sliced) and calls
 
 
-def test_a_resized_vocabulary_does_not_widen_what_can_be_written(tiny_model):
-    model, prompt = tiny_model(), torch.tensor([[1, 2, 100]])
-    options = {"max_new_tokens": 40, "audio_block_size": 6, "do_sample": True, "audio_temperature": 4.0, "seed": 0}
+def test_text_tokens_added_above_the_audio_side_are_written_as_text_and_not_in_spans(tiny_model):
+    model = tiny_model()
     model.resize_token_embeddings(256)
-    written = model.generate(prompt, temperature=4.0, top_k=0, **options)[0, 3:]
-    assert written.max() <= 177 and not (written == 175).any() and not (written == 110).any()
+    options = {"max_new_tokens": 40, "audio_block_size": 6, "do_sample": True, "audio_temperature": 4.0, "seed": 0}
+    in_span = model.generate(torch.tensor([[1, 2, 100]]), temperature=4.0, top_k=0, **options)[0, 3:]
+    assert (in_span[:6] < 178).all() and not (in_span == 175).any() and not (in_span == 110).any()
+
+    bias = {"sequence_bias": {(200,): 50.0}, "output_logits": True, "output_scores": True}
+    written = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5, return_dict_in_generate=True, **bias)
+    assert written.sequences[0, 3:].tolist() == [200] * 5
+    expected = model(torch.tensor([[1, 2, 3]])).logits[:, -1]
+    text = [*range(110), *range(178, 256)]
+    torch.testing.assert_close(written.logits[0][:, text], expected[:, text])
+    assert written.logits[0].isfinite()[0].nonzero().squeeze(-1).tolist() == text
+    assert written.scores[0][0, 200] - written.logits[0][0, 200] == 50
+
+    prompt = torch.tensor([[1, 200, 201, 3]])
+    whole = model(prompt).logits[0, -1].index_fill(0, torch.arange(110, 178), -torch.inf)
+    assert model.generate(prompt, max_new_tokens=1)[0, -1] == whole.argmax()
 
 
 def test_half_precision_writes_legal_tokens_in_batches():

@@ -148,6 +148,23 @@ def test_sequences_without_any_audio_token():
     assert model(ids, labels=ids).loss.isfinite()
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_text_tokens_added_above_the_audio_side_are_scored_as_text(batch, training):
+    """Two of them inside what would be a span: the loss is that of any other text there."""
+    model = make_model({"vocab_size": 200}, clean_batch_probability=0.0).train(training)
+    ids = batch["input_ids"].masked_fill(batch["input_ids"] == 122, 190)
+    batch |= {"input_ids": ids, "labels": torch.where(batch["labels"] == -100, -100, ids)}
+    outputs, twin = model(**batch, generator=generator()), make_model({"vocab_size": 200}).train(training)
+    with torch.no_grad():  # another text token with the row of this one
+        for weight in (twin.get_input_embeddings().weight, twin.lm_head.weight):
+            weight[50], weight[190] = weight[190].clone(), weight[50].clone()
+    moved = {name: tensor.masked_fill(tensor == 190, 50) for name, tensor in batch.items()}
+    twin.config.clean_batch_probability = 0.0
+    expected = twin(**moved, generator=generator())
+    torch.testing.assert_close(outputs.text_loss, expected.text_loss)
+    torch.testing.assert_close(outputs.audio_loss, expected.audio_loss)
+
+
 def test_micro_batches_of_any_sizes_add_up_to_the_large_batch(batch):
     model = make_model()  # the evaluation loss: audio and text, no fresh noise
     whole = {name: torch.cat([tensor, tensor.flip(0)[:1]]) for name, tensor in batch.items()}  # three rows

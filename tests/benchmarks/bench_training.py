@@ -172,7 +172,7 @@ def published_loss(model: TttForConditionalGeneration, batch: dict, generator: t
     levels = draw_noise_levels(samples.count, config.noise_epsilon, False, generator, ids.device)
     noisy_ids, masked = mask_tokens(ids, maskable, samples, levels, config.mask_token_id, generator)
 
-    spans = compute_span_ids(ids, config.audio_token_id_start, padding, positions)
+    spans = compute_span_ids(ids, config.audio_token_id_start, config.audio_token_id_end, padding, positions)
     piece = starts.cumsum(-1)
     order = torch.arange(ids.shape[1], device=ids.device)
     allowed = order <= order[:, None]  # (query, key)
