@@ -1,0 +1,1 @@
+../../modeling_ttt/samples_ttt.py
