@@ -156,8 +156,8 @@ class TttDecoder:
 
     def _prefill(self) -> None:
         """Step 1: the prompts, each without what the cache already holds."""
-        for row in self.rows:
-            row.cached = self._reusable(row)
+        for row, cached in zip(self.rows, self.cache.token_ids, strict=True):
+            row.cached = self._reusable(row.ids, cached)
             # A prompt that stops inside a span, or at its begin token, goes on there.
             if row.ids[-1] in self.end_of or (self.is_audio(row.ids[-1]) and row.ids[-1] not in self.end_tokens):
                 start = len(row.ids)
@@ -429,12 +429,11 @@ class TttDecoder:
         is_real = torch.arange(longest, device=self.device) < lengths[:, None]
         return model.model.get_span_ids(ids, is_real.long()).masked_fill(~is_real, -1)
 
-    def _reusable(self, row: Row) -> int:
+    def _reusable(self, ids: list[int], cached: list[int]) -> int:
         """
-        How many leading tokens of the prompt the cache holds exactly as needed: equal tokens, cut back so that the last
+        How many leading tokens of a prompt the cache holds exactly as needed: equal tokens, cut back so that the last
         token (it gives the next one's logits) and whole spans (their tokens saw each other) are computed again.
         """
-        ids, cached = row.ids, self.cache.token_ids[row.index]
         length = 0
         for ours, theirs in zip(ids[:-1], cached, strict=False):
             if ours != theirs:

@@ -1,5 +1,7 @@
 """Generation streams what is final, and hands its cache from one turn of a conversation to the next."""
 
+import copy
+
 import pytest
 import torch
 from reference_sampler import golden_cases, golden_prompts, load_published
@@ -137,6 +139,65 @@ def test_a_returned_cache_serves_a_plain_forward():
     assert seen == output.sequences.shape[1] - 1
     logits = model(output.sequences[:, seen:], past_key_values=cache).logits[:, -1]
     torch.testing.assert_close(logits, model(output.sequences).logits[:, -1], atol=1e-4, rtol=1e-4)
+
+
+def assert_serves_as_fresh(model, cache, sequences, **options):
+    """The cache is used for `sequences` as far as it holds them, and changes no token."""
+    options = {"max_new_tokens": 12, "audio_block_size": 4, "return_dict_in_generate": True, **options}
+    cached = model.generate(sequences, past_key_values=cache, **options)
+    fresh = model.generate(sequences, **options)
+    assert torch.equal(cached.sequences, fresh.sequences)
+    return fresh.num_token_positions - cached.num_token_positions
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_others_cut_off_or_wrote_over_is_not_taken_over(tiny_model, seed):
+    model, generator = tiny_model({"initializer_range": 0.3}), torch.Generator().manual_seed(seed)
+    prompt = torch.randint(100, (1, 20), generator=generator)
+    other = torch.randint(100, (1, 10), generator=generator)
+
+    def cache_of_prompt():
+        options = {"max_new_tokens": 1, "return_dict_in_generate": True}
+        return model.generate(prompt, **options).past_key_values
+
+    cut = cache_of_prompt()
+    cut.crop(-8)
+    assert cut.token_ids == [prompt[0, :12].tolist()]
+    assert assert_serves_as_fresh(model, cut, prompt) == 12
+
+    overwritten = cache_of_prompt()
+    overwritten.crop(-8)
+    model(other, past_key_values=overwritten)
+    assert overwritten.get_seq_length() == 22
+    assert assert_serves_as_fresh(model, overwritten, prompt) == 12
+
+    extended = cache_of_prompt()
+    model(other, past_key_values=extended)
+    whole = torch.cat([prompt, other], dim=1)
+    assert assert_serves_as_fresh(model, extended, whole) == 20
+    with pytest.raises(ValueError, match="as a negative number"):
+        extended.crop(3)
+
+
+def test_rows_of_a_cache_may_be_chosen_and_repeated():
+    model, prompts = model_of("b"), [list(prompt) for prompt in golden_prompts("b")[:3]]
+    width = max(map(len, prompts))
+    ids = torch.tensor([[105] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = (ids != 105).long()
+    first = model.generate(ids, attention_mask=mask, max_new_tokens=1, return_dict_in_generate=True)
+    for rows in ([2, 0], [1, 1, 2], [False, True, True]):
+        cache = copy.deepcopy(first.past_key_values)
+        cache.batch_select_indices(torch.tensor(rows))
+        assert assert_serves_as_fresh(model, cache, ids[rows], attention_mask=mask[rows]) > 0
+    cache = copy.deepcopy(first.past_key_values)
+    with pytest.raises(ValueError, match="different lengths, so only `generate` can crop it"):
+        cache.crop(-1)
+    cache.batch_repeat_interleave(2)
+    repeated = ids.repeat_interleave(2, 0), mask.repeat_interleave(2, 0)
+    assert assert_serves_as_fresh(model, cache, repeated[0], attention_mask=repeated[1]) > 0
+    cache.reorder_cache(torch.tensor([0]))
+    cache.crop(-2)  # one row is as long as itself
+    assert cache.get_seq_length() == len(cache.token_ids[0])
 
 
 def test_caches_that_cannot_be_cut_back_are_refused(tiny_model):
