@@ -66,7 +66,8 @@ class TttConfig(PreTrainedConfig):
             Where such a prefix may end: `"span"`, before a span, as published, or `"token"`, anywhere in one, which
             trains what block-wise sampling meets.
         span_truncation_probability (`float`, *optional*, defaults to 0.5):
-            p_trunc, how often the data collator cuts the last span of a response (SST). Recorded here, applied there.
+            p_trunc, how often the last span of a sample's response is cut short in training (SST). Without effect
+            where audio is autoregressive: such a model finds the end code by code.
         noise_epsilon (`float`, *optional*, defaults to 0.001): Lower end of the noise level, λ = (1 - ε) t + ε.
         stratified_noise (`bool`, *optional*, defaults to `False`):
             Draw the λ of a batch from equal strata instead of independently (lower variance).

@@ -17,7 +17,7 @@ from .attention_ttt import compute_span_ids, create_masks, extend_span_ids, over
 from .configuration_ttt import TttConfig
 from .generation_config_ttt import TttGenerationConfig
 from .generation_ttt import TttGenerationMixin
-from .objective_ttt import Scores, draw_noise, noise_grid, sample_weights, score
+from .objective_ttt import Scores, draw_noise, noise_grid, sample_weights, score, truncate_last_spans
 from .pipeline_code_ttt import register_pipeline
 from .samples_ttt import IGNORE_INDEX, Samples, find_sample_starts
 
@@ -248,9 +248,10 @@ class TttForConditionalGeneration(TttPreTrainedModel, TttGenerationMixin):
         r"""
         Without `labels`: logits of the given tokens, mask tokens included. With `labels`: the loss, and no logits.
 
-        In training mode the noise is drawn here, so `input_ids` are clean. In eval mode the loss is a fixed estimate of
-        the same bound (text on the clean sequence, audio averaged over `config.eval_noise_levels` with fixed noise): it
-        costs one forward more than there are levels and never differs between two calls.
+        In training mode answers are cut short (SST) and noise is drawn here, so `input_ids` are whole and clean. In
+        eval mode the loss is a fixed estimate of the same bound (text on the clean sequence, audio averaged over
+        `config.eval_noise_levels` with fixed noise): it costs one forward more than there are levels and never differs
+        between two calls.
 
         Sequences packed into a row count as samples of their own, with the loss that they have as padded rows: mark
         them by `position_ids` that start again, and leave `attention_mask` out.
@@ -306,6 +307,12 @@ class TttForConditionalGeneration(TttPreTrainedModel, TttGenerationMixin):
         labels = labels.masked_fill(sample_starts, IGNORE_INDEX)
         samples = Samples.from_starts(sample_starts, labels)
         weight = sample_weights(labels, samples, num_items_in_batch)
+        if self.training:
+            cut_off = truncate_last_spans(input_ids, labels, samples, config, generator)
+            labels = labels.masked_fill(cut_off, IGNORE_INDEX)
+        else:
+            # The Trainer averages the batches of an evaluation by their examples: it shall not matter which share one.
+            weight = weight.mean().expand_as(weight)
         is_scored, is_audio = labels != IGNORE_INDEX, config.is_audio(labels)
 
         # The mask is that of the clean sequence, whatever the noise.
@@ -313,6 +320,8 @@ class TttForConditionalGeneration(TttPreTrainedModel, TttGenerationMixin):
             span_ids = self.model.get_span_ids(input_ids, padding_mask, position_ids)
             if span_ids is not None and config.text_objective == "diffusion":
                 span_ids = overlay_response_spans(span_ids, is_scored, sample_starts)
+        if span_ids is not None and self.training:
+            span_ids = span_ids.masked_fill(cut_off, -1)
 
         diffused = is_scored if config.text_objective == "diffusion" else is_audio
         if config.audio_objective == "autoregressive":

@@ -7,8 +7,9 @@ A loss is always the weighted `cross_entropy` of the logits at the scored positi
 positions those are (`targets`, -100 elsewhere) and how much each counts (`weights`), so that `score` gathers the hidden
 states it needs and never projects the others to the vocabulary.
 
-Noise level, prefix preservation and normalisation belong to a sample, and a sample is a row of a padded batch or one of
-several sequences packed into a row. `Samples` (samples_ttt.py) says which is which; nothing here knows about rows.
+Noise level, truncation, prefix preservation and normalisation belong to a sample, and a sample is a row of a padded
+batch or one of several sequences packed into a row. `Samples` (samples_ttt.py) says which is which; nothing here knows
+about rows.
 """
 
 from collections.abc import Callable
@@ -100,6 +101,50 @@ def noise_grid(
             noisy_ids, masked = mask_tokens(input_ids, diffused, samples, levels, config.mask_token_id, noise=draws)
             forwards.append(Noise(noisy_ids, labels, diffused, masked, levels, len(grid)))
     return forwards
+
+
+def truncate_last_spans(
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    samples: Samples,
+    config: TttConfig,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """
+    Choose what stochastic span truncation cuts off (SST, p_trunc of the paper), so that the end of speech is learned
+    from content, not from position.
+
+    Per sample with the given probability, the last span of its response (`<|begin_of_quad|>`, scored) keeps only a
+    random number of its codes, uniform from max(30 %, 5) to 90 %, and loses its end token and everything after. Spans
+    of 10 codes or fewer stay whole. Who takes the labels of what is cut off, and its place in the span, has the sample
+    as if it ended there: nothing before it sees what comes later.
+
+    Args:
+        input_ids, labels (`torch.LongTensor` of shape `(batch, length)`): clean; -100 is not scored.
+
+    Returns:
+        `torch.BoolTensor` of shape `(batch, length)`: what is cut off.
+    """
+    probability = config.span_truncation_probability
+    if probability == 0.0 or config.audio_objective == "autoregressive":  # the twin writes code by code
+        return torch.zeros_like(labels, dtype=torch.bool)
+    positions = torch.arange(input_ids.numel(), device=input_ids.device)
+    ids = samples.ids.flatten()  # (batch * length,)
+    begins = ((input_ids == config.begin_of_last_audio_token_id) & (labels != IGNORE_INDEX)).flatten()
+    is_code = (input_ids >= config.audio_code_id_start).flatten()
+    is_code &= (input_ids < config.audio_code_id_start + config.num_audio_codes).flatten()
+
+    nowhere = torch.full((samples.count,), -1, device=input_ids.device)
+    begin = nowhere.scatter_reduce(0, ids, positions.masked_fill(~begins, -1), "amax")  # (samples,)
+    last = nowhere.scatter_reduce(0, ids, positions, "amax")
+    stops = ~is_code & (positions > begin[ids])
+    stop = (last + 1).scatter_reduce(0, ids, positions.masked_fill(~stops, len(positions)), "amin")
+    num_codes = stop - begin - 1
+    fewest, most = (num_codes * 3 // 10).clamp(min=5), num_codes * 9 // 10
+    draws = draw_uniform(samples.count, generator, input_ids.device)
+    kept = fewest + (draws * (most - fewest + 1)).long()
+    cut = (draw_uniform(samples.count, generator, input_ids.device) < probability) & (begin >= 0) & (num_codes > 10)
+    return (cut[ids] & (positions > (begin + kept)[ids])).view_as(labels)
 
 
 def draw_noise_levels(
@@ -454,4 +499,5 @@ __all__ = [
     "sample_weights",
     "score",
     "tabulate_scores",
+    "truncate_last_spans",
 ]

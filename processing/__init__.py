@@ -6,7 +6,7 @@ from modeling_ttt import TttConfig
 
 from .audio_tokenizer_ttt import load_audio_codec, load_feature_extractor
 from .codebooks_ttt import TttAudioFormat, flatten_codes, unflatten_codes
-from .collator_ttt import TttDataCollator
+from .collator_ttt import TttDataCollator, pack_examples
 from .interleaving_ttt import deinterleave, interleave
 from .processing_ttt import TttProcessor
 from .streaming_ttt import TttStreamer
@@ -28,5 +28,6 @@ __all__ = [
     "interleave",
     "load_audio_codec",
     "load_feature_extractor",
+    "pack_examples",
     "unflatten_codes",
 ]

@@ -137,29 +137,3 @@ def deinterleave(ids: Sequence[int], token_ids: TttTokenIds, codes_per_frame: in
         `tuple[list[int], list[int]]`: text token ids; codes, 0 to num_audio_codes - 1.
     """
     return Deinterleaver(token_ids, codes_per_frame).push(ids)
-
-
-def last_span_bounds(ids: Sequence[int], token_ids: TttTokenIds, start: int = 0) -> tuple[int, int] | None:
-    """
-    Find the codes of the last `<|begin_of_quad|>` span at or after `start`.
-
-    Returns:
-        `tuple[int, int]`, *optional*: first position and end (exclusive) of the codes; `None` without such a span.
-    """
-    for position in range(len(ids) - 1, start - 1, -1):
-        if ids[position] == token_ids.begin_of_last_audio_token_id:
-            end = position + 1
-            while end < len(ids) and token_ids.is_code(ids[end]):
-                end += 1
-            return position + 1, end
-    return None
-
-
-def truncated_span_range(num_codes: int) -> tuple[int, int] | None:
-    """
-    Return how many codes stochastic span truncation may keep of a span of `num_codes`: the smallest and the largest
-    number, each equally likely, from max(30 %, 5) to 90 %. `None` for spans of 10 codes or fewer, which stay whole.
-    """
-    if num_codes <= 10:
-        return None
-    return max(num_codes * 3 // 10, 5), num_codes * 9 // 10

@@ -28,7 +28,7 @@ TOKEN_IDS = TttTokenIds(110, 111, 64, 175, 100, 101, 102, 176, 177, end_of_turn_
 
 class SeededNoise(TttDataCollator):
     """Hands the model a generator seeded by the examples of the batch, so that a batch has the same loss whichever
-    process it is given to. The collator's own draws depend on the examples alone anyway."""
+    process it is given to."""
 
     def __call__(self, features):
         seed = random.Random(str([feature["input_ids"] for feature in features])).getrandbits(32)
@@ -85,7 +85,7 @@ def train(folder: Path, name: str, accumulation: int = 1, **options) -> dict[str
         model = TttForConditionalGeneration.from_pretrained(
             folder / "model", distributed_config=DistributedConfig(fsdp_size=torch.distributed.get_world_size())
         )
-    collator = SeededNoise(TOKEN_IDS, pad_token_id=105)
+    collator = SeededNoise(pad_token_id=105)
     dataset = load_from_disk(str(folder / "dataset"))
     trainer = make_trainer(
         folder, output, dataset, collator, model, gradient_accumulation_steps=accumulation, **options
@@ -108,7 +108,7 @@ def watch_draws(folder: Path, name: str, dataset: Any, steps: int) -> dict[str, 
             masks.append((row == TOKEN_IDS.mask_token_id).nonzero().flatten().tolist())
 
     model.model.register_forward_pre_hook(record, with_kwargs=True)
-    collator = TttDataCollator(TOKEN_IDS, pad_token_id=105)
+    collator = TttDataCollator(pad_token_id=105)
     make_trainer(folder, folder / name, dataset, collator, model, max_steps=steps).train()
     return {"seen": seen, "masks": masks}
 

@@ -1,11 +1,12 @@
-"""Training batches: right padding, labels, and stochastic span truncation by the published rule."""
+"""Training batches: right padding, labels, and rows of several examples."""
 
 from itertools import pairwise
 
 import pytest
 import torch
+from builders import build_processor
 
-from processing import TttDataCollator, TttTokenIds, interleave
+from processing import TttDataCollator, TttTokenIds, interleave, pack_examples
 
 IDS = TttTokenIds(
     audio_token_id_start=100,
@@ -28,19 +29,17 @@ def example(num_text=3, num_codes=20):
 
 
 def collator(**options):
-    return TttDataCollator(IDS, **{"pad_token_id": 0, **options})
+    return TttDataCollator(**{"pad_token_id": 0, **options})
 
 
-def epochs(make, rows, number):
-    """The batch that the collator makes of the rows in each of the first epochs."""
-    for epoch in range(number):
-        make.set_epoch(epoch)
-        yield make(rows)
+def pack(examples, max_length=64):
+    rows = pack_examples({name: [row[name] for row in examples] for name in examples[0]}, max_length)
+    return [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
 
 
 def test_rows_are_padded_on_the_right_to_a_multiple():
     rows = [example(3, 4), example(3, 9)]
-    batch = collator(span_truncation_probability=0.0, pad_to_multiple_of=16)(rows)
+    batch = collator(pad_to_multiple_of=16)(rows)
     assert batch["input_ids"].shape == batch["attention_mask"].shape == batch["labels"].shape == (2, 32)
     for row, source in enumerate(rows):
         length = len(source["input_ids"])
@@ -51,87 +50,35 @@ def test_rows_are_padded_on_the_right_to_a_multiple():
 
 
 def test_tensors_and_prompt_length_give_the_same_batch_as_lists_and_labels():
-    make = collator(training=False)
     source = example()
     other = {"input_ids": torch.tensor(source["input_ids"]), "prompt_length": len(PROMPT), "length": 99}
-    for name, tensor in make([source]).items():
-        assert torch.equal(make([other])[name], tensor)
+    for name, tensor in collator()([source]).items():
+        assert torch.equal(collator()([other])[name], tensor)
 
 
-def test_truncation_cuts_the_last_span_with_its_end_and_everything_after():
-    num_codes = 60
-    whole = example(3, num_codes)
-    start = whole["input_ids"].index(92) + 1
-    kept = set()
-    make = collator(span_truncation_probability=1.0, pad_to_multiple_of=1)
-    for batch in epochs(make, [whole], 400):
-        length = batch["input_ids"].shape[1]
-        assert batch["input_ids"][0].tolist() == whole["input_ids"][:length]
-        assert batch["labels"][0].tolist() == whole["labels"][:length]
-        assert 143 not in batch["input_ids"] and 93 not in batch["input_ids"]
-        kept.add(length - start)
-    assert kept == set(range(18, 55))
-
-
-def test_truncation_leaves_spans_between_text_alone():
-    whole = example(40, 100)
-    first_spans = whole["input_ids"][: whole["input_ids"].index(92)]
-    batch = collator(span_truncation_probability=1.0, pad_to_multiple_of=1)([whole])
-    assert batch["input_ids"][0, : len(first_spans)].tolist() == first_spans
-    assert batch["input_ids"].shape[1] < len(whole["input_ids"])
-
-
-def test_truncation_happens_with_the_given_probability():
-    make = collator(span_truncation_probability=0.5, pad_to_multiple_of=1)
-    whole = example(3, 60)
-    cut = sum(batch["input_ids"].shape[1] < len(whole["input_ids"]) for batch in epochs(make, [whole], 1000))
-    assert 440 < cut < 560
-
-
-@pytest.mark.parametrize("source", [example(3, 10), example(3, 0)])
-def test_short_spans_and_answers_without_speech_stay_whole(source):
-    batch = collator(span_truncation_probability=1.0, pad_to_multiple_of=1)([source])
-    assert batch["input_ids"][0].tolist() == source["input_ids"]
-
-
-def test_a_span_that_belongs_to_the_prompt_is_never_cut():
-    history = example(3, 60)["input_ids"]
-    source = {"input_ids": history + [7, 8, 93], "prompt_length": len(history)}
-    batch = collator(span_truncation_probability=1.0, pad_to_multiple_of=1)([source])
-    assert batch["input_ids"][0].tolist() == source["input_ids"]
-
-
-def test_truncation_is_off_in_evaluation_and_for_exempt_examples():
-    make = collator(span_truncation_probability=1.0, pad_to_multiple_of=1)
-    whole = example(3, 60)
-    assert make.eval()([whole])["input_ids"].shape[1] == len(whole["input_ids"])
-    for exempt in ("span_truncation", "training"):
-        assert make([{**whole, exempt: False}])["input_ids"].shape[1] == len(whole["input_ids"])
-    assert make([whole])["input_ids"].shape[1] < len(whole["input_ids"])
-
-
-def test_truncation_depends_on_seed_epoch_and_batch_alone():
-    """So a run that was resumed, or that has other workers, sees the batches it would have seen."""
-    rows = [example(3, 60)] * 8
-
-    def lengths(rows, epoch=0, **options):
-        make = collator(**options)
-        make.set_epoch(epoch)
-        return make(rows)["attention_mask"].sum(1).tolist()
-
-    expected = lengths(rows)
-    torch.manual_seed(7)
-    state = torch.get_rng_state()
-    assert lengths(rows) == expected and len(set(expected)) > 1
-    assert torch.equal(torch.get_rng_state(), state)
-    assert lengths(rows, seed=1) != expected != lengths(rows, epoch=1)
-    assert lengths([*rows, example(3, 61)])[:8] != expected
+def test_a_processor_or_its_tokenizer_says_what_is_written_as_padding():
+    processor = build_processor(audio_tokenizer=None)
+    for source in (processor, processor.tokenizer):
+        assert TttDataCollator(source).pad_token_id == processor.tokenizer.pad_token_id
+    processor.tokenizer.pad_token = None
+    assert TttDataCollator(processor).pad_token_id == processor.tokenizer.eos_token_id
+    with pytest.raises(ValueError, match="Give a `tokenizer`"):
+        TttDataCollator()
 
 
 def test_the_first_token_of_an_example_is_never_scored():
     ids = [5, 6, 7]
-    assert collator(pad_to_multiple_of=1)([{"input_ids": ids, "labels": ids}])["labels"].tolist() == [[-100, 6, 7]]
-    assert collator(pad_to_multiple_of=1)([{"input_ids": ids, "prompt_length": 0}])["labels"].tolist() == [[-100, 6, 7]]
+    for source in ({"input_ids": ids, "labels": ids}, {"input_ids": ids, "prompt_length": 0}):
+        assert collator(pad_to_multiple_of=1)([source])["labels"].tolist() == [[-100, 6, 7]]
+    rows = pack([{"input_ids": ids, "labels": ids}] * 2)
+    assert [row["labels"] for row in rows] == [[-100, 6, 7, -100, 6, 7]]
+
+
+def test_long_examples_lose_their_end():
+    source = example(3, 60)
+    batch = collator(max_length=30, pad_to_multiple_of=1)([source])
+    assert batch["input_ids"][0].tolist() == source["input_ids"][:30]
+    assert [row["input_ids"] for row in pack([source, example(3, 1)], 32)][0] == source["input_ids"][:32]
 
 
 def pieces(batch):
@@ -147,43 +94,21 @@ def pieces(batch):
 
 
 def test_packing_keeps_every_example_whole_in_few_full_rows():
-    rows = [example(3, number) for number in (1, 40, 2, 3, 44, 12, 25, 5)]
-    lengths = [len(row["input_ids"]) for row in rows]
-    batch = collator(packing=True, max_length=64, training=True, span_truncation_probability=0.0)(rows)
-    assert set(batch) == {"input_ids", "labels", "position_ids"}
-    assert pieces(batch) == sorted((row["input_ids"], row["labels"]) for row in rows)
-    assert batch["input_ids"].shape == (-(-sum(lengths) // 64), 64)
+    examples = [example(3, number) for number in (1, 40, 2, 3, 44, 12, 25, 5)]
+    rows = pack(examples, 64)
+    assert len(rows) == -(-sum(len(source["input_ids"]) for source in examples) // 64)
+    assert all(len(row["input_ids"]) <= 64 for row in rows)
+    batch = collator()(rows)
+    assert set(batch) == {"input_ids", "labels", "position_ids"} and batch["input_ids"].shape == (len(rows), 64)
+    assert pieces(batch) == sorted((source["input_ids"], source["labels"]) for source in examples)
 
 
-def test_packing_truncates_as_padding_does():
-    rows = [example(3, 60)] * 4
-    padded = collator()(rows)
-    packed = collator(packing=True, max_length=256)(rows)
-    kept = sorted(len(ids) for ids, _ in pieces(packed))
-    assert kept == sorted(padded["attention_mask"].sum(1).tolist())
-
-
-def test_examples_of_an_evaluation_are_never_packed():
-    rows = [example(3, 12), example(3, 20), example(3, 1)]
-    make = collator(packing=True, max_length=256, span_truncation_probability=1.0, pad_to_multiple_of=1)
-    for batch in (make.eval()(rows), make([{**row, "training": False} for row in rows])):
-        assert batch["input_ids"].shape == (3, len(rows[1]["input_ids"]))
-        for index, row in enumerate(rows):
-            assert batch["input_ids"][index].tolist()[: len(row["input_ids"])] == row["input_ids"]
-    mixed = make([rows[0], {**rows[1], "training": False}, rows[2]])
-    assert mixed["input_ids"].shape[0] == 2
-
-
-def test_packed_rows_have_no_room_for_longer_examples():
-    batch = collator(packing=True, max_length=32, span_truncation_probability=0.0)([example(3, 60), example(3, 1)])
-    assert batch["input_ids"].shape == (2, 32)
-    assert batch["input_ids"][0].tolist() == example(3, 60)["input_ids"][:32]
-
-
-def test_long_examples_lose_their_end():
-    source = example(3, 60)
-    batch = collator(training=False, max_length=30, pad_to_multiple_of=1)([source])
-    assert batch["input_ids"][0].tolist() == source["input_ids"][:30]
+def test_rows_come_in_the_order_of_their_first_examples():
+    """Not from the longest to the shortest, which would make neighbours alike where nothing shuffles them."""
+    examples = [example(3, number) for number in (2, 40, 3, 44, 2, 44)]
+    positions = [row["position_ids"] for row in pack(examples, 80)]
+    lengths = [row.index(0, 1) for row in positions]  # of the first example in each row
+    assert lengths == [len(source["input_ids"]) for source in examples[:3]] == [15, 53, 16]
 
 
 def test_bad_examples_and_options_are_named():
@@ -194,9 +119,8 @@ def test_bad_examples_and_options_are_named():
         make([{"input_ids": [1, 2], "labels": [1]}])
     with pytest.raises(ValueError, match="empty list"):
         make([])
-    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got 2"):
-        collator(span_truncation_probability=2)
-    with pytest.raises(ValueError, match="`packing` needs `max_length`"):
-        collator(packing=True)
-    with pytest.raises(ValueError, match="`max_length` must be at least 1, got 0"):
-        collator(max_length=0)
+    with pytest.raises(ValueError, match="pack all of a batch, or none"):
+        make([*pack([example()]), example()])
+    for call in (lambda: collator(max_length=0), lambda: pack([example()], 0)):
+        with pytest.raises(ValueError, match="`max_length` must be at least 1, got 0"):
+            call()

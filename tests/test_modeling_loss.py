@@ -12,7 +12,11 @@ from modeling_ttt.objective_ttt import diffusion_targets, draw_noise, next_token
 from modeling_ttt.samples_ttt import Samples
 
 AUDIO = 110
-NO_TRICKS = {"clean_batch_probability": 0.0, "prefix_preservation_probability": 0.0}
+NO_TRICKS = {
+    "clean_batch_probability": 0.0,
+    "prefix_preservation_probability": 0.0,
+    "span_truncation_probability": 0.0,
+}
 
 
 def generator(seed=0):
@@ -166,7 +170,7 @@ def test_text_tokens_added_above_the_audio_side_are_scored_as_text(batch, traini
 
 
 def test_micro_batches_of_any_sizes_add_up_to_the_large_batch(batch):
-    model = make_model()  # the evaluation loss: audio and text, no fresh noise
+    model = make_model(noise_epsilon=1 - 1e-7, **NO_TRICKS).train()  # every code masked: no draw matters
     whole = {name: torch.cat([tensor, tensor.flip(0)[:1]]) for name, tensor in batch.items()}  # three rows
     items = (whole["labels"][:, 1:] != -100).sum()
     expected = gradients(model, **whole, num_items_in_batch=items)
@@ -270,6 +274,48 @@ def test_score_table_counts_what_is_predicted_right_by_side_and_noise_level(batc
     torch.testing.assert_close(loss[:, 0].mean(), outputs.text_loss)
     torch.testing.assert_close(loss[:, 1:].sum(-1).mean(), outputs.audio_loss)
     assert not outputs.score_table.requires_grad
+
+
+def test_an_evaluation_does_not_depend_on_which_examples_share_a_batch(batch):
+    """The Trainer hands every batch its number of labels, and averages batches by their examples."""
+    model = make_model()
+
+    def loss(part):
+        return model(**part, num_items_in_batch=(part["labels"] != -100).sum()).loss
+
+    alone = [loss(rows(batch, row, row + 1)) for row in range(2)]
+    torch.testing.assert_close(loss(batch), sum(alone) / 2)
+    assert (batch["labels"] != -100).sum(1).unique().numel() == 2 and not torch.isclose(*alone)
+
+
+LONG = [1, 2, 10, 102, *range(111, 171), 177, 104]  # a text token, then 60 codes in the last span
+
+
+def test_in_training_an_answer_is_cut_short_as_if_it_ended_there(monkeypatch):
+    """Loss and gradients are those of the tokens that are left; nothing that is kept sees what was cut off."""
+    ids = torch.tensor([LONG, [*LONG[:3], 5, *LONG[3:-1]]])
+    labels = ids.clone()
+    labels[:, :2] = -100
+    options = NO_TRICKS | {"noise_epsilon": 1 - 1e-7}  # every code masked: no draw but that of the cut matters
+    model = make_model(**options).train()
+    kept = torch.arange(66) <= torch.tensor([[30], [40]])
+    left = {"input_ids": ids.masked_fill(~kept, 105), "labels": labels.masked_fill(~kept, -100), "attention_mask": kept}
+    expected = gradients(model, **left)
+    monkeypatch.setattr("modeling_ttt.modeling_ttt.truncate_last_spans", lambda *_: ~kept)
+    ours = gradients(model, input_ids=ids, labels=labels)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(ours[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_answers_are_cut_short_in_training_mode_alone_and_never_those_of_the_twin():
+    ids = torch.tensor([LONG] * 8)
+    for options, training, expected in (
+        ({}, True, True), ({}, False, False), ({"audio_objective": "autoregressive"}, True, False)
+    ):  # fmt: skip
+        model = make_model(span_truncation_probability=1.0, clean_batch_probability=1.0, **options).train(training)
+        scored = model(input_ids=ids, labels=ids, generator=generator()).score_table[:, 0, 2]
+        # Of the text side, the end of the turn is what is cut off.
+        assert scored.tolist() == [3 if expected else 4] * 8
 
 
 def test_score_table_of_an_evaluation_has_every_noise_level(batch):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FIXTURES
+from conftest import FIXTURES, make_config
 from safetensors.torch import load_file
 
 from modeling_ttt.objective_ttt import (
@@ -17,6 +17,7 @@ from modeling_ttt.objective_ttt import (
     preserve_prefixes,
     sample_weights,
     tabulate_scores,
+    truncate_last_spans,
 )
 from modeling_ttt.samples_ttt import Samples, find_sample_starts
 
@@ -272,3 +273,64 @@ def test_scores_are_tabulated_by_row_and_group():
         shape=(2, 3),
     )
     assert table.tolist() == [[[1, 1, 1], [0, 0, 0], [2, 0, 1]], [[0, 0, 0], [0, 0, 0], [12, 2, 2]]]
+
+
+def answer(num_codes, *after):
+    """A prompt with codes, text, and a last span of so many codes; 102 begins it, 177 ends it, 104 ends the turn."""
+    codes = [111 + number % 64 for number in range(num_codes)]
+    return [1, 102, *range(111, 151), 177, 5, 102, *codes, 177, 104, *after]
+
+
+PROMPT = 43  # tokens of an answer's prompt, which ends with a last span of an earlier turn
+
+
+def cut_off(rows, probability=1.0, **options):
+    """Of rows of one length: how many tokens each keeps, and the number of rows that were cut."""
+    ids = torch.tensor(rows)
+    labels = ids.clone()
+    labels[:, :PROMPT] = -100
+    config = make_config(span_truncation_probability=probability, **options)
+    cut = truncate_last_spans(ids, labels, one_a_row(ids), config, torch.Generator().manual_seed(0))
+    kept = (~cut).sum(-1)
+    assert torch.equal(cut, torch.arange(ids.shape[1]) >= kept[:, None])  # an end, nothing in between
+    return kept.tolist()
+
+
+def test_truncation_cuts_the_last_span_with_its_end_and_everything_after():
+    kept = cut_off([answer(60, 7, 8)] * 400)
+    assert {number - PROMPT - 2 for number in kept} == set(range(18, 55))  # 30 to 90 % of 60 codes
+
+
+def test_truncation_keeps_five_codes_of_the_shortest_span_and_leaves_shorter_ones_whole():
+    assert {number - PROMPT - 2 for number in cut_off([answer(11)] * 100)} == {5, 6, 7, 8, 9}
+    for num_codes in (10, 0):
+        assert cut_off([answer(num_codes)] * 8) == [len(answer(num_codes))] * 8
+
+
+def test_truncation_happens_with_the_given_probability():
+    kept = cut_off([answer(60)] * 1000, 0.5)
+    assert 440 < sum(number < len(answer(60)) for number in kept) < 560
+    for options in ({"probability": 0.0}, {"audio_objective": "autoregressive"}):
+        assert cut_off([answer(60)] * 8, **options) == [len(answer(60))] * 8
+
+
+def test_truncation_takes_codes_alone_for_codes():
+    """A span ends before an id above the codes or below; without an end token, where its sample ends."""
+    for stop in (175, 178, 90, 110):  # the mask token, a token added above the audio range, text, the placeholder
+        row = answer(20)
+        row[PROMPT + 2 + 8] = stop
+        assert cut_off([row] * 8, text_config={"vocab_size": 200}) == [len(row)] * 8
+    assert {number - PROMPT - 2 for number in cut_off([answer(20)[:-2]] * 200)} == set(range(6, 19))
+
+
+def test_packed_samples_are_cut_as_padded_ones():
+    lengths = [len(answer(number)) for number in (40, 30, 20)]
+    padded = torch.tensor([answer(number) + [105] * (40 - number) for number in (40, 30, 20)])
+    packed = torch.tensor([[token for number in (40, 30, 20) for token in answer(number)]])
+    config = make_config(span_truncation_probability=1.0)
+    results = []
+    for ids, samples in ((padded, one_a_row(padded)), (packed, of_lengths(*lengths))):
+        labels = ids.masked_fill(ids == 105, -100)
+        cut = truncate_last_spans(ids, labels, samples, config, torch.Generator().manual_seed(0))
+        results.append(samples.total(~cut & (labels != -100)).tolist())
+    assert results[0] == results[1] and all(kept < length for kept, length in zip(results[0], lengths, strict=True))

@@ -4,13 +4,12 @@ import contextlib
 
 import pytest
 import torch
-from conftest import AUDIO_VOCABULARY, make_model
+from conftest import make_model
 from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer, TrainingArguments
 
-from processing import TttDataCollator, TttTokenIds
+from processing import TttDataCollator, pack_examples
 
-IDS = TttTokenIds(**AUDIO_VOCABULARY, end_of_turn_token_id=104)
 # From the longest to the shortest, so that packing keeps the order: audio in the prompt, several spans, an answer that
 # ends inside a span, one that starts with audio, text alone.
 EXAMPLES = [
@@ -22,6 +21,10 @@ EXAMPLES = [
 ]
 PROMPTS = [7, 3, 1, 0, 2]
 EXAMPLES = [example | {"prompt_length": length} for example, length in zip(EXAMPLES, PROMPTS, strict=True)]
+LABELLED = [
+    {"input_ids": example["input_ids"], "labels": [-100] * number + example["input_ids"][number:]}
+    for example, number in zip(EXAMPLES, PROMPTS, strict=True)
+]
 OBJECTIVES = {
     "ttt": {},
     "autoregressive": {"audio_objective": "autoregressive"},
@@ -29,9 +32,13 @@ OBJECTIVES = {
 }
 
 
-def collate(examples, packing, max_length=40, **options):
-    options = {"pad_token_id": 105, "span_truncation_probability": 0.0, **options}
-    return TttDataCollator(IDS, packing=packing, max_length=max_length, **options)(examples)
+def pack(examples, max_length=40):
+    rows = pack_examples({name: [row[name] for row in examples] for name in examples[0]}, max_length)
+    return [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+
+
+def collate(examples, packing, max_length=40):
+    return TttDataCollator(pad_token_id=105)(pack(examples, max_length) if packing else examples)
 
 
 def outputs_and_gradients(model, batch, seed, **inputs):
@@ -99,18 +106,19 @@ def test_no_example_sees_another_even_where_both_are_audio(implementation, objec
             assert differs[start:stop].any() and not differs[:start].any() and not differs[stop:].any()
 
 
-def test_stochastic_span_truncation_leaves_the_loss_equal():
+@pytest.mark.parametrize("objective", ["ttt", "diffused"])
+def test_answers_are_cut_short_alike_in_packed_and_padded_rows(objective):
     examples = [
         {"input_ids": [1, 2, 10, 102, *range(111, 111 + number), 177, 104], "prompt_length": 2}
         for number in (50, 40, 30, 20)
     ]
-    model = make_model()
-    padded, packed = (
-        collate(examples, packing, max_length=200, span_truncation_probability=1.0) for packing in (False, True)
-    )
-    lengths = padded["attention_mask"].sum(1)
-    assert packed["input_ids"].shape[0] == 1 and (lengths < torch.tensor([56, 46, 36, 26])).all()
-    torch.testing.assert_close(model(**packed).loss, model(**padded).loss)
+    model = make_model(span_truncation_probability=1.0, clean_batch_probability=0.0, **OBJECTIVES[objective]).train()
+    padded, packed = (collate(examples, packing, max_length=200) for packing in (False, True))
+    assert packed["input_ids"].shape[0] == 1
+    ours, theirs = (model(**batch, generator=torch.Generator().manual_seed(0)) for batch in (packed, padded))
+    torch.testing.assert_close(ours.loss, theirs.loss)
+    scored = ours.score_table[..., 2].sum()
+    assert 0 < scored < sum(len(example["input_ids"]) for example in examples) - 50
 
 
 class Rows(Dataset):
@@ -125,11 +133,14 @@ class Rows(Dataset):
 
 
 class Stream(IterableDataset):
+    def __init__(self, examples):
+        self.examples = examples
+
     def __iter__(self):
-        yield from EXAMPLES
+        yield from self.examples
 
 
-def train(tmp_path, dataset, packing, batch_size, accumulation=1, **model_options):
+def train(tmp_path, dataset, batch_size, accumulation=1, **model_options):
     arguments = TrainingArguments(
         output_dir=tmp_path,
         per_device_train_batch_size=batch_size,
@@ -140,15 +151,14 @@ def train(tmp_path, dataset, packing, batch_size, accumulation=1, **model_option
         optim="sgd",
         max_grad_norm=0.0,
         train_sampling_strategy="sequential",
-        remove_unused_columns=False,
         save_strategy="no",
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
     )
     model = make_model(**model_options)
-    collator = TttDataCollator(IDS, 105, span_truncation_probability=0.0, packing=packing, max_length=40)
-    trainer = Trainer(model, arguments, train_dataset=dataset, eval_dataset=Rows(EXAMPLES), data_collator=collator)
+    collator = TttDataCollator(pad_token_id=105)
+    trainer = Trainer(model, arguments, train_dataset=dataset, eval_dataset=Rows(LABELLED), data_collator=collator)
     trainer.train()
     return trainer
 
@@ -160,29 +170,17 @@ def assert_same_weights(first, second):
     assert not torch.equal(first.model.lm_head.weight, start["lm_head.weight"])
 
 
-@pytest.mark.parametrize("dataset", [Rows(EXAMPLES), Stream()], ids=["rows", "stream"])
-def test_the_plain_trainer_takes_the_same_step_packed_and_padded(tmp_path, dataset):
+@pytest.mark.parametrize("kind", [Rows, Stream])
+def test_the_plain_trainer_takes_the_same_step_packed_and_padded(tmp_path, kind):
     """The noise is drawn from the global generator, as in any training."""
-    padded, packed = (train(tmp_path, dataset, packing, 5, clean_batch_probability=0.0) for packing in (False, True))
+    options = {"clean_batch_probability": 0.0}
+    padded, packed = (train(tmp_path, kind(rows), len(rows), **options) for rows in (LABELLED, pack(LABELLED)))
     assert_same_weights(padded, packed)
 
 
 @pytest.mark.parametrize("objective", ["ttt", "autoregressive"])
 def test_accumulated_packed_batches_equal_one_large_padded_batch(tmp_path, objective):
     options = {"clean_batch_probability": 1.0, **OBJECTIVES[objective]}
-    large = train(tmp_path, Rows(EXAMPLES), False, 5, **options)
-    accumulated = train(tmp_path, Rows(EXAMPLES), True, 2, accumulation=3, **options)
+    large = train(tmp_path, Rows(LABELLED), 5, **options)
+    accumulated = train(tmp_path, Rows(pack(LABELLED)), 1, accumulation=2, **options)
     assert_same_weights(large, accumulated)
-
-
-def test_the_trainer_evaluates_examples_a_row_each_under_a_packing_collator(tmp_path):
-    trainer = train(tmp_path, Rows(EXAMPLES), True, 5)
-    trainer.args.per_device_eval_batch_size = 2
-    tables = []
-    trainer.compute_metrics = lambda prediction: tables.append(prediction.predictions) or {}
-    held_out = [example | {"training": False} for example in EXAMPLES]
-    packing = trainer.evaluate(Rows(held_out))
-    trainer.data_collator = TttDataCollator(IDS, 105, training=False)
-    padding = trainer.evaluate(Rows(EXAMPLES))
-    assert packing["eval_loss"] == pytest.approx(padding["eval_loss"], rel=1e-5)
-    assert [table.shape for table in tables] == [(5, 5, 3)] * 2

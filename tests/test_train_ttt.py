@@ -171,8 +171,9 @@ def test_evaluation_is_the_deterministic_bound_on_whole_examples(workspace, tmp_
 RESUMED = {
     "shuffled": {},
     "by_length": {"train_sampling_strategy": "group_by_length"},
-    "packed": {"packing": True, "max_length": 128, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+    "packed": {"packing": True, "max_length": 128, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1},
     "streamed": {"streaming": True, "shuffle_buffer_size": 8, "dataset": "prepared"},
+    "streamed and packed": {"streaming": True, "packing": True, "max_length": 128, "dataset": "prepared"},
 }
 
 
@@ -192,9 +193,7 @@ def whole_run(workspace, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize(
-    ("way", "step"), [("shuffled", 9), ("by_length", 6), ("by_length", 9), ("packed", 9), ("streamed", 9)]
-)
+@pytest.mark.parametrize(("way", "step"), [(way, 9) for way in RESUMED] + [("by_length", 6)])
 def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_stopped(workspace, tmp_path, whole_run, way, step):
     """Step 6 is the border of the two epochs, step 9 the middle of the second."""
     options, whole, log = whole_run(way)

@@ -188,7 +188,7 @@ def main() -> None:
     if arguments.base_model_name is not None:
         model.peft_config["default"].base_model_name_or_path = arguments.base_model_name
     model.print_trainable_parameters()
-    trainer = make_trainer(arguments, training, model, config, processor, (train_dataset, eval_dataset))
+    trainer = make_trainer(arguments, training, model, processor, (train_dataset, eval_dataset))
     run(trainer)
     if arguments.adapter_strength != 1.0:
         # What was trained is scaled by alpha / r when it is loaded; the checkpoints keep the full strength.

@@ -28,7 +28,7 @@ def main() -> None:
         arguments.model, config=config, dtype=arguments.dtype, attn_implementation=arguments.attn_implementation
     )
     data = train_dataset, eval_dataset
-    trainer = make_trainer(arguments, training, model, config, processor, data, processing_class=processor)
+    trainer = make_trainer(arguments, training, model, processor, data, processing_class=processor)
     run(trainer)
     trainer.accelerator.end_training()
 

@@ -45,7 +45,7 @@ from modeling_ttt.objective_ttt import (  # noqa: E402
     sample_weights,
 )
 from modeling_ttt.samples_ttt import IGNORE_INDEX, Samples, find_sample_starts  # noqa: E402
-from processing import TttDataCollator, TttTokenIds, interleave  # noqa: E402
+from processing import TttDataCollator, TttTokenIds, interleave, pack_examples  # noqa: E402
 
 CODES_PER_SECOND = 12.5
 TEXT_PER_SECOND = 3.3  # tokens of the words spoken
@@ -94,7 +94,8 @@ def build_model(arguments: Arguments, **options) -> TttForConditionalGeneration:
         "max_position_embeddings": 32_768,
     }
     torch.manual_seed(0)
-    config = TttConfig(text_config=backbone | options, clean_batch_probability=0.0)
+    strategies = {"clean_batch_probability": 0.0, "span_truncation_probability": 0.0}
+    config = TttConfig(text_config=backbone | options, **strategies)
     return TttForConditionalGeneration(config).train()
 
 
@@ -144,12 +145,15 @@ class Examples:
         return sorted(taken, key=lambda example: -len(example["input_ids"]))
 
     def packed(self, examples: list[dict[str, list[int]]], length: int) -> dict[str, torch.Tensor]:
-        """Laid out by the collator of this repository."""
-        return TttDataCollator(self.ids, PAD_TOKEN, 0.0, max_length=length, packing=True)(examples)
+        """Packed as in this repository."""
+        columns = {name: [example[name] for example in examples] for name in examples[0]}
+        rows = pack_examples(columns, length)
+        features = [dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)]
+        return TttDataCollator(pad_token_id=PAD_TOKEN)(features)
 
     def padded(self, examples: list[dict[str, list[int]]], length: int) -> dict[str, torch.Tensor]:
         """One a row, every row filled up to `length`."""
-        return TttDataCollator(self.ids, PAD_TOKEN, 0.0, pad_to_multiple_of=length, max_length=length)(examples)
+        return TttDataCollator(pad_token_id=PAD_TOKEN, pad_to_multiple_of=length, max_length=length)(examples)
 
 
 def our_loss(model: TttForConditionalGeneration, batch: dict, generator: torch.Generator | None = None):

@@ -45,7 +45,7 @@ class ModelArguments:
         default=None,
         metadata={"help": "Longer examples lose their end; with --packing the length of a row, in tokens."},
     )
-    packing: bool = field(default=False, metadata={"help": "Lay the examples of a batch into rows of --max_length."})
+    packing: bool = field(default=False, metadata={"help": "Train on rows of --max_length with several examples."})
     # None: as the model's configuration says; a new model's says what was published.
     audio_objective: str | None = field(
         default=None,
@@ -123,7 +123,9 @@ class TttTrainingArguments(TrainingArguments):
         ValueError: for an option under which the Trainer would train something else than TtT.
     """
 
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns the model does not take."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Drop columns that the model does not take, `length` among them."}
+    )
     include_for_metrics: list[str] = field(default_factory=lambda: ["loss"], metadata={"help": "What metrics get."})
     include_num_input_tokens_seen: str = field(
         default="non_padding",

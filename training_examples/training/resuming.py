@@ -20,7 +20,7 @@ class RankSeed(TrainerCallback):
 
 class DataOrder(TrainerCallback):
     """
-    Makes the order of the examples, and what the collator draws, depend on the seed and the epoch alone.
+    Makes the order of the examples depend on the seed and the epoch alone.
 
     The Trainer's sampler by length takes its order from the global generator: processes then disagree on it, and a
     resumed run meets another one. The sampler of a resumed epoch is not told its epoch where several processes train.
@@ -28,8 +28,6 @@ class DataOrder(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, train_dataloader: Any = None, **kwargs):
         epoch = int(state.epoch or 0)
-        if hasattr(train_dataloader.collate_fn, "set_epoch"):
-            train_dataloader.collate_fn.set_epoch(epoch)
         sampler = getattr(train_dataloader, "batch_sampler", None)
         while (inner := getattr(sampler, "batch_sampler", getattr(sampler, "sampler", None))) is not None:
             sampler = inner

@@ -6,20 +6,23 @@ from typing import Any
 
 import pyarrow.compute
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import Trainer, TrainingArguments
 
 from modeling_ttt import TttConfig
-from processing import TttDataCollator, TttProcessor
+from processing import TttDataCollator, TttProcessor, pack_examples
 from training_examples.preparation.mixtures import load_mixture, parse_source
+from training_examples.preparation.shards import FEATURES
 from training_examples.training.arguments import ModelArguments
 from training_examples.training.metrics import EvaluationMetrics, TrainingScores, plot_curves, write_log
 from training_examples.training.resuming import DataOrder, RankSeed, last_complete_checkpoint
 
+PACKED_FEATURES = Features(dict.fromkeys(("input_ids", "labels", "position_ids"), List(Value("int32"))))
+
 
 def load_data(args: ModelArguments, training: TrainingArguments) -> tuple[Any, Dataset | None]:
     """
-    Return training data and, if the run evaluates, evaluation data, whose examples say so, which keeps them whole.
+    Return training data and, if the run evaluates, evaluation data.
 
     Raises:
         ValueError: If a stream has no number of steps to end after; and as `load_mixture` does.
@@ -33,8 +36,7 @@ def load_data(args: ModelArguments, training: TrainingArguments) -> tuple[Any, D
     if training.eval_strategy == "no":
         return train, None
     sources = args.eval_dataset or [str(parse_source(source)[0]) for source in args.dataset]
-    evaluation = load_mixture(sources, split=args.eval_split)
-    return train, evaluation.add_column("training", [False] * len(evaluation))
+    return train, load_mixture(sources, split=args.eval_split)
 
 
 def check_vocabulary(config: TttConfig, processor: TttProcessor) -> None:
@@ -76,11 +78,28 @@ def check_lengths(args: ModelArguments, config: TttConfig, dataset: Any) -> Any:
     return dataset
 
 
+def pack(dataset: Any, max_length: int | None, training: TrainingArguments) -> Any:
+    """
+    Return training data, streamed or not, as rows of `max_length`, see `pack_examples`. Rows are full but for a few
+    tokens and have no attention mask to count by, so all tokens count as seen.
+    """
+    assert max_length is not None
+    if training.include_num_input_tokens_seen == "non_padding":
+        training.include_num_input_tokens_seen = "all"
+    with training.main_process_first(desc="packing"):
+        return dataset.map(
+            pack_examples,
+            batched=True,
+            fn_kwargs={"max_length": max_length},
+            remove_columns=[name for name in FEATURES if dataset.column_names is None or name in dataset.column_names],
+            features=PACKED_FEATURES,
+        )
+
+
 def make_trainer(
     args: ModelArguments,
     training: TrainingArguments,
     model: torch.nn.Module,
-    config: TttConfig,
     processor: TttProcessor,
     data: tuple[Any, Dataset | None],
     **options: Any,
@@ -89,24 +108,16 @@ def make_trainer(
     Return the plain Trainer with this repository's collator and metrics.
 
     Args:
-        config (`TttConfig`): the model's.
         data (`tuple`): from `load_data`.
         options: the Trainer's own.
     """
-    # Truncated spans teach the end from content to a model that writes whole blocks; the twin writes code by code.
-    probability = config.span_truncation_probability if config.audio_objective == "diffusion" else 0.0
+    train_dataset = pack(data[0], args.max_length, training) if args.packing else data[0]
     trainer = Trainer(
         model=model,
         args=training,
-        train_dataset=data[0],
+        train_dataset=train_dataset,
         eval_dataset=data[1],
-        data_collator=TttDataCollator(
-            processor.tokenizer,
-            span_truncation_probability=probability,
-            max_length=args.max_length,
-            packing=args.packing,
-            seed=training.seed,
-        ),
+        data_collator=TttDataCollator(processor, max_length=args.max_length),
         compute_metrics=EvaluationMetrics(),
         callbacks=[DataOrder(), *([RankSeed()] if training.world_size > 1 else [])],
         **options,
