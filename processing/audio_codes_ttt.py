@@ -19,7 +19,11 @@ from .codebooks_ttt import TttAudioFormat, flatten_codes, unflatten_codes
 
 
 def encode_waveforms(
-    audio_tokenizer: Any, feature_extractor: Any, waveforms: Sequence[np.ndarray], batch_size: int
+    audio_tokenizer: Any,
+    feature_extractor: Any,
+    waveforms: Sequence[np.ndarray],
+    batch_size: int,
+    names: Sequence[str] | None = None,
 ) -> list[torch.Tensor]:
     """Waveforms (samples,) at the feature extractor's rate to flat codes (codes,), long, on the CPU.
 
@@ -51,9 +55,10 @@ def encode_waveforms(
         masks = torch.ones_like(batch[:, 0]) if mask is None else mask.cpu().reshape(len(batch), -1)
         for frames, kept in zip(batch, masks.bool(), strict=True):
             if not kept.any():
+                position = len(codes)
                 raise ValueError(
-                    f"audio {len(codes)} ({len(waveforms[len(codes)])} samples) is too short: "
-                    f"{type(audio_tokenizer).__name__} has no code for it. Leave it out, or pad it with silence."
+                    f"{names[position] if names else f'audio {position}'} ({len(waveforms[position])} samples) is too "
+                    f"short: {type(audio_tokenizer).__name__} has no code for it. Leave it out, or pad it with silence."
                 )
             codes.append(flatten_codes(frames[:, kept], audio_format.codebook_size))
     return codes

@@ -1,167 +1,236 @@
-"""Conversations to token ids: templates rendered, audio parts read, codes written in place of placeholders. The wording
-of prompts lives in tasks_ttt.py, the order of text and codes in an answer in interleaving_ttt.py."""
+"""Conversations to token ids: audio parts read, codes written in place of placeholders, answers interleaved. The
+wording of prompts lives in tasks_ttt.py, the order of text and codes in an answer in interleaving_ttt.py."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from .audio_input_ttt import is_single_audio, load_waveform
+from .audio_input_ttt import AUDIO_KEYS, RATE_KEYS, is_single_audio, load_waveform
 from .interleaving_ttt import interleave
 from .tasks_ttt import RESPONSE_AUDIO, audio_parts
 from .vocabulary_ttt import AUDIO_PLACEHOLDER, END_OF_TURN, START_OF_TURN, TttTokenIds, to_list
 
-_RESPONSE = re.compile(rf"(?<={re.escape(START_OF_TURN)}assistant\n)(.*?)({re.escape(END_OF_TURN)}|\Z)", re.DOTALL)
-
-
-def render(
-    messages: Sequence[dict[str, Any]], chat_template: str, add_generation_prompt: bool = False, **variables: Any
-) -> str:
-    """One conversation as text, a placeholder for each audio: templates see that a part is audio, not the audio."""
-    bare = [
-        message
-        if isinstance(message["content"], str)
-        else {**message, "content": [p if p["type"] == "text" else {"type": "audio"} for p in message["content"]]}
-        for message in messages
-    ]
-    rendered, _ = render_jinja_template(
-        conversations=[bare], chat_template=chat_template, add_generation_prompt=add_generation_prompt, **variables
-    )
-    return rendered[0]
+# Transformers' `sanitize_control_tokens` puts this before what looks like a token and was written by a user.
+MARK = "\U000f0000"
+_PLACEHOLDER = re.compile(rf"(?<!{MARK}){re.escape(AUDIO_PLACEHOLDER)}")
+_ANSWER = re.compile(
+    rf"(?<={re.escape(START_OF_TURN)}assistant\n)(.*?)((?<!{MARK}){re.escape(END_OF_TURN)}|\Z)", re.DOTALL
+)
+CACHED_TEXTS, CACHED_LENGTH = 10_000, 1000
 
 
 def read_audio_parts(
-    conversations: Sequence[Sequence[dict[str, Any]]],
+    conversations: Sequence[Sequence[Mapping[str, Any]]],
     names: Sequence[str],
     target_rate: int,
     audio: Any | None = None,
-    sampling_rate: int | None = None,
-) -> tuple[list[Any], dict[int, np.ndarray]]:
-    """Every audio part of `conversations` in order, as its codes or as a waveform that is still to be encoded.
+    sampling_rate: float | None = None,
+) -> tuple[list[Any], dict[int, tuple[str, np.ndarray]]]:
+    """
+    Read every audio part of `conversations` in order, as its codes or as a waveform that is still to be encoded.
 
     Args:
-        names: how errors call the conversations.
-        target_rate: of the waveforms, Hz.
-        audio: taken in order by the parts that bring neither audio nor codes of their own.
-        sampling_rate: of arrays that bring none of their own, Hz.
+        conversations (`Sequence`): conversations, each a list of messages.
+        names (`Sequence[str]`): how errors call the conversations.
+        target_rate (`int`): of the waveforms, Hz.
+        audio (`Any`, *optional*): taken in order by the parts that bring neither audio nor codes of their own.
+        sampling_rate (`float`, *optional*): of samples that bring none of their own, Hz.
 
     Returns:
-        The codes of each part, None where it has none yet; the waveforms (samples,) of those, by their position.
+        `tuple`: the codes of each part, `None` where it has none yet; by its position, the name and the waveform of
+        shape `(samples,)` of each of those.
 
     Raises:
-        ValueError: more parts than audios or the reverse, or an audio that cannot be used.
+        ValueError: if there are more parts than audios or the reverse, or an audio cannot be used.
     """
     given = iter([] if audio is None else [audio] if is_single_audio(audio) else list(audio))
     codes: list[Any] = []
-    waveforms: dict[int, np.ndarray] = {}
+    waveforms: dict[int, tuple[str, np.ndarray]] = {}
     for messages, name in zip(conversations, names, strict=True):
         for index, part in enumerate(audio_parts(messages)):
-            if part.get("audio_codes") is None:
-                where = f"audio part {index} of {name}"
-                waveforms[len(codes)] = _load_part(part, given, target_rate, sampling_rate, where)
-            codes.append(part.get("audio_codes"))
+            where = f"audio part {index} of {name}"
+            brings_one = any(part.get(key) is not None for key in ("audio_codes", *AUDIO_KEYS))
+            source = part if brings_one else next(given, None)
+            if source is None:
+                raise ValueError(
+                    f"{where} has no audio; there are more audio parts than audios. Put each audio under its part's "
+                    "`audio`, or pass one in `audio` for every part without."
+                )
+            codes.append(source.get("audio_codes") if isinstance(source, Mapping) else None)
+            if codes[-1] is None:
+                rate = next((part[key] for key in RATE_KEYS if part.get(key) is not None), sampling_rate)
+                waveforms[len(codes) - 1] = where, load_waveform(source, target_rate, rate, where)
     left = sum(1 for _ in given)
     if left:
         raise ValueError(f"`audio` holds {left} more audios than there are audio parts without one of their own.")
     return codes, waveforms
 
 
-def _load_part(
-    part: dict[str, Any], given: Iterator[Any], target_rate: int, sampling_rate: int | None, name: str
-) -> np.ndarray:
-    source = next((part[key] for key in ("audio", "path", "url") if part.get(key) is not None), None)
-    if source is None:
-        source = part if part.get("array") is not None else next(given, None)
-    if source is None:
-        raise ValueError(
-            f"{name} has no audio; there are more audio parts than audios. Put each audio under its part's "
-            "`audio`, or pass one in `audio` for every part without."
-        )
-    return load_waveform(source, target_rate, part.get("sampling_rate") or sampling_rate, name)
+@dataclass
+class Encoding:
+    """
+    Token ids of a conversation.
 
-
-@dataclass(frozen=True)
-class ConversationEncoder:
-    """Rendered conversations to token ids.
-
-    Answers are tokenised apart from what precedes them and interleaved with their codes, as in generation.
+    Args:
+        ids (`list[int]`): token ids.
+        scored (`list[bool]`): which of them an assistant wrote.
+        offsets (`list[tuple[int, int]]`): where in the rendered text each stands; codes where their placeholder does.
     """
 
-    tokenizer: Any
-    token_ids: TttTokenIds
-    text_chunk_size: int
-    audio_chunk_size: int
+    ids: list[int] = field(default_factory=list)
+    scored: list[bool] = field(default_factory=list)
+    offsets: list[tuple[int, int]] = field(default_factory=list)
 
-    def encode(self, rendered: str, codes: Iterator[Any], name: str) -> tuple[list[int], list[bool]]:
-        """Ids of a conversation, and which of them an assistant wrote.
+
+class ConversationEncoder:
+    """
+    Turn rendered conversations into token ids.
+
+    Answers are tokenised apart from what precedes them and interleaved with their codes, as in generation. Short texts
+    are tokenised once: conversations share their system prompts and what stands between turns.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): with the TtT tokens.
+        token_ids (`TttTokenIds`): its vocabulary.
+        text_chunk_size, audio_chunk_size (`int`): text tokens and codes of an answer's chunks.
+    """
+
+    def __init__(self, tokenizer: Any, token_ids: TttTokenIds, text_chunk_size: int, audio_chunk_size: int):
+        self.tokenizer = tokenizer
+        self.token_ids = token_ids
+        self.text_chunk_size = text_chunk_size
+        self.audio_chunk_size = audio_chunk_size
+        self._cache: dict[str, list[int]] = {}
+
+    def encode(
+        self,
+        rendered: str,
+        codes: Iterator[Any],
+        name: str,
+        return_offsets: bool = False,
+        sanitize_control_tokens: bool = False,
+    ) -> Encoding:
+        """
+        Return the ids of a conversation.
 
         Args:
-            rendered: what `render` gives.
-            codes: codes of every audio, taken in order.
-            name: how errors call the conversation.
+            rendered (`str`): what `apply_chat_template` renders, with a placeholder for each audio. An answer may also
+                hold its audio in tokens, which then stay where they are.
+            codes (`Iterator`): codes of every audio, taken in order.
+            name (`str`): how errors call the conversation.
+            return_offsets (`bool`, *optional*, defaults to `False`): give the ids' places in `rendered` too.
+            sanitize_control_tokens (`bool`, *optional*, defaults to `False`):
+                The text is marked as Transformers does: marked tokens are encoded as plain text.
 
         Raises:
-            ValueError: fewer audios than placeholders, a code outside the codebook, or an assistant's turn that is not
-                text and then at most one audio.
+            ValueError: if there are fewer audios than placeholders, a code is outside the codebook, or an assistant's
+                turn is not text and then at most one audio.
         """
-        ids: list[int] = []
-        scored: list[bool] = []
-
-        def append(new: list[int], is_response: bool) -> None:
-            ids.extend(new)
-            scored.extend([is_response] * len(new))
-
+        writer = _Writer(self, rendered, codes, name, return_offsets, sanitize_control_tokens)
         position = 0
-        for match in _RESPONSE.finditer(rendered):
-            append(self._prompt_text(rendered[position : match.start()], codes, name), False)
-            append(self._response_text(match.group(1), bool(match.group(2)), codes, name), True)
+        for match in _ANSWER.finditer(rendered):
+            writer.write_prompt(position, match.start())
+            writer.write_answer(match)
             position = match.end()
-        append(self._prompt_text(rendered[position:], codes, name), False)
-        return ids, scored
+        writer.write_prompt(position, len(rendered))
+        return writer.encoding
 
-    def response(self, text: str, codes: Sequence[int], ends: bool) -> list[int]:
-        """Ids of an answer: text and codes interleaved, then `<|im_end|>` where it `ends`."""
+    def response(self, text: str, codes: Sequence[int]) -> list[int]:
+        """Return the ids of an answer: its text and codes interleaved, then `<|im_end|>`."""
+        text_ids, _ = self.tokenize(text)
         return interleave(
-            self.tokenize(text), codes, self.token_ids, self.text_chunk_size, self.audio_chunk_size, end_of_turn=ends
+            text_ids, codes, self.token_ids, self.text_chunk_size, self.audio_chunk_size, end_of_turn=True
         )
 
-    def tokenize(self, text: str) -> list[int]:
-        """Ids of a text, nothing added."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+    def tokenize(
+        self, text: str, return_offsets: bool = False, sanitize_control_tokens: bool = False
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the ids of a text, nothing added, and where they stand in it."""
+        if not text:
+            return [], []
+        if return_offsets or sanitize_control_tokens:
+            options = {"return_offsets_mapping": True} if return_offsets else {"sanitize_control_tokens": True}
+            output = self.tokenizer(text, add_special_tokens=False, **options)
+            return output["input_ids"], output.get("offset_mapping", [])
+        ids = self._cache.get(text)
+        if ids is None:
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            if len(text) <= CACHED_LENGTH:
+                if len(self._cache) >= CACHED_TEXTS:
+                    self._cache.clear()
+                self._cache[text] = ids
+        return ids, []
 
-    def _prompt_text(self, text: str, codes: Iterator[Any], name: str) -> list[int]:
-        pieces = text.split(AUDIO_PLACEHOLDER)
-        ids = self.tokenize(pieces[0])
-        for piece in pieces[1:]:
-            ids += self.token_ids.codes_to_ids(_next_codes(codes, name), name)
-            ids += self.tokenize(piece)
-        return ids
 
-    def _response_text(self, text: str, ends: bool, codes: Iterator[Any], name: str) -> list[int]:
-        spoken = text.endswith(RESPONSE_AUDIO)
-        text = text.removesuffix(RESPONSE_AUDIO)
-        if AUDIO_PLACEHOLDER in text:
-            raise ValueError(f"{name}: an assistant's turn holds its text and then at most one audio.")
-        return self.response(text, _next_codes(codes, name) if spoken else [], ends)
+class _Writer:
+    """Writes one conversation; texts are given by where they stand in the rendered one."""
 
+    def __init__(
+        self,
+        encoder: ConversationEncoder,
+        rendered: str,
+        codes: Iterator[Any],
+        name: str,
+        return_offsets: bool,
+        sanitize_control_tokens: bool,
+    ):
+        self.encoder, self.rendered, self.codes, self.name = encoder, rendered, codes, name
+        self.return_offsets, self.sanitize_control_tokens = return_offsets, sanitize_control_tokens
+        self.encoding = Encoding()
 
-def _next_codes(codes: Iterator[Any], name: str) -> list[int]:
-    row = next(codes, None)
-    if row is None:
-        raise ValueError(
-            f"{name} has more `{AUDIO_PLACEHOLDER}` placeholders (audio parts) than there are audios. "
-            "Pass one audio for each."
-        )
-    return to_list(row)
+    def write_prompt(self, start: int, end: int) -> None:
+        for match in _PLACEHOLDER.finditer(self.rendered, start, end):
+            self._append(*self._tokenize(start, match.start()), scored=False)
+            code_ids = self.encoder.token_ids.codes_to_ids(self._next_codes(), self.name)
+            self._append(code_ids, [match.span()] * len(code_ids), scored=False)
+            start = match.end()
+        self._append(*self._tokenize(start, end), scored=False)
+
+    def write_answer(self, match: re.Match[str]) -> None:
+        start, end = match.span(1)
+        text_end = end - len(RESPONSE_AUDIO) if self.rendered.endswith(RESPONSE_AUDIO, start, end) else end
+        if _PLACEHOLDER.search(self.rendered, start, text_end):
+            raise ValueError(f"{self.name}: an assistant's turn holds its text and then at most one audio.")
+        ids, offsets = self._tokenize(start, text_end)
+        if text_end < end:
+            encoder, text_offsets = self.encoder, iter(offsets)
+            sizes = encoder.text_chunk_size, encoder.audio_chunk_size
+            ids = interleave(ids, self._next_codes(), encoder.token_ids, *sizes)
+            if self.return_offsets:
+                is_text = encoder.token_ids.is_text
+                offsets = [next(text_offsets) if is_text(token_id) else (text_end, end) for token_id in ids]
+        self._append(ids, offsets, scored=True)
+        if match.group(2):
+            self._append([self.encoder.token_ids.end_of_turn_token_id], [match.span(2)], scored=True)
+
+    def _tokenize(self, start: int, end: int) -> tuple[list[int], list[tuple[int, int]]]:
+        text = self.rendered[start:end]
+        ids, offsets = self.encoder.tokenize(text, self.return_offsets, self.sanitize_control_tokens)
+        return ids, [(start + first, start + last) for first, last in offsets]
+
+    def _append(self, ids: list[int], offsets: list[tuple[int, int]], scored: bool) -> None:
+        self.encoding.ids.extend(ids)
+        self.encoding.scored.extend([scored] * len(ids))
+        if self.return_offsets:
+            self.encoding.offsets.extend(offsets)
+
+    def _next_codes(self) -> list[int]:
+        row = next(self.codes, None)
+        if row is None:
+            raise ValueError(
+                f"{self.name} has more `{AUDIO_PLACEHOLDER}` placeholders (audio parts) than there are audios. "
+                "Pass one audio for each."
+            )
+        return to_list(row)
 
 
 def check_all_used(codes: Iterator[Any], name: str) -> None:
-    """Raises a ValueError where audios are left that no placeholder of `name` took."""
+    """Raise a ValueError where audios are left that no placeholder of `name` took."""
     left = sum(1 for _ in codes)
     if left:
         raise ValueError(

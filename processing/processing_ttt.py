@@ -1,18 +1,20 @@
 """TttProcessor, the one object between a user and the model. How its methods do their work lives beside it: prompts in
 conversation_ttt.py, audio in audio_input_ttt.py and audio_codes_ttt.py, streams in streaming_ttt.py."""
 
-from __future__ import annotations
-
 import copy
+import dataclasses
+import difflib
+import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.processing_utils import AUDIO_TOKENIZER_KWARGS, ProcessorMixin
-from transformers.utils.hub import hf_api
+from transformers.processing_utils import AUDIO_TOKENIZER_KWARGS, ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.tokenization_utils_base import TruncationStrategy
+from transformers.utils import PROCESSOR_NAME, cached_file
 
 from .audio_codes_ttt import decode_codes, encode_waveforms
 from .audio_input_ttt import is_single_audio, load_waveform
@@ -23,36 +25,79 @@ from .audio_tokenizer_ttt import (
     write_audio_tokenizer,
 )
 from .codebooks_ttt import TttAudioFormat, flatten_codes, unflatten_codes
-from .conversation_ttt import ConversationEncoder, check_all_used, read_audio_parts, render
+from .conversation_ttt import ConversationEncoder, Encoding, check_all_used, read_audio_parts
 from .interleaving_ttt import deinterleave
 from .streaming_ttt import TttStreamer
-from .tasks_ttt import CHAT_TEMPLATE, TASKS, check_messages, default_system_prompts
-from .vocabulary_ttt import TttTokenIds, to_list
+from .tasks_ttt import CHAT_TEMPLATE, TttTask, audio_parts, check_messages, default_tasks, resolve_task, texts_of
+from .vocabulary_ttt import AUDIO_PLACEHOLDER, TttTokenIds, to_list
+
+# What a tokenizer's call can be asked for and a prompt with audio cannot give.
+REFUSED_TEXT_KWARGS = (
+    "add_special_tokens",
+    "is_split_into_words",
+    "return_overflowing_tokens",
+    "return_token_type_ids",
+    "stride",
+    "text_pair",
+    "text_pair_target",
+    "text_target",
+)
+
+
+class TttAudioKwargs(TypedDict, total=False):
+    """
+    sampling_rate (`float`, *optional*): of samples that bring none of their own, Hz.
+    """
+
+    sampling_rate: float | None
+    return_tensors: str | None
+
+
+class TttProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
+    audio_kwargs: TttAudioKwargs
+
+
+NESTED_OPTIONS = {
+    name: frozenset(kind.__annotations__)
+    for name, kind in TttProcessorKwargs.__annotations__.items()
+    if name.endswith("_kwargs")
+}
+OPTIONS = frozenset({*TttProcessorKwargs.__annotations__, "common_kwargs"}.union(*NESTED_OPTIONS.values()))
 
 
 class TttProcessor(ProcessorMixin):
-    """Everything between a user and `TttForConditionalGeneration`.
+    """
+    Everything between a user and [`TttForConditionalGeneration`].
 
     Args:
-        feature_extractor: prepares waveforms for the audio tokenizer, at the `sampling_rate` (Hz) that one takes.
-        tokenizer: with the TtT special tokens and one token per code.
-        audio_tokenizer: any Transformers audio codec with discrete codes, of one or several codebooks (see
-            `TttAudioFormat` for how several become one stream of codes, which is what `audio_codes` are everywhere
-            here). May be left out where audio only ever comes as codes, as in training.
-        chat_template: Jinja template; audio parts are written as placeholders (see tasks_ttt.py for the default).
-        text_chunk_size: text tokens between two spans of a response.
-        audio_chunk_size: codes of such a span, a multiple of the codebooks. By default as many as last 2.08 s, in whole
-            frames: the published 26 at 12.5 codes a second, 208 for eight codebooks at 12.5 frames, 104 for one at 50;
-            26 frames where no audio tokenizer tells their rate. A good block is as long
-            (`generation_config.audio_block_size`), or a part of it in whole frames.
-        system_prompts: system prompt by task, replacing the defaults of `TASKS`; an empty one leaves the system turn
-            out. May name tasks of its own.
-        num_codebooks: codes of a frame; the audio tokenizer's, or 1 where there is none.
+        feature_extractor (`FeatureExtractionMixin`):
+            Prepares waveforms for the audio tokenizer, at the `sampling_rate` (Hz) that one takes.
+        tokenizer (`PreTrainedTokenizerBase`): with the TtT special tokens and one token per code.
+        audio_tokenizer (`PreTrainedModel`, *optional*):
+            Any Transformers audio codec with discrete codes, of one or several codebooks (see `TttAudioFormat` for how
+            several become one stream of codes, which is what `audio_codes` are everywhere here). May be left out where
+            audio only ever comes as codes, as in training.
+        chat_template (`str`, *optional*):
+            Jinja template; audio parts are written as placeholders (see tasks_ttt.py for the default).
+        text_chunk_size (`int`, *optional*, defaults to 13): text tokens between two spans of a response.
+        audio_chunk_size (`int`, *optional*):
+            Codes of such a span, a multiple of the codebooks. By default as many as last 2.08 s, in whole frames: the
+            published 26 at 12.5 codes a second, 208 for eight codebooks at 12.5 frames, 104 for one at 50; 26 frames
+            where no audio tokenizer tells their rate. A good block is as long (`generation_config.audio_block_size`),
+            or a part of it in whole frames.
+        system_prompts (`dict`, *optional*):
+            By task, its system prompt (an empty one leaves the system turn out) or a mapping of `TttTask`'s arguments,
+            replacing those of the default tasks. Tasks of its own need neither audio nor text unless they say so:
+            `{"translate": {"system_prompt": "Translate.", "needs_text": True}}`.
+        num_codebooks (`int`, *optional*): codes of a frame; the audio tokenizer's, or 1 where there is none.
 
     Raises:
-        TypeError: `audio_tokenizer` is no audio codec of Transformers.
-        ValueError: the parts do not belong together, or a chunk size cannot be used.
+        TypeError: if `audio_tokenizer` is no audio codec of Transformers.
+        ValueError: if the parts do not belong together, or a chunk size or task cannot be used.
     """
+
+    valid_processor_kwargs = TttProcessorKwargs
+    text_kwargs = {"add_special_tokens": False, "padding": True, "padding_side": "left", "return_tensors": "pt"}
 
     def __init__(
         self,
@@ -67,6 +112,7 @@ class TttProcessor(ProcessorMixin):
     ):
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
         self.token_ids = TttTokenIds.from_tokenizer(tokenizer)
+        self.audio_token, self.audio_token_id = AUDIO_PLACEHOLDER, self.token_ids.audio_token_id_start
         # Not through ProcessorMixin, whose own check knows a fixed list of audio tokenizers.
         self.audio_tokenizer = None
         self.num_codebooks = num_codebooks
@@ -85,8 +131,11 @@ class TttProcessor(ProcessorMixin):
                 f"`audio_chunk_size` is {self.audio_chunk_size}; it must be a multiple of the {self.num_codebooks} "
                 "codebooks, so that a span ends with a whole frame."
             )
-        prompts = default_system_prompts(self.text_chunk_size, self.audio_chunk_size)
-        self.system_prompts = prompts | dict(system_prompts or {})
+        defaults = default_tasks(self.text_chunk_size, self.audio_chunk_size)
+        self.system_prompts = {name: task.system_prompt for name, task in defaults.items()}
+        for name, settings in (system_prompts or {}).items():
+            self.system_prompts[name] = dataclasses.asdict(settings) if isinstance(settings, TttTask) else settings
+            self.get_task(name)  # refuses settings that are none
 
     def _attach(self, audio_tokenizer: Any) -> None:
         rate = self.feature_extractor.sampling_rate
@@ -116,6 +165,29 @@ class TttProcessor(ProcessorMixin):
         """Names accepted as `task`."""
         return list(self.system_prompts)
 
+    def get_task(self, name: str) -> TttTask:
+        """
+        Return a task: its system prompt, and what a request of it needs.
+
+        Raises:
+            ValueError: if there is no such task.
+        """
+        if name not in self.system_prompts:
+            raise ValueError(f"There is no task {name!r}; choose one of {', '.join(self.tasks)}.")
+        default = default_tasks(self.text_chunk_size, self.audio_chunk_size).get(name)
+        return resolve_task(name, self.system_prompts[name], default)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """What a call returns, unless asked for more."""
+        return ["input_ids", "attention_mask"]
+
+    @property
+    def audio_token_ids(self) -> list[int]:
+        """Ids of the codes, which `return_mm_token_type_ids` marks as audio."""
+        start = self.token_ids.audio_code_id_start
+        return list(range(start, start + self.token_ids.num_audio_codes))
+
     # ------------------------------------------------------------------ prompts
 
     def __call__(
@@ -125,65 +197,68 @@ class TttProcessor(ProcessorMixin):
         *,
         task: str | None = None,
         system_prompt: str | None = None,
-        sampling_rate: int | None = None,
-        padding: bool | str = True,
-        padding_side: str = "left",
-        pad_to_multiple_of: int | None = None,
-        return_tensors: str | None = "pt",
+        **kwargs: Unpack[TttProcessorKwargs],
     ) -> BatchFeature:
-        """Prompts ready for `generate`, from speech, text or both; conversations go through `apply_chat_template`.
+        """
+        Prepare prompts for `generate`, from speech, text or both; conversations go through `apply_chat_template`.
 
         With `task`, or without `text`, each item becomes one user turn of that task (`"spoken_chat"` by default). With
         `text` alone and no task, `text` is taken as a rendered prompt, whose placeholders (see `apply_chat_template`
         with `tokenize=False`) stand for the audios in order.
 
         Args:
-            text: one text or a list.
-            audio: one audio or a list, each in any form `load_waveform` takes (array, path, address, mapping, decoder).
-            task: one of `tasks`.
-            system_prompt: replaces the task's.
-            sampling_rate: of arrays that bring none of their own, Hz; the feature extractor's by default.
-            padding_side: "left" for generation.
+            text (`str` or `list[str]`, *optional*): one text or a list.
+            audio (`Any`, *optional*):
+                One audio or a list, each in any form `load_waveform` takes (array, path, address, mapping, decoder) or
+                already encoded, `{"audio_codes": ...}`.
+            task (`str`, *optional*): one of `tasks`.
+            system_prompt (`str`, *optional*): replaces the task's.
+            kwargs (`TttProcessorKwargs`, *optional*):
+                The usual options of a tokenizer's call (`padding`, `padding_side`, `truncation`, `max_length`,
+                `pad_to_multiple_of`, `return_tensors`, `return_offsets_mapping` and the like), flat or as
+                `text_kwargs`; `sampling_rate` (Hz) of samples that bring none, flat or in `audio_kwargs`;
+                `return_mm_token_type_ids`, which are 3 at codes. By default prompts are padded on the left.
 
         Returns:
-            `input_ids` and `attention_mask`, (batch, length).
+            [`BatchFeature`]: `input_ids` and `attention_mask`, each of shape `(batch, length)`, and what was asked for.
 
         Raises:
-            ValueError: an unknown task, input the task needs is missing or one it cannot use is given, or an audio
-                that cannot be used; the message names the item.
+            TypeError: if there is no such option.
+            ValueError: if the task is unknown, input it needs is missing or one it cannot use is given, an audio cannot
+                be used, or an option cannot be met; the message names the item or option.
         """
+        self._check_options(kwargs)
         if text is None and audio is None:
             raise ValueError("Pass `text`, `audio` or both.")
         texts = None if text is None else self._check_texts(text)
-        if task is None and texts is not None:
-            codes = iter([] if audio is None else self.encode_audio(audio, sampling_rate))
-            rows = [self._encoder.encode(rendered, codes, f"text {index}")[0] for index, rendered in enumerate(texts)]
-            check_all_used(codes, "text")
-            return self._pad(rows, padding, padding_side, pad_to_multiple_of, return_tensors)
-        audios = None if audio is None else self.encode_audio(audio, sampling_rate)
-        size = max(len(texts or []), len(audios or []))
-        if size == 0:
-            raise ValueError("`audio` is an empty list. Pass an audio or more.")
-        for name, values in (("text", texts), ("audio", audios)):
-            if values is not None and len(values) not in (1, size):
-                raise ValueError(f"`{name}` has {len(values)} items, but the other input has {size}.")
-        conversations = [
-            self.build_messages(
-                task or "spoken_chat",
-                text=None if texts is None else texts[index % len(texts)],
-                audio_codes=None if audios is None else audios[index % len(audios)],
-                system_prompt=system_prompt,
+        if texts is None or task is not None:
+            requests = self._requests(task or "spoken_chat", texts, audio, system_prompt)
+            return self.apply_chat_template(
+                requests,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                names=[f"item {index}" for index in range(len(requests))],
+                processor_kwargs=kwargs,
             )
-            for index in range(size)
+        if system_prompt is not None:
+            raise ValueError("`system_prompt` goes with a `task`; without one, `text` is a whole prompt.")
+        # Its padding side is a tokenizer's own affair: a batch of prompts is padded on the left.
+        init_kwargs = {name: value for name, value in self.tokenizer.init_kwargs.items() if name != "padding_side"}
+        options = self._merge_kwargs(tokenizer_init_kwargs=init_kwargs, **kwargs)
+        codes = iter(self._encode_items(audio, options["audio_kwargs"].get("sampling_rate")))
+        encodings = [
+            self._encoder.encode(
+                rendered,
+                codes,
+                f"text {index}",
+                return_offsets=bool(options["text_kwargs"].get("return_offsets_mapping")),
+                sanitize_control_tokens=bool(options["text_kwargs"].get("sanitize_control_tokens")),
+            )
+            for index, rendered in enumerate(texts)
         ]
-        names = [f"item {index}" for index in range(size)]
-        codes = self._encode_parts(conversations, names)
-        rendered_prompts = [self._render(messages, None, True) for messages in conversations]
-        rows = [
-            self._encoder.encode(rendered, codes, name)[0]
-            for rendered, name in zip(rendered_prompts, names, strict=True)
-        ]
-        return self._pad(rows, padding, padding_side, pad_to_multiple_of, return_tensors)
+        check_all_used(codes, "text")
+        return self._batch(encodings, options)
 
     def build_messages(
         self,
@@ -193,28 +268,33 @@ class TttProcessor(ProcessorMixin):
         audio_codes: Any | None = None,
         system_prompt: str | None = None,
     ) -> list[dict[str, Any]]:
-        """The chat messages of one request: the task's system prompt, then a user turn with its text before its audio.
+        """
+        Return the chat messages of one request: the task's system prompt, then a user turn with its text before its
+        audio.
 
         Args:
-            text: the user's text; captioning has a default.
-            audio: the user's audio, in any form; or `audio_codes`, already encoded.
-            system_prompt: replaces the task's.
+            task (`str`, *optional*, defaults to `"spoken_chat"`): one of `tasks`.
+            text (`str`, *optional*): the user's text; captioning has a default.
+            audio (`Any`, *optional*): the user's audio, in any form.
+            audio_codes (`Sequence[int]` of shape `(codes,)`, *optional*): the same, already encoded.
+            system_prompt (`str`, *optional*): replaces the task's.
 
         Raises:
-            ValueError: an unknown task, or input the task needs is missing or it cannot use.
+            ValueError: if the task is unknown, or input it needs is missing or one it cannot use is given.
         """
-        if task not in self.system_prompts:
-            raise ValueError(f"There is no task {task!r}; choose one of {', '.join(self.tasks)}.")
+        settings = self.get_task(task)
+        if isinstance(audio, Mapping) and audio.get("audio_codes") is not None:
+            audio, audio_codes = None, audio["audio_codes"]
         has_audio = audio is not None or audio_codes is not None
-        spec = TASKS.get(task)
-        if spec is not None:
-            text = text if text is not None else spec.default_text
-            if spec.needs_audio and not has_audio:
-                raise ValueError(f"The task {task!r} needs `audio`.")
-            if spec.needs_text and not text:
-                raise ValueError(f"The task {task!r} needs `text`.")
-            if spec.needs_text and has_audio:
-                raise ValueError(f"The task {task!r} takes `text` alone; leave `audio` out or choose another task.")
+        text = text if text is not None else settings.default_text
+        if settings.needs_audio and not has_audio:
+            raise ValueError(f"The task {task!r} needs `audio`.")
+        if settings.needs_text and not text:
+            raise ValueError(f"The task {task!r} needs `text`.")
+        if settings.takes_text_alone and has_audio:
+            raise ValueError(f"The task {task!r} takes `text` alone; leave `audio` out or choose another task.")
+        if not text and not has_audio:
+            raise ValueError(f"The task {task!r} needs `text` or `audio`.")
         content: list[dict[str, Any]] = []
         if text:
             content.append({"type": "text", "text": text})
@@ -224,73 +304,115 @@ class TttProcessor(ProcessorMixin):
             content.append({"type": "audio", "audio": audio})
         return [*self._system_turn(task, system_prompt), {"role": "user", "content": content}]
 
-    def _system_turn(self, task: str, system_prompt: str | None) -> list[dict[str, Any]]:
-        prompt = self.system_prompts[task] if system_prompt is None else system_prompt
-        return [{"role": "system", "content": prompt}] if prompt else []
-
-    def apply_chat_template(
+    def apply_chat_template(  # type: ignore[override]
         self,
         conversation: Any,
         chat_template: str | None = None,
         *,
-        add_generation_prompt: bool = False,
         tokenize: bool = False,
-        return_dict: bool = False,
         audio: Any | None = None,
-        sampling_rate: int | None = None,
+        sampling_rate: float | None = None,
         task: str | None = None,
         system_prompt: str | None = None,
         names: Sequence[str] | None = None,
-        padding: bool | str = True,
-        padding_side: str = "left",
-        pad_to_multiple_of: int | None = None,
-        return_tensors: str | None = "pt",
-        **template_kwargs: Any,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> Any:
-        """One conversation or a batch of them as a prompt.
+        """
+        Write one conversation or a batch of them as a prompt, as `ProcessorMixin.apply_chat_template` does.
 
         A message's content is a string or a list of parts: `{"type": "text", "text": ...}`, and `{"type": "audio"}`
-        with the audio under `audio`, `path`, `url` or `array` (with `sampling_rate`), or its codes under
-        `audio_codes`; parts that bring nothing take the items of `audio` in order. An assistant's turn holds its text
-        and at most one audio, which are interleaved as the model itself writes them.
+        with the audio in one of the forms of a mapping that `load_waveform` takes (under `audio`, `path`, `url` or
+        `array` with `sampling_rate`, ...), or its codes under `audio_codes`; parts that bring nothing take the items of
+        `audio` in order. An assistant's turn holds its text and at most one audio, which are interleaved as the model
+        itself writes them, or a string in which they are already.
 
         Args:
-            task: where a conversation does not begin with a system turn, give it this task's.
-            system_prompt: replaces the task's.
-            tokenize: False returns the rendered text, with a placeholder for each audio.
-            names: how errors call the conversations; "conversation 0" and so on by default.
-            template_kwargs: passed to the template.
+            conversation (`list[dict]` or `list[list[dict]]`): messages, or a batch of lists of messages.
+            chat_template (`str`, *optional*): a template or the name of one, instead of the processor's own.
+            tokenize (`bool`, *optional*, defaults to `False`):
+                Otherwise the rendered text is returned, with a placeholder for each audio.
+            audio (`Any`, *optional*): one audio or a list, for the audio parts that bring none.
+            sampling_rate (`float`, *optional*): of samples that bring none of their own, Hz.
+            task (`str`, *optional*): where a conversation does not begin with a system turn, give it this task's.
+            system_prompt (`str`, *optional*): replaces the task's.
+            names (`Sequence[str]`, *optional*): how errors call the conversations; "conversation 0" and so on.
+            processor_kwargs (`dict`, *optional*): options of the call that `tokenize` makes, see `__call__`.
+            kwargs (`dict`, *optional*):
+                `add_generation_prompt`, `continue_final_message`, `return_dict`, `return_assistant_tokens_mask` (the
+                key is `assistant_masks`), `return_tensors` and `sanitize_control_tokens`, as Transformers has them;
+                variables of the template; and options of the call, which belong in `processor_kwargs`.
 
         Returns:
-            Rendered text; or ids (batch, length); or, with `return_dict`, `input_ids` and `attention_mask`. A list of
-            texts for a batch.
+            `str`, or with `tokenize` a tensor of ids of shape `(batch, length)`, or with `return_dict` what a call
+            returns. A list of texts for a batch.
 
         Raises:
-            ValueError: more audio parts than audios or the reverse, or an audio that cannot be used.
+            TypeError: if there is no such option, and the template has no such variable.
+            ValueError: if there are more audio parts than audios or the reverse, an audio cannot be used, or a message
+                does not have the form of one.
         """
         batched = len(conversation) > 0 and isinstance(conversation[0], (list, tuple))
-        conversations: list[list[dict[str, Any]]] = [list(m) for m in (conversation if batched else [conversation])]
+        conversations = [list(messages) for messages in (conversation if batched else [conversation])]
         names = names or [f"conversation {index}" for index in range(len(conversations))]
         for index, messages in enumerate(conversations):
             check_messages(messages, names[index])
-            if task is not None or system_prompt is not None:
-                self._check_task(task)
-                if messages[0]["role"] != "system":
-                    conversations[index] = [*self._system_turn(task or "spoken_chat", system_prompt), *messages]
-        rendered = [self._render(m, chat_template, add_generation_prompt, **template_kwargs) for m in conversations]
-        if not tokenize:
-            return rendered if batched else rendered[0]
-        codes = self._encode_parts(conversations, names, audio, sampling_rate)
-        rows = [self._encoder.encode(text, codes, name)[0] for text, name in zip(rendered, names, strict=True)]
-        check_all_used(codes, "conversation")
-        features = self._pad(rows, padding, padding_side, pad_to_multiple_of, return_tensors)
-        return features if return_dict else features["input_ids"]
+            if (task is not None or system_prompt is not None) and messages[0]["role"] != "system":
+                conversations[index] = [*self._system_turn(task or "spoken_chat", system_prompt), *messages]
+            if tokenize and not kwargs.get("sanitize_control_tokens"):
+                if any(AUDIO_PLACEHOLDER in text for text in texts_of(messages)):
+                    raise ValueError(
+                        f"{names[index]} has more `{AUDIO_PLACEHOLDER}` placeholders than audio parts: one stands in a "
+                        "text. Write audio as a part, or leave the token out."
+                    )
+        for name in ("tools", "documents"):
+            if kwargs.get(name) and name not in self._resolve_chat_template(chat_template):
+                raise ValueError(f"`{name}` is given, but the chat template does not know it; leave it out.")
+        if kwargs.get("load_audio_from_video"):
+            raise ValueError("`load_audio_from_video` is True, but TttProcessor takes no video; pass it as audio.")
+        processor_kwargs = copy.copy(processor_kwargs or {})
+        if tokenize:
+            rate = self._pop_sampling_rate(processor_kwargs) if sampling_rate is None else sampling_rate
+            codes = iter(self._encode_parts(conversations, names, audio, rate))
+        elif audio is not None:
+            raise ValueError("`audio` is encoded where `tokenize=True`; without, the text has only its placeholders.")
+        # Templates see that a part is audio, not the audio.
+        conversations = [
+            [
+                message
+                if isinstance(message["content"], str)
+                else {
+                    **message,
+                    "content": [
+                        part
+                        if part["type"] == "text"
+                        else {"type": "audio", **({"audio": {"audio_codes": next(codes)}} if tokenize else {})}
+                        for part in message["content"]
+                    ],
+                }
+                for message in messages
+            ]
+            for messages in conversations
+        ]
+        return super().apply_chat_template(
+            conversations if batched else conversations[0],
+            chat_template,
+            tokenize=tokenize,
+            processor_kwargs=processor_kwargs,
+            **kwargs,
+        )
 
     # ------------------------------------------------------------------ training examples
 
     def build_response(self, text: str, audio_codes: Any | None = None) -> list[int]:
-        """Ids of an answer: its text and codes interleaved, `<|im_end|>` at the end. No codes give a written answer."""
-        return self._encoder.response(text, [] if audio_codes is None else audio_codes, ends=True)
+        """
+        Return the ids of an answer: its text and codes interleaved, `<|im_end|>` at the end.
+
+        Args:
+            text (`str`): what it says.
+            audio_codes (`Sequence[int]` of shape `(codes,)`, *optional*): its speech; a written answer has none.
+        """
+        return self._encoder.response(text, [] if audio_codes is None else audio_codes)
 
     def build_example(
         self,
@@ -303,10 +425,16 @@ class TttProcessor(ProcessorMixin):
         audio_codes: Any | None = None,
         system_prompt: str | None = None,
     ) -> dict[str, list[int]]:
-        """A training example of one request and its answer: `input_ids`, and `labels` that are -100 on the prompt.
+        """
+        Return a training example of one request and its answer. With codes throughout, no audio tokenizer is needed.
 
-        `response_codes` are the answer's speech, None for a written answer; the request is given as to
-        `build_messages`. With codes throughout, no audio tokenizer is needed.
+        Args:
+            response_text (`str`): what the answer says.
+            response_codes (`Sequence[int]` of shape `(codes,)`, *optional*): its speech; a written answer has none.
+            task, text, audio, audio_codes, system_prompt: the request, as `build_messages` takes it.
+
+        Returns:
+            `dict[str, list[int]]`: `input_ids`, and `labels` that are -100 on the prompt.
         """
         answer: list[dict[str, Any]] = [{"type": "text", "text": response_text}]
         if response_codes is not None and len(response_codes) > 0:
@@ -315,10 +443,19 @@ class TttProcessor(ProcessorMixin):
         return self.build_conversation_example([*request, {"role": "assistant", "content": answer}])
 
     def build_conversation_example(self, messages: list[dict[str, Any]]) -> dict[str, list[int]]:
-        """A training example of a whole conversation, in which every assistant turn is scored."""
-        check_messages(messages, "conversation")
+        """
+        Return a training example of a whole conversation, in which every assistant turn is scored.
+
+        Args:
+            messages (`list[dict]`): as `apply_chat_template` takes them.
+
+        Returns:
+            `dict[str, list[int]]`: `input_ids`, and `labels` that are -100 on what others than the assistant say.
+        """
+        rendered = self.apply_chat_template(messages)
         codes = self._encode_parts([messages], ["conversation"])
-        ids, scored = self._encoder.encode(self._render(messages, None, False), codes, "conversation")
+        encoding = self._encoder.encode(rendered, iter(codes), "conversation")
+        ids, scored = encoding.ids, encoding.scored
         while scored and not scored[-1] and messages[-1]["role"] == "assistant":
             ids.pop()  # the line break the template writes after the last turn
             scored.pop()
@@ -343,10 +480,7 @@ class TttProcessor(ProcessorMixin):
         Raises:
             ValueError: an audio that cannot be used; the message names it by its position.
         """
-        rate = self.feature_extractor.sampling_rate
-        audios = [audio] if is_single_audio(audio) else list(audio)
-        waveforms = [load_waveform(item, rate, sampling_rate, f"audio {i}") for i, item in enumerate(audios)]
-        return encode_waveforms(self._require_audio_tokenizer(), self.feature_extractor, waveforms, batch_size)
+        return self._encode_items(audio, sampling_rate, batch_size)
 
     def decode_audio(self, audio_codes: Any, batch_size: int = 16) -> list[np.ndarray]:
         """Codes to waveforms.
@@ -423,38 +557,32 @@ class TttProcessor(ProcessorMixin):
     # ------------------------------------------------------------------ saving and loading
 
     def to_dict(self) -> dict[str, Any]:
-        """The processor's own settings; the audio tokenizer is saved beside them, not in them."""
+        """Return the processor's own settings; the audio tokenizer is saved beside them, not in them."""
         settings = copy.copy(self)
-        settings.__dict__.pop("audio_tokenizer", None)
-        settings.__dict__.pop("token_ids", None)
-        return super(TttProcessor, settings).to_dict()
+        for name in ("audio_tokenizer", "token_ids", "_cached_encoder"):
+            settings.__dict__.pop(name, None)
+        folder = None if self.audio_tokenizer is None else AUDIO_TOKENIZER_FOLDER
+        return super(TttProcessor, settings).to_dict() | {"audio_tokenizer_folder": folder}
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
-        """Saves the tokenizer and the settings, and the audio tokenizer in the subfolder `audio_tokenizer`.
+        """
+        Save the tokenizer and the settings, and the audio tokenizer in the subfolder `audio_tokenizer`.
 
         Args:
-            push_to_hub: upload everything to `repo_id` (by default the folder's name), `commit_message`, `token`,
-                `private` and the like are taken from `kwargs`.
+            save_directory (`str` or `os.PathLike`): the folder; made if missing.
+            push_to_hub (`bool`, *optional*, defaults to `False`):
+                Upload everything to `repo_id` (by default the folder's name), with `commit_message`, `token`, `private`
+                and the like as `push_to_hub` takes them.
 
         Returns:
-            The settings file, as `ProcessorMixin.save_pretrained` does.
+            `list[str]`: the settings file, as `ProcessorMixin.save_pretrained` does.
         """
         save_directory = os.fspath(save_directory)
-        os.makedirs(save_directory, exist_ok=True)
-        if push_to_hub:
-            commit_message = kwargs.pop("commit_message", None)
-            repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
-            repo_id = hf_api().create_repo(repo_id, exist_ok=True, **kwargs).repo_id
-            timestamps = self._get_files_timestamps(save_directory)
         files = super().save_pretrained(save_directory)
         if self.audio_tokenizer is not None:
             write_audio_tokenizer(self.audio_tokenizer, save_directory)
         if push_to_hub:
-            # The folder's own time stamp does not tell which of its files changed: send it whole.
-            timestamps.pop(AUDIO_TOKENIZER_FOLDER, None)
-            self._upload_modified_files(
-                save_directory, repo_id, timestamps, commit_message=commit_message, token=kwargs.get("token")
-            )
+            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory))), **kwargs)
         return files
 
     @classmethod
@@ -466,15 +594,23 @@ class TttProcessor(ProcessorMixin):
         trust_remote_code: bool | None = None,
         subfolder: str = "",
         **kwargs: Any,
-    ) -> TttProcessor:
-        """Loads a processor and its audio tokenizer from a folder or Hub repository.
+    ) -> "TttProcessor":
+        """
+        Load a processor and its audio tokenizer from a folder or Hub repository.
 
         Args:
-            audio_tokenizer: use this one instead of the repository's.
-            load_audio_tokenizer: False leaves it out, where audio only comes as codes.
-            trust_remote_code: allow the code in the repository to run.
-            kwargs: `revision`, `token`, `cache_dir` and the like; `dtype` and `device_map` are the audio tokenizer's
+            pretrained_model_name_or_path (`str` or `os.PathLike`): the folder or Hub name.
+            audio_tokenizer (`PreTrainedModel`, *optional*): use this one instead of the repository's.
+            load_audio_tokenizer (`bool`, *optional*, defaults to `True`):
+                Whether to load the repository's; without one, audio only comes as codes.
+            trust_remote_code (`bool`, *optional*): allow the code in the repository to run.
+            subfolder (`str`, *optional*, defaults to `""`): where in the repository the processor lies.
+            kwargs (`dict`, *optional*):
+                `revision`, `token`, `cache_dir` and the like; `dtype` and `device_map` are the audio tokenizer's
                 (float32 by default and for "auto": codes and waveforms depend on its precision).
+
+        Raises:
+            OSError: if there is no processor_config.json, or an audio tokenizer that it names is not there.
         """
         located = {name: kwargs[name] for name in ("revision", *AUDIO_TOKENIZER_KWARGS) if name in kwargs}
         if located.get("dtype") in (None, "auto"):
@@ -483,20 +619,27 @@ class TttProcessor(ProcessorMixin):
             kwargs.pop(name, None)
         if trust_remote_code is not None:
             kwargs["trust_remote_code"] = trust_remote_code
+        # ProcessorMixin takes a missing file for an empty one: prompts would be others than the model was trained on.
+        hub_options = {name: value for name, value in located.items() if name not in ("dtype", "device_map")}
+        file = cached_file(pretrained_model_name_or_path, PROCESSOR_NAME, subfolder=subfolder, **hub_options)
         processor = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if audio_tokenizer is None and load_audio_tokenizer:
-            audio_tokenizer = read_audio_tokenizer(
-                pretrained_model_name_or_path, subfolder, trust_remote_code=trust_remote_code, **located
-            )
+            with open(file, encoding="utf-8") as reader:
+                has_one = json.load(reader).get("audio_tokenizer_folder", AUDIO_TOKENIZER_FOLDER) is not None
+            if has_one:
+                audio_tokenizer = read_audio_tokenizer(
+                    pretrained_model_name_or_path, subfolder, trust_remote_code=trust_remote_code, **located
+                )
         if audio_tokenizer is not None:
             processor._attach(audio_tokenizer)
         return processor
 
-    # ------------------------------------------------------------------ from messages to ids
+    # ------------------------------------------------------------------ requests to messages
 
-    def _check_task(self, task: str | None) -> None:
-        if task is not None and task not in self.system_prompts:
-            raise ValueError(f"There is no task {task!r}; choose one of {', '.join(self.tasks)}.")
+    def _system_turn(self, task: str, system_prompt: str | None) -> list[dict[str, Any]]:
+        settings = self.get_task(task)
+        prompt = settings.system_prompt if system_prompt is None else system_prompt
+        return [{"role": "system", "content": prompt}] if prompt else []
 
     def _check_texts(self, text: Any) -> list[str]:
         texts = list(text) if isinstance(text, Iterable) and not isinstance(text, str) else [text]
@@ -507,47 +650,171 @@ class TttProcessor(ProcessorMixin):
                 raise ValueError(f"text {index} is a {type(item).__name__}, not a string. Pass audio as `audio`.")
         return texts
 
+    def _requests(
+        self, task: str, texts: list[str] | None, audio: Any | None, system_prompt: str | None
+    ) -> list[list[dict[str, Any]]]:
+        """Return the messages of each request; one text or audio goes with all of several of the other."""
+        audios = None if audio is None else [audio] if is_single_audio(audio) else list(audio)
+        size = max(len(texts or []), len(audios or []))
+        if size == 0:
+            raise ValueError("`audio` is an empty list. Pass an audio or more.")
+        for name, values in (("text", texts), ("audio", audios)):
+            if values is not None and len(values) not in (1, size):
+                raise ValueError(f"`{name}` has {len(values)} items, but the other input has {size}.")
+        for index, item in enumerate(audios or []):
+            if item is None:
+                raise ValueError(f"audio {index} is None, not audio. Leave the item out.")
+        return [
+            self.build_messages(
+                task,
+                text=None if texts is None else texts[index % len(texts)],
+                audio=None if audios is None else audios[index % len(audios)],
+                system_prompt=system_prompt,
+            )
+            for index in range(size)
+        ]
+
+    # ------------------------------------------------------------------ options
+
+    def _check_options(self, kwargs: Mapping[str, Any]) -> None:
+        """
+        Refuse options that there are not, or that cannot be met.
+
+        Raises:
+            TypeError: if there is no option of that name.
+            ValueError: if it cannot be met.
+        """
+        for name, value in kwargs.items():
+            if name in ("images", "videos") and value is None:
+                continue
+            _check_name(name, OPTIONS, "")
+            for key in value if name in NESTED_OPTIONS else ():
+                _check_name(key, NESTED_OPTIONS[name], f" in `{name}`")
+        text_kwargs = {**kwargs, **kwargs.get("text_kwargs", {})}
+        for name in REFUSED_TEXT_KWARGS:
+            if text_kwargs.get(name):
+                raise ValueError(
+                    f"`{name}` is {text_kwargs[name]!r}, which a prompt with audio cannot give; leave it out."
+                )
+
+    def _prepare_processor_kwargs(self, chat_template: str, processor_kwargs: dict, kwargs: dict, **flags: Any) -> dict:
+        """Called by `ProcessorMixin.apply_chat_template`, whether or not it goes on to tokenize."""
+        processor_kwargs = super()._prepare_processor_kwargs(chat_template, processor_kwargs, kwargs, **flags)
+        self._check_options(processor_kwargs)
+        return processor_kwargs
+
+    @staticmethod
+    def _pop_sampling_rate(kwargs: dict[str, Any]) -> Any:
+        """Take the rate out of the options: parts are encoded before the call."""
+        audio_kwargs = dict(kwargs.pop("audio_kwargs", None) or {})
+        nested, flat = audio_kwargs.pop("sampling_rate", None), kwargs.pop("sampling_rate", None)
+        if audio_kwargs:
+            kwargs["audio_kwargs"] = audio_kwargs
+        return flat if nested is None else nested
+
+    # ------------------------------------------------------------------ from messages to ids
+
     @property
     def _encoder(self) -> ConversationEncoder:
-        return ConversationEncoder(self.tokenizer, self.token_ids, self.text_chunk_size, self.audio_chunk_size)
+        """Kept for the texts it has tokenised, made anew where the tokenizer has grown."""
+        made_of = (self.tokenizer, len(self.tokenizer), self.text_chunk_size, self.audio_chunk_size)
+        cached = self.__dict__.get("_cached_encoder")
+        if cached is None or cached[0] != made_of:
+            encoder = ConversationEncoder(self.tokenizer, self.token_ids, self.text_chunk_size, self.audio_chunk_size)
+            cached = self._cached_encoder = (made_of, encoder)
+        return cached[1]
 
     def _encode_parts(
         self,
         conversations: list[list[dict[str, Any]]],
         names: Sequence[str],
         audio: Any | None = None,
-        sampling_rate: int | None = None,
-    ) -> Iterator[Any]:
-        """Codes of every audio part, in order; those that come as audio are encoded together."""
+        sampling_rate: Any = None,
+    ) -> list[Any]:
+        """Return the codes of every audio part, in order; those that come as audio are encoded together."""
         rate = self.feature_extractor.sampling_rate
-        codes, waveforms = read_audio_parts(conversations, names, rate, audio, sampling_rate)
+        return self._encode(*read_audio_parts(conversations, names, rate, audio, sampling_rate))
+
+    def _encode_items(self, audio: Any | None, sampling_rate: Any, batch_size: int = 16) -> list[Any]:
+        """Return the codes of every audio of one or a list, of which some may be codes already."""
+        items = [] if audio is None else [audio] if is_single_audio(audio) else list(audio)
+        rate = self.feature_extractor.sampling_rate
+        codes: list[Any] = [item.get("audio_codes") if isinstance(item, Mapping) else None for item in items]
+        waveforms = {
+            index: (f"audio {index}", load_waveform(item, rate, sampling_rate, f"audio {index}"))
+            for index, item in enumerate(items)
+            if codes[index] is None
+        }
+        return self._encode(codes, waveforms, batch_size)
+
+    def _encode(self, codes: list[Any], waveforms: Mapping[int, tuple[str, np.ndarray]], batch_size: int = 16) -> list:
+        """Put the codes of named waveforms where they are missing."""
         if waveforms:
-            for position, row in zip(waveforms, self.encode_audio(list(waveforms.values())), strict=True):
+            names, arrays = zip(*waveforms.values(), strict=True)
+            audio_tokenizer = self._require_audio_tokenizer()
+            rows = encode_waveforms(audio_tokenizer, self.feature_extractor, arrays, batch_size, names)
+            for position, row in zip(waveforms, rows, strict=True):
                 codes[position] = row
-        return iter(codes)
+        return codes
 
-    def _render(
-        self, messages: list[dict[str, Any]], chat_template: str | None, add_generation_prompt: bool, **kwargs: Any
-    ) -> str:
-        template = self._resolve_chat_template(chat_template)
-        return render(messages, template, add_generation_prompt, **{**self.tokenizer.special_tokens_map, **kwargs})
+    def _multimodal_inputs_from_conversations(self, conversations: list, *args: Any) -> tuple[list, list, list, dict]:
+        """Called by `ProcessorMixin.apply_chat_template`; the parts hold codes by then."""
+        return [], [], [part["audio"] for messages in conversations for part in audio_parts(messages)], {}
 
-    def _pad(
-        self,
-        rows: list[list[int]],
-        padding: bool | str,
-        padding_side: str,
-        pad_to_multiple_of: int | None,
-        return_tensors: str | None,
-    ) -> BatchFeature:
+    def _adjust_assistant_masks_indices(self, processed_dict: BatchFeature, generation_indices: list) -> BatchFeature:
+        """Called by `ProcessorMixin.apply_chat_template`. The masks have the form of the ids."""
+        ids, offsets = processed_dict["input_ids"], processed_dict["offset_mapping"]
+        processed_dict["offset_mapping"] = offsets if isinstance(offsets, list) else offsets.tolist()
+        processed = super()._adjust_assistant_masks_indices(processed_dict, generation_indices)
+        if not isinstance(ids, list):
+            convert = torch.tensor if isinstance(ids, torch.Tensor) else np.array
+            processed["assistant_masks"] = convert(processed["assistant_masks"])
+        return processed
+
+    def _batch(self, encodings: list[Encoding], options: Mapping[str, Any]) -> BatchFeature:
+        """Cut and pad the rows as a tokenizer does, and return what was asked for."""
+        text_kwargs = options["text_kwargs"]
+        names = ("padding", "truncation", "max_length", "pad_to_multiple_of", "verbose")
+        asked = {name: text_kwargs[name] for name in names if name in text_kwargs}
+        padding, truncation, max_length, _ = self.tokenizer._get_padding_truncation_strategies(**asked)
+        kept = slice(None)
+        if truncation != TruncationStrategy.DO_NOT_TRUNCATE:
+            kept = slice(max_length) if self.tokenizer.truncation_side == "right" else slice(-max_length, None)
+        side = text_kwargs.get("padding_side") or self.text_kwargs["padding_side"]
         features = self.tokenizer.pad(
-            {"input_ids": rows},
+            {"input_ids": [encoding.ids[kept] for encoding in encodings]},
             padding=padding,
-            padding_side=padding_side,
-            pad_to_multiple_of=pad_to_multiple_of,
-            return_attention_mask=True,
+            max_length=max_length,
+            padding_side=side,
+            pad_to_multiple_of=text_kwargs.get("pad_to_multiple_of"),
+            return_attention_mask=text_kwargs.get("return_attention_mask") is not False,
         )
-        return BatchFeature(dict(features), tensor_type=return_tensors)
+        data = dict(features)
+        rows = data["input_ids"]
+
+        def padded(columns: list[list[Any]], filling: Any) -> list[list[Any]]:
+            fillings = [[filling] * (len(row) - len(column)) for row, column in zip(rows, columns, strict=True)]
+            pairs = zip(fillings, columns, strict=True)
+            return [filling + column if side == "left" else column + filling for filling, column in pairs]
+
+        if text_kwargs.get("return_offsets_mapping"):
+            data["offset_mapping"] = padded([encoding.offsets[kept] for encoding in encodings], (0, 0))
+        if text_kwargs.get("return_special_tokens_mask"):
+            special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+            columns = [[int(i in special) for i in encoding.ids[kept]] for encoding in encodings]
+            data["special_tokens_mask"] = padded(columns, 1)
+        if text_kwargs.get("return_length"):
+            data["length"] = [len(row) for row in rows]
+        if options.get("return_mm_token_type_ids"):
+            data["mm_token_type_ids"] = self.create_mm_token_type_ids(rows)
+        return BatchFeature(data, tensor_type=text_kwargs.get("return_tensors"))
+
+
+def _check_name(name: str, known: Iterable[str], where: str) -> None:
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 1)
+        meant = f"; did you mean `{close[0]}`?" if close else "."
+        raise TypeError(f"TttProcessor has no option `{name}`{where}{meant}")
 
 
 TttProcessor.register_for_auto_class()

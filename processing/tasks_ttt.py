@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .audio_input_ttt import AUDIO_KEYS, RATE_KEYS, shorten
 from .vocabulary_ttt import (
     AUDIO_PLACEHOLDER,
     BEGIN_OF_AUDIO,
@@ -16,117 +18,188 @@ from .vocabulary_ttt import (
     START_OF_TURN,
 )
 
+PART_KEYS = {"text": ("type", "text"), "audio": ("type", "audio_codes", *AUDIO_KEYS, *RATE_KEYS)}
 PROMPT_AUDIO = BEGIN_OF_AUDIO + AUDIO_PLACEHOLDER + END_OF_PROMPT_AUDIO
 RESPONSE_AUDIO = BEGIN_OF_LAST_AUDIO + AUDIO_PLACEHOLDER + END_OF_LAST_AUDIO
 
 # Audio parts become placeholders; the processor writes the codes in, and interleaves those of an assistant's turn.
 CHAT_TEMPLATE = f"""\
-{{%- for message in messages -%}}
-{{{{- '{START_OF_TURN}' + message['role'] + '\\n' -}}}}
-{{%- if message['content'] is string -%}}
-{{{{- message['content'] -}}}}
+{{%- macro write(content, audio) -%}}
+{{%- if content is string -%}}
+{{{{- content -}}}}
 {{%- else -%}}
-{{%- for part in message['content'] -%}}
+{{%- for part in content -%}}
 {{%- if part['type'] == 'text' -%}}
 {{{{- part['text'] -}}}}
-{{%- elif part['type'] == 'audio' and message['role'] == 'assistant' -%}}
-{{{{- '{RESPONSE_AUDIO}' -}}}}
 {{%- elif part['type'] == 'audio' -%}}
-{{{{- '{PROMPT_AUDIO}' -}}}}
+{{{{- audio -}}}}
 {{%- endif -%}}
 {{%- endfor -%}}
 {{%- endif -%}}
-{{{{- '{END_OF_TURN}\\n' -}}}}
+{{{{- '{END_OF_TURN}' -}}}}
+{{%- endmacro -%}}
+{{%- for message in messages -%}}
+{{{{- '{START_OF_TURN}' + message['role'] + '\\n' -}}}}
+{{%- if message['role'] == 'assistant' -%}}
+{{%- generation -%}}
+{{{{- write(message['content'], '{RESPONSE_AUDIO}') -}}}}
+{{%- endgeneration -%}}
+{{%- else -%}}
+{{{{- write(message['content'], '{PROMPT_AUDIO}') -}}}}
+{{%- endif -%}}
+{{{{- '\\n' -}}}}
 {{%- endfor -%}}
 {{%- if add_generation_prompt -%}}
 {{{{- '{START_OF_TURN}assistant\\n' -}}}}
 {{%- endif -%}}
 """
 
-_SPOKEN_CHAT_PROMPT = (
-    "You are an audio-to-audio chat model. The user will provide you with an audio input. Your task is to respond in "
-    "an interleaved format: generate 13 text tokens followed by 26 audio tokens, and repeat this pattern until the "
-    "response is complete."
-)
-
 
 @dataclass(frozen=True)
 class TttTask:
-    """One task: the system prompt it is asked with, whether its user turn needs audio or text, and the text used where
-    the user gives none."""
+    """
+    What a model is asked for: the one place that knows what a task needs.
+
+    Args:
+        system_prompt (`str`): what the task is asked with; an empty one leaves the system turn out.
+        needs_audio (`bool`, *optional*, defaults to `False`): a request is refused without audio.
+        needs_text (`bool`, *optional*, defaults to `False`): a request is refused without text.
+        default_text (`str`, *optional*): the text of a request that brings none.
+    """
 
     system_prompt: str
     needs_audio: bool = False
     needs_text: bool = False
     default_text: str | None = None
 
+    @property
+    def takes_text_alone(self) -> bool:
+        """Whether a request is a text and never audio, so that a bare string is the text, not the name of a file."""
+        return self.needs_text and not self.needs_audio
 
-# The prompts of asr, spoken_chat (and spoken_qa) and captioning are the published ones, to the letter; none was
-# published for tts and text_chat.
-TASKS: dict[str, TttTask] = {
-    "spoken_chat": TttTask(_SPOKEN_CHAT_PROMPT, needs_audio=True),
-    "spoken_qa": TttTask(_SPOKEN_CHAT_PROMPT, needs_audio=True),
-    "asr": TttTask(
-        "You are an Automatic Speech Recognition (ASR) model. The user will provide you with an audio input. Your task "
-        "is to transcribe the audio into text and output the result in an interleaved format: generate 13 text tokens "
-        "followed by 26 audio tokens, and repeat this pattern until the transcription is complete.",
+
+def default_tasks(text_chunk_size: int = 13, audio_chunk_size: int = 26) -> dict[str, TttTask]:
+    """
+    Return the tasks every processor has, by name. With the published chunk sizes, the prompts of asr, spoken_chat (and
+    spoken_qa) and captioning are the published ones, to the letter; none was published for tts and text_chat.
+
+    Args:
+        text_chunk_size, audio_chunk_size (`int`, *optional*, default to 13 and 26): what the prompts say of the format.
+    """
+    chunks = f"generate {text_chunk_size} text tokens followed by {audio_chunk_size} audio tokens, and repeat this"
+    spoken_chat = TttTask(
+        "You are an audio-to-audio chat model. The user will provide you with an audio input. Your task is to respond "
+        f"in an interleaved format: {chunks} pattern until the response is complete.",
         needs_audio=True,
-    ),
-    "captioning": TttTask(
-        "You are a helpful audio model. The user will provide you with a text-based instruction and an audio input. "
-        "Your task is to follow the instruction based on the audio and output the result in an interleaved format: "
-        "generate 13 text tokens followed by 26 audio tokens, and repeat this pattern until the transcription is "
-        "complete.",
-        needs_audio=True,
-        default_text="Describe this audio.",
-    ),
-    "tts": TttTask(
-        "You are a Text-to-Speech (TTS) model. The user will provide you with a text input. Your task is to read the "
-        "text aloud and output the result in an interleaved format: generate 13 text tokens followed by 26 audio "
-        "tokens, and repeat this pattern until the text is complete.",
-        needs_text=True,
-    ),
-    "text_chat": TttTask(
-        "You are a text-to-audio chat model. The user will provide you with a text input. Your task is to respond in "
-        "an interleaved format: generate 13 text tokens followed by 26 audio tokens, and repeat this pattern until the "
-        "response is complete.",
-        needs_text=True,
-    ),
-}
-
-
-def default_system_prompts(text_chunk_size: int = 13, audio_chunk_size: int = 26) -> dict[str, str]:
-    """System prompt by task; those that name the sizes of the chunks name these."""
-    published, ours = (
-        f"{text} text tokens followed by {audio} audio tokens"
-        for text, audio in ((13, 26), (text_chunk_size, audio_chunk_size))
     )
-    return {name: task.system_prompt.replace(published, ours) for name, task in TASKS.items()}
+    return {
+        "spoken_chat": spoken_chat,
+        "spoken_qa": spoken_chat,
+        "asr": TttTask(
+            "You are an Automatic Speech Recognition (ASR) model. The user will provide you with an audio input. Your "
+            f"task is to transcribe the audio into text and output the result in an interleaved format: {chunks} "
+            "pattern until the transcription is complete.",
+            needs_audio=True,
+        ),
+        "captioning": TttTask(
+            "You are a helpful audio model. The user will provide you with a text-based instruction and an audio "
+            "input. Your task is to follow the instruction based on the audio and output the result in an interleaved "
+            f"format: {chunks} pattern until the transcription is complete.",
+            needs_audio=True,
+            default_text="Describe this audio.",
+        ),
+        "tts": TttTask(
+            "You are a Text-to-Speech (TTS) model. The user will provide you with a text input. Your task is to read "
+            f"the text aloud and output the result in an interleaved format: {chunks} pattern until the text is "
+            "complete.",
+            needs_text=True,
+        ),
+        "text_chat": TttTask(
+            "You are a text-to-audio chat model. The user will provide you with a text input. Your task is to respond "
+            f"in an interleaved format: {chunks} pattern until the response is complete.",
+            needs_text=True,
+        ),
+    }
+
+
+TASKS = default_tasks()
+
+
+def resolve_task(name: str, settings: Any, default: TttTask | None = None) -> TttTask:
+    """
+    Return a task from the form it has in a processor's settings.
+
+    Args:
+        name (`str`): how errors call it.
+        settings (`str` or `Mapping`): a system prompt, or arguments of `TttTask`.
+        default (`TttTask`, *optional*): the task of that name, of which only what is given is replaced.
+
+    Raises:
+        ValueError: if the settings are neither, or hold what `TttTask` does not know.
+    """
+    given = {"system_prompt": settings} if isinstance(settings, str) else settings
+    known = {field.name for field in dataclasses.fields(TttTask)}
+    if not isinstance(given, Mapping) or not set(given) <= known:
+        raise ValueError(
+            f"`system_prompts` has {shorten(settings)} for the task {name!r}; give a string, or a mapping with "
+            f"{', '.join(f'`{field}`' for field in sorted(known))}."
+        )
+    return dataclasses.replace(default or TttTask(""), **given)
 
 
 def check_messages(messages: Sequence[Any], name: str) -> None:
-    """Raises a ValueError that says which message of the conversation `name` does not have the form of one."""
+    """
+    Check that a conversation has the form of one.
+
+    Args:
+        messages (`Sequence`): mappings with `role` and `content`, a string or a list of parts.
+        name (`str`): how errors call the conversation.
+
+    Raises:
+        ValueError: naming the first message that is not one, and what is wrong with it.
+    """
     if not messages:
         raise ValueError(f"{name} has no messages.")
     for position, message in enumerate(messages):
         where = f"message {position} of {name}"
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            raise ValueError(f"{where} must be a mapping with `role` and `content`, got {message!r}.")
+        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+            raise ValueError(f"{where} must be a mapping with `role` and `content`, got {shorten(message)}.")
         content = message["content"]
         if isinstance(content, str):
             continue
         if not isinstance(content, (list, tuple)):
-            raise ValueError(f"{where} has `content` {content!r}; it must be a string or a list of parts.")
+            raise ValueError(f"{where} has `content` {shorten(content)}; it must be a string or a list of parts.")
         for part in content:
-            if not isinstance(part, dict) or part.get("type") not in ("text", "audio"):
-                kind = repr(part.get("type")) if isinstance(part, dict) else f"none, {part!r}"
-                raise ValueError(f"{where} has a part of type {kind}; it must be a mapping of type 'text' or 'audio'.")
-            if part["type"] == "text" and not isinstance(part.get("text"), str):
-                raise ValueError(f"{where} has a text part without a string under `text`.")
+            _check_part(part, where)
+        audio_positions = [index for index, part in enumerate(content) if part["type"] == "audio"]
+        if message["role"] == "assistant" and audio_positions not in ([], [len(content) - 1]):
+            raise ValueError(f"{where}: an assistant's turn holds its text and then at most one audio.")
 
 
-def audio_parts(messages: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The audio parts of a conversation, in order."""
+def _check_part(part: Any, where: str) -> None:
+    if not isinstance(part, Mapping) or part.get("type") not in PART_KEYS:
+        kind = repr(part.get("type")) if isinstance(part, Mapping) else f"none, {shorten(part)}"
+        raise ValueError(f"{where} has a part of type {kind}; it must be a mapping of type 'text' or 'audio'.")
+    known = PART_KEYS[part["type"]]
+    unknown = [key for key in part if key not in known]
+    if unknown:
+        raise ValueError(
+            f"{where} has {'an' if part['type'] == 'audio' else 'a'} {part['type']} part with `{unknown[0]}`; it may "
+            f"have {', '.join(f'`{key}`' for key in known)}."
+        )
+    if part["type"] == "text" and not isinstance(part.get("text"), str):
+        raise ValueError(f"{where} has a text part without a string under `text`.")
+
+
+def texts_of(messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the texts of a conversation, in order."""
+    for message in messages:
+        content = message["content"]
+        yield from [content] if isinstance(content, str) else (p["text"] for p in content if p["type"] == "text")
+
+
+def audio_parts(messages: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """Yield the audio parts of a conversation, in order."""
     for message in messages:
         if not isinstance(message["content"], str):
             yield from (part for part in message["content"] if part["type"] == "audio")

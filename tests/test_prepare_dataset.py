@@ -397,13 +397,13 @@ def test_published_records_that_cannot_be_trained_on_are_rejected(record, kind, 
     assert summary["rejected_kinds"] == {kind: 1}
 
 
-def test_published_lists_need_no_audio_tokenizer(model, tmp_path):
+def test_published_lists_need_no_audio_tokenizer(model, speech, tmp_path):
     processor = TttProcessor.from_pretrained(model, load_audio_tokenizer=False)
     processor.save_pretrained(tmp_path / "bare")
     path = write_lines(tmp_path / "list.jsonl", [{"messages": MESSAGES}])
     assert run(tmp_path / "bare", tmp_path / "out", path)[0]["examples"] == 1
-    with pytest.raises(OSError, match="no audio tokenizer"):
-        run(tmp_path / "bare", tmp_path / "tasks", path, tasks=["tts"])
+    with pytest.raises(ValueError, match="no audio tokenizer"):
+        run(tmp_path / "bare", tmp_path / "tasks", speech / "list.jsonl", tasks=["tts"])
 
 
 def test_text_tokens_added_above_the_audio_range_count_as_text(tmp_path):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 from builders import build_codec, build_processor, build_tokenizer, tone, write_wav
 from transformers import AutoProcessor, EncodecFeatureExtractor
 
-from processing import TASKS, TttProcessor, interleave
+from processing import TASKS, TttProcessor, TttTask, interleave
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CODES = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -40,6 +42,16 @@ def test_default_system_prompts_are_the_published_ones():
     assert TASKS["spoken_chat"].system_prompt == TASKS["spoken_qa"].system_prompt == published["audio_chat"]
     assert TASKS["captioning"].system_prompt == published["audio_instruction"]
     assert len({task.system_prompt for task in TASKS.values()}) == 5
+
+
+def test_default_system_prompts_tell_the_sizes_of_the_chunks():
+    prompts = build_processor(audio_tokenizer=None, text_chunk_size=5, audio_chunk_size=9).system_prompts
+    assert set(prompts) == set(TASKS)
+    for name, prompt in prompts.items():
+        assert prompt == TASKS[name].system_prompt.replace("13 text", "5 text").replace("26 audio", "9 audio")
+    own = {"asr": "13 text tokens followed by 26 audio tokens {audio_chunk_size}"}
+    processor = build_processor(audio_tokenizer=None, text_chunk_size=5, system_prompts=own)
+    assert processor.system_prompts["asr"] == own["asr"]
 
 
 def test_a_spoken_question_becomes_the_published_prompt(processor):
@@ -75,6 +87,42 @@ def test_system_prompts_can_be_replaced_and_tasks_added():
     assert messages[0] == {"role": "system", "content": "Write."}
     assert processor.build_messages("emotion", audio_codes=CODES)[0]["content"] == "Which emotion?"
     assert processor.system_prompts["tts"] == TASKS["tts"].system_prompt
+    assert processor.get_task("asr") == TttTask("Write.", needs_audio=True)
+    assert not processor.get_task("emotion").takes_text_alone
+
+
+def test_what_a_task_needs_is_told_with_its_prompt(tmp_path):
+    own = {
+        "translate": {"system_prompt": "Translate.", "needs_text": True},
+        "ask": TttTask("Ask.", needs_audio=True, needs_text=True),
+        "name": {"system_prompt": "Name.", "default_text": "Which?"},
+        "captioning": {"default_text": "What is this?"},
+    }
+    build_processor(audio_tokenizer=None, system_prompts=own).save_pretrained(tmp_path)
+    processor = TttProcessor.from_pretrained(tmp_path)
+    assert set(processor.tasks) == {*TASKS, "translate", "ask", "name"}
+    text_tasks = {task for task in processor.tasks if processor.get_task(task).takes_text_alone}
+    assert text_tasks == {"tts", "text_chat", "translate"}
+    assert processor.get_task("captioning") == replace(TASKS["captioning"], default_text="What is this?")
+    assert processor.build_messages("translate", "hello")[0]["content"] == "Translate."
+    assert len(processor.build_messages("ask", "hello", audio_codes=CODES)[1]["content"]) == 2
+    assert processor.build_messages("name")[1]["content"] == [{"type": "text", "text": "Which?"}]
+    for task, request, message in [
+        ("translate", {"audio_codes": CODES}, "'translate' needs `text`"),
+        ("translate", {"text": "a", "audio_codes": CODES}, "'translate' takes `text` alone"),
+        ("ask", {"text": "a"}, "'ask' needs `audio`"),
+        ("ask", {"audio_codes": CODES}, "'ask' needs `text`"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            processor.build_messages(task, **request)
+    with pytest.raises(ValueError, match="'emotion' needs `text` or `audio`"):
+        build_processor(audio_tokenizer=None, system_prompts={"emotion": "Which?"}).build_messages("emotion")
+
+
+@pytest.mark.parametrize("settings", [3, ["Translate."], {"system_prompt": "Translate.", "need_text": True}])
+def test_settings_that_are_no_task_are_refused(settings):
+    with pytest.raises(ValueError, match="`system_prompts` has .* for the task 'translate'; give a string, or a map"):
+        build_processor(audio_tokenizer=None, system_prompts={"translate": settings})
 
 
 def test_a_batch_is_padded_on_the_left_and_has_the_rows_of_single_calls(processor):
@@ -156,6 +204,7 @@ def test_input_that_does_not_fit_its_task_is_refused(processor):
         ({"text": "hello", "audio": sound, "task": "tts"}, "takes `text` alone"),
         ({}, "Pass `text`, `audio` or both"),
         ({"audio": []}, "`audio` is an empty list"),
+        ({"audio": [sound, None]}, "audio 1 is None"),
         ({"text": []}, "`text` is an empty list"),
         ({"text": 3}, "text 0 is a int, not a string"),
         ({"text": ["a", "b"], "audio": [sound] * 3, "task": "captioning"}, "`text` has 2 items, but .* has 3"),
@@ -181,6 +230,14 @@ def test_conversations_with_too_many_or_too_few_audios_are_refused(processor):
         ([first, [{"role": "user", "content": "<|audio|>"}]], None, "conversation 1 has more"),
         ([[{"role": "user", "content": [{"type": "video"}]}]], None, "message 0 of conversation 0 has a part of type"),
         ([[{"role": "user"}]], None, "message 0 of conversation 0 must be a mapping with `role` and `content`"),
+        (
+            [[{"role": "user", "content": [{**part, "audioo": sound}]}]],
+            None,
+            "an audio part with `audioo`; it may have",
+        ),
+        ([[{"role": "user", "content": [{"type": "text", "txt": "a"}]}]], None, "a text part with `txt`; it may have"),
+        ([[{"role": "assistant", "content": [filled, filled]}]], None, "message 0 of conversation 0: an assistant's"),
+        ([[{"role": "assistant", "content": [filled, {"type": "text", "text": "a"}]}]], None, "its text and then at"),
         ([first, []], None, "conversation 1 has no messages"),
         ([[{"role": "user", "content": [{"type": "audio", "audio": np.zeros(0)}]}]], None, "audio part 0 .* is empty"),
     ]:
@@ -220,6 +277,18 @@ def test_every_assistant_turn_of_a_conversation_is_scored(text_only):
     example = text_only.build_conversation_example(messages)
     scored = [i for i, label in zip(example["input_ids"], example["labels"], strict=True) if label != -100]
     assert scored == text_only.build_response("one", [2, 3]) + text_only.build_response("two")
+
+
+def test_examples_are_written_with_the_tokens_there_are():
+    processor = build_processor(audio_tokenizer=None)
+    messages = [{"role": "user", "content": "so<mood>"}, {"role": "assistant", "content": "<mood>so"}]
+    before = processor.build_conversation_example(messages)
+    assert processor.build_conversation_example(messages) == before
+    processor.tokenizer.add_tokens(["<mood>"])
+    after = processor.build_conversation_example(messages)
+    fresh = build_processor(audio_tokenizer=None)
+    fresh.tokenizer.add_tokens(["<mood>"])
+    assert after == fresh.build_conversation_example(messages) != before
 
 
 def test_an_answer_comes_back_as_its_text_codes_and_speech(processor):
@@ -324,10 +393,17 @@ def test_the_audio_tokenizer_can_be_left_out_or_replaced(saved, tmp_path):
     assert TttProcessor.from_pretrained(folder, load_audio_tokenizer=False).audio_tokenizer is None
     other = build_codec()
     assert TttProcessor.from_pretrained(folder, audio_tokenizer=other).audio_tokenizer is other
-    bare = build_processor(audio_tokenizer=None)
-    bare.save_pretrained(tmp_path)
+    build_processor(audio_tokenizer=None).save_pretrained(tmp_path / "bare")
+    assert TttProcessor.from_pretrained(tmp_path / "bare").audio_tokenizer is None
+    shutil.copytree(folder, tmp_path / "partial", ignore=shutil.ignore_patterns("audio_tokenizer"))
     with pytest.raises(OSError, match="has no audio tokenizer in `audio_tokenizer/`"):
-        TttProcessor.from_pretrained(tmp_path)
+        TttProcessor.from_pretrained(tmp_path / "partial")
+
+
+def test_settings_that_are_missing_are_not_taken_for_the_defaults(saved, tmp_path):
+    shutil.copytree(saved[1], tmp_path / "partial", ignore=shutil.ignore_patterns("processor_config.json"))
+    with pytest.raises(OSError, match="processor_config.json"):
+        TttProcessor.from_pretrained(tmp_path / "partial")
 
 
 def test_the_audio_tokenizer_loads_in_float32_whatever_it_was_saved_in(saved, tmp_path):
@@ -360,7 +436,7 @@ def test_pushing_uploads_the_audio_tokenizer_too(saved, tmp_path, monkeypatch):
         if repeat:  # a folder whose time stamp does not tell that files in it were rewritten
             os.utime(tmp_path / "local" / "audio_tokenizer", (4e9, 4e9))
         hub = Hub()
-        for module in ("transformers.utils.hub", "transformers.processing_utils", TttProcessor.__module__):
+        for module in ("transformers.utils.hub", "transformers.processing_utils"):
             monkeypatch.setattr(sys.modules[module], "hf_api", lambda hub=hub: hub)
         processor.save_pretrained(tmp_path / "local", push_to_hub=True, repo_id="someone/talker")
         assert {"audio_tokenizer/config.json", "audio_tokenizer/model.safetensors"} <= set(hub.uploaded), repeat

@@ -2,7 +2,6 @@
 Which records there are is the business of sources.py, what they mean that of records.py."""
 
 import random
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +20,11 @@ from processing.vocabulary_ttt import (
     CODE_FORMAT,
     END_OF_AUDIO,
     END_OF_LAST_AUDIO,
-    END_OF_TURN,
-    START_OF_TURN,
 )
 from training_examples.preparation.records import Draft, RecordReader, RejectedError
 from training_examples.preparation.sources import Chunk
 
 COUNTS = ("examples", "rejected", "text_tokens", "audio_tokens", "scored_tokens", "audio_seconds")
-_ANSWER = re.compile(rf"(?<={re.escape(START_OF_TURN)}assistant\n).*?{re.escape(END_OF_TURN)}", re.DOTALL)
 Key = tuple[int, str]  # a record's position and the column of an audio in it
 
 
@@ -208,9 +204,7 @@ class ExampleBuilder:
             ValueError: it is too long, or its audio is not in spans as the model reads and writes them.
         """
         record, draft = members[0]
-        if draft.messages is not None and all(isinstance(turn["content"], str) for turn in draft.messages):
-            example = self._published_conversation(draft.messages)
-        elif draft.messages is not None:
+        if draft.messages is not None:
             example = self.processor.build_conversation_example(
                 [{**turn, "content": fill(turn["content"], record, codes)} for turn in draft.messages]
             )
@@ -228,20 +222,6 @@ class ExampleBuilder:
             raise RejectedError("too long", f"{length} tokens, above `--max_length` {self.max_length}")
         check_spans(example["input_ids"], example["labels"], self.processor.token_ids)
         return {**example, "length": length, "task": draft.task}
-
-    def _published_conversation(self, messages: list[dict[str, Any]]) -> dict[str, list[int]]:
-        """A conversation whose strings hold audio as tokens: every token stays where it is, answers are scored."""
-        rendered = self.processor.apply_chat_template(messages)
-        ids: list[int] = []
-        labels: list[int] = []
-        position = 0
-        for answer in _ANSWER.finditer(rendered):
-            prompt_ids = self._tokenize(rendered[position : answer.start()])
-            answer_ids = self._tokenize(answer.group())
-            ids += prompt_ids + answer_ids
-            labels += [-100] * len(prompt_ids) + answer_ids
-            position = answer.end()
-        return {"input_ids": ids, "labels": labels}
 
     def _recording(self, members: list[tuple[int, Draft]], codes: dict[Key, Any]) -> str:
         """Utterances as a document in the published form: each either written or spoken, at random."""

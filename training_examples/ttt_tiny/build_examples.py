@@ -10,7 +10,6 @@ shard (Parquet), so a killed run goes on where it stopped.
 import random
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser, set_seed
 
 from modeling_ttt.ttt_codec import TttCodecModel
-from processing import TttProcessor, interleave
+from processing import TttProcessor
 from training_examples.files import whole_file
 from training_examples.ttt_tiny.speech import read_audio, read_list, read_shard, to_int16
 from training_examples.ttt_tiny.waveforms import augment, pad
@@ -148,44 +147,14 @@ def held_out(args: ExampleArguments, codec: TttCodecModel) -> list[tuple[str, li
     return conversations
 
 
-class ExampleWriter:
-    """`TttProcessor.build_conversation_example` for many short conversations: every text is tokenised once."""
-
-    def __init__(self, processor: TttProcessor):
-        self.processor, self.ids = processor, processor.token_ids
-        self.tokenize = cache(lambda text: processor.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def __call__(self, task: str, messages: list[dict]) -> dict:
-        """Token ids of one conversation: `input_ids`, `labels`, `length`, `task`."""
-        ids = list(self.tokenize(f"<|im_start|>system\n{self.processor.system_prompts[task]}<|im_end|>\n"))
-        labels = [-100] * len(ids)
-        for index, message in enumerate(messages):
-            head = self.tokenize(f"<|im_start|>{message['role']}\n")
-            parts = {part["type"]: part for part in message["content"]}
-            text = self.tokenize(parts["text"]["text"]) if "text" in parts else []
-            codes = parts["audio"]["audio_codes"] if "audio" in parts else []
-            if message["role"] == "assistant":
-                body = interleave(text, codes, self.ids, end_of_turn=True)
-                scored = body
-            else:
-                speech = self.ids.codes_to_ids(codes)
-                body = [*text, self.ids.begin_of_audio_token_id, *speech, self.ids.end_of_prompt_audio_token_id]
-                body = [*(body if codes else text), self.ids.end_of_turn_token_id]
-                scored = [-100] * len(body)
-            line_break = self.tokenize("\n") if index + 1 < len(messages) else []
-            ids += [*head, *body, *line_break]
-            labels += [-100] * len(head) + scored + [-100] * len(line_break)
-        return {"input_ids": ids, "labels": labels, "length": len(ids), "task": task}
-
-
 def write_examples(processor: TttProcessor, conversations: list[tuple[str, list[dict]]]) -> Dataset:
-    """All conversations as token ids; the first are checked against the processor's own way of writing them."""
-    write = ExampleWriter(processor)
-    for task, messages in conversations[:20]:
-        system = {"role": "system", "content": processor.system_prompts[task]}
-        expected = processor.build_conversation_example([system, *messages])
-        if {key: write(task, messages)[key] for key in expected} != expected:
-            raise RuntimeError(f"ExampleWriter and TttProcessor disagree on {messages}")
+    """All conversations as token ids: `input_ids`, `labels`, `length`, `task`."""
+
+    def write(task: str, messages: list[dict]) -> dict:
+        system = {"role": "system", "content": processor.get_task(task).system_prompt}
+        example = processor.build_conversation_example([system, *messages])
+        return {**example, "length": len(example["input_ids"]), "task": task}
+
     return Dataset.from_list([write(*conversation) for conversation in tqdm(conversations, desc="writing examples")])
 
 
