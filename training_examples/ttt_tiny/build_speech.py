@@ -58,7 +58,7 @@ def plan_training(args: BuildArguments) -> dict[str, list[dict]]:
     """
     rng = random.Random(args.seed)
     items = domain.sample_items(rng, args.questions, held_out=False)
-    heard = [(item.kind, item.question, item.answer) for item in items]
+    heard: list[tuple[str, str, str | None]] = [(item.kind, item.question, item.answer) for item in items]
     heard += [("dictation", text, None) for text in _random_dictations(rng, args.dictations, held_out=False)]
     heard += [("digits", text, None) for text in _digit_strings(rng, args.digits, held_out=False)]
     words = [*HEARD_NUMBERS, "plus", "minus", "times"] * 21 + domain.vocabulary()
