@@ -62,8 +62,8 @@ def test_a_run_of_digits_is_read_in_every_way_the_likeliest_first():
         ("The 1st, the 12th", "the first the twelfth"),
         ("1,200 people", "one thousand two hundred people"),
         ("What colour is it? Grey!", "what color is it gray"),
-        ("It’s an air plane", "it's an airplane"),
-        ("Good-bye", "goodbye"),
+        ("It’s an aeroplane", "it's an airplane"),
+        ("Dr. Grey", "doctor gray"),
         ("", ""),
         ("...", ""),
     ],
@@ -88,6 +88,10 @@ def test_words_that_sound_alike_are_one_word():
         ("Count from 3-7.", "count from three to seven", 0),
         ("555-1234", "five five five one two three four", 0),
         ("10 11 12", "ten eleven twelve", 0),
+        ("watercat Bridgewater", "water cat bridge water", 0),
+        ("An air plane, good-bye", "an airplane goodbye", 0),
+        ("The boot a pest", "the budapest", 3),  # other letters stay wrong
+        ("one one", "oneone", 0),
         ("Three Monday, Brad.", "three monday bread", 1),  # a wrong word stays wrong
         ("5 5", "five nine", 1),  # and so does a wrong number
         ("", "one two", 2),

@@ -30,7 +30,7 @@ ORDINALS = {
 }  # fmt: skip
 SPELLINGS = {
     "colour": "color", "colours": "colors", "grey": "gray", "ok": "okay", "mr": "mister", "mrs": "missus",
-    "aeroplane": "airplane", "centre": "center", "favourite": "favorite",
+    "dr": "doctor", "aeroplane": "airplane", "centre": "center", "favourite": "favorite",
 }  # fmt: skip
 # Words that sound alike are one word to the ear: each is counted as the first of its group.
 SOUND_ALIKE = {
@@ -38,14 +38,12 @@ SOUND_ALIKE = {
     for group in (
         "two to too", "four for fore", "eight ate", "one won", "red read", "blue blew", "son sun", "sea see", "bee be",
         "flower flour", "hour our", "week weak", "meet meat", "right write", "no know", "here hear", "mail male",
-        "tale tail", "hair hare", "bear bare", "pair pear", "wood would", "road rode", "night knight", "by buy bye",
+        "tale tail", "hair hare", "bear bare", "pair pear", "wood would", "road rode", "night knight", "by buy",
         "high hi", "i eye", "deer dear", "plane plain", "peace piece", "their there they're", "whole hole", "new knew",
-        "so sew", "wait weight", "way weigh", "may mae", "rose rows", "nose knows", "rome roam",
+        "so sew", "wait weight", "way weigh", "may mae", "rose rows", "nose knows", "rome roam", "greece grease",
     )
     for word in group.split()[1:]
 }  # fmt: skip
-# One word that is often written as two.
-COMPOUNDS = {"air plane": "airplane", "good bye": "goodbye", "bye bye": "byebye", "every body": "everybody"}
 LONGEST_CUT = 10  # digits; longer runs are not tried in every cut
 
 
@@ -97,8 +95,6 @@ def readings(text: str) -> list[list[str]]:
     Lower case, no punctuation, American spelling, numbers in words; words that sound alike are written as one of them.
     """
     text = text.lower().replace("’", "'").replace("−", "-").replace("–", "-")
-    for apart, joined in COMPOUNDS.items():
-        text = re.sub(rf"\b{apart.replace(' ', '[ -]')}\b", joined, text)
     items: list[list[str]] = []
     tokens = re.findall(r"\d+(?:st|nd|rd|th)\b|\d{1,3}(?:,\d{3})+\b|\d+|[a-z]+(?:'[a-z]+)*|[-+=*×÷%&]", text)
     for index, token in enumerate(tokens):
@@ -130,7 +126,8 @@ def closest_reading(transcript: str, reference: str) -> str:
     """The reading of `transcript` with the fewest word errors against `reference` (which is made `canonical`).
 
     Only spelling has several readings: "9-4" may be "nine minus four", but "nine" is never anything else. Items are
-    settled from left to right.
+    settled from left to right. Words of the reference that are written as one, or one that is written as several, are
+    the same letters: "watercat" is "water cat", "air plane" is "airplane".
     """
     said = canonical(reference).split()
     items = readings(transcript)
@@ -142,7 +139,19 @@ def closest_reading(transcript: str, reference: str) -> str:
                 return Levenshtein.distance(" ".join([*chosen[:index], way, *chosen[index + 1 :]]).split(), said)
 
             chosen[index] = min(ways, key=errors)
-    return " ".join(way for way in chosen if way)
+    return " ".join(_divide_as(" ".join(way for way in chosen if way).split(), said))
+
+
+def _divide_as(words: list[str], said: list[str]) -> list[str]:
+    """`words` divided as in `said`, where one word of either is the letters of some in a row of the other."""
+    apart = {"".join(said[i:j]): said[i:j] for i in range(len(said)) for j in range(i + 2, min(i + 4, len(said)) + 1)}
+    words = [part for word in words for part in apart.get(word, [word])]
+    whole, found = set(said), []
+    while words:
+        take = next((n for n in (3, 2) if "".join(words[:n]) in whole and words[0] not in whole), 1)
+        found.append("".join(words[:take]))
+        words = words[take:]
+    return found
 
 
 def count_word_errors(references: Sequence[str], transcripts: Sequence[str]) -> list[tuple[int, int]]:

@@ -95,10 +95,10 @@ ANIMALS = (
     "snake wolf"
 ).split()
 # What is read aloud and repeated: words that carry a meaning of their own. A recogniser that expects sentences would
-# correct random function words, and count its own corrections as the voice's errors.
+# correct random function words, and names out of context, and count its own corrections as the voice's errors.
 CONTENT = list(
     dict.fromkeys(
-        [*NUMBERS, *TENS, *DAYS, *MONTHS, *OBJECTS, *COLORS, *ANIMALS, *CAPITALS, *CAPITALS.values()]
+        [*NUMBERS, *TENS, *DAYS, *MONTHS, *OBJECTS, *COLORS, *ANIMALS]
         + "sky grass snow lemon milk coal water honey seeds tree car hand blood wheels fingers legs".split()
     )
 )
@@ -228,6 +228,8 @@ def vocabulary() -> list[str]:
         "please",
         "hundred",
         *CONTENT,
+        *CAPITALS,
+        *CAPITALS.values(),
         *NOT_HEARD.split(),
         *NOT_KNOWN.split(),
     }
@@ -295,11 +297,10 @@ def sample_sequences(
 
 
 def recombined_answer(rng: random.Random) -> str:
-    """A sentence built as the answers are, of words that need not belong together ("sixty comes after paris").
+    """A sentence built as the answers are, of words that need not belong together ("sixty comes after butter").
 
     Reading them aloud teaches the answers' shape for every content word.
     """
-    one, two, three = rng.choices(CONTENT, k=3)
     pattern = rng.choice(
         (
             "{0} plus {1} is {2}", "{0} minus {1} is {2}", "{0} times {1} is {2}", "{0} is bigger", "{0} is smaller",
@@ -308,8 +309,12 @@ def recombined_answer(rng: random.Random) -> str:
             "a {0} has {1} {2}", "a {0} lives in {1}", "a {0} drinks {1}", "a {0} eats {1}", "{0} comes from a {1}",
         )
     )  # fmt: skip
-    numbers = rng.choices([*NUMBERS, *TENS], k=3) if any(w in pattern for w in ("plus", "minus", "times")) else None
-    text = pattern.format(*(numbers or (one, two, three)))
+    words = rng.choices(CONTENT, k=3)
+    if any(sign in pattern for sign in ("plus", "minus", "times")):
+        words = rng.choices([*NUMBERS, *TENS], k=3)
+    elif "capital" in pattern:
+        words = [rng.choice(list(CAPITALS)), rng.choice(list(CAPITALS.values()))]
+    text = pattern.format(*words)
     return " ".join("an" if a == "a" and b[0] in "aeiou" else a for a, b in pairwise([*text.split(), "."]))
 
 
