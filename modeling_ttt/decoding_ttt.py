@@ -138,7 +138,7 @@ class TttDecoder:
 
     @torch.no_grad()
     def run(self) -> None:
-        """Writes every row to its end. Results: `rows`, `cache` and the counts of `runner`."""
+        """Write every row to its end. Results: `rows`, `cache` and the counts of `runner`."""
         try:
             self._prefill()
             self._retire(self.rows)
@@ -158,13 +158,9 @@ class TttDecoder:
         """Step 1: the prompts, each without what the cache already holds."""
         for row, cached in zip(self.rows, self.cache.token_ids, strict=True):
             row.cached = self._reusable(row.ids, cached)
-            # A prompt that stops inside a span, or at its begin token, goes on there.
-            if row.ids[-1] in self.end_of or (self.is_audio(row.ids[-1]) and row.ids[-1] not in self.end_tokens):
-                start = len(row.ids)
-                while start > 0 and self.is_audio(row.ids[start - 1]):
-                    start -= 1
-                row.span_start = start
-                row.cached = min(row.cached, start)
+            row.span_start = self._find_open_span(row.ids)
+            if row.span_start is not None:
+                row.cached = min(row.cached, row.span_start)
         targets = [len(row.ids) if row.span_start is None else row.span_start for row in self.rows]
         queries = [row.ids[row.cached : target] for row, target in zip(self.rows, targets, strict=True)]
         if any(queries):
@@ -179,6 +175,15 @@ class TttDecoder:
             last = torch.tensor([len(queries[row.index]) - 1 for row in text], device=self.device)
             index = torch.tensor([row.index for row in text], device=self.device)
             self._append_text(text, hidden[index, last])
+
+    def _find_open_span(self, ids: list[int]) -> int | None:
+        """Where the span starts in which a prompt stops, at its begin token or behind codes; it goes on there."""
+        if ids[-1] not in self.end_of and (ids[-1] in self.end_tokens or not self.is_audio(ids[-1])):
+            return None
+        start = len(ids)
+        while start > 0 and self.is_audio(ids[start - 1]):
+            start -= 1
+        return start
 
     def _retire(self, rows: list[Row]) -> None:
         """Rows that are done leave the cache's batch, so that the others go on without them."""
@@ -226,7 +231,7 @@ class TttDecoder:
     # ---- text --------------------------------------------------------------------------------------------------------
 
     def _append_text(self, rows: list[Row], hidden: torch.Tensor) -> None:
-        """Chooses the next text token of each row. hidden: (rows, hidden_size)."""
+        """Choose the next text token of each row. hidden: (rows, hidden_size)."""
         logits = self.runner.project(hidden, 0, self.audio_start)  # (rows, text vocab)
         if self.audio_end < self.vocab_size:  # text tokens that were added above the audio side
             logits = torch.cat([logits, self.runner.project(hidden, self.audio_end, self.vocab_size)], dim=1)
@@ -275,6 +280,13 @@ class TttDecoder:
             self.scores.append(self._widen(logits))
         return logits
 
+    def _skip_scores(self, number: int) -> None:
+        """Audio is not written left to right: its tokens get rows of -inf, which take no memory."""
+        for scores in (self.scores, self.logits):
+            if scores is not None:
+                nothing = torch.full((1, 1), -torch.inf, device=self.device).expand(1, self.vocab_size)
+                scores += [nothing] * number
+
     def _widen(self, logits: torch.Tensor) -> torch.Tensor:
         """Of the text side, (rows, text vocab), to the whole vocabulary, (rows, vocab)."""
         audio = logits.new_full((len(logits), self.audio_end - self.audio_start), -torch.inf)
@@ -295,7 +307,7 @@ class TttDecoder:
         return torch.tensor(shown, device=self.device)
 
     def _stop(self, rows: list[Row]) -> bool:
-        """Asks the stopping criteria (other than eos and length) about rows that have just grown: is one done by it?"""
+        """Ask the stopping criteria (other than eos and length) about rows that have just grown: is one done by it?"""
         stopped = False
         if not self.criteria:
             return stopped
@@ -349,7 +361,7 @@ class TttDecoder:
 
     def _finish_block(self, row: Row) -> None:
         """
-        Step 3e: ends the block once it is decided. What stands after the first end token is dropped, so the block is
+        Step 3e: end the block once it is decided. What stands after the first end token is dropped, so the block is
         decided as soon as everything up to that token is.
         """
         end = next((i for i, token in enumerate(row.block) if token in self.end_tokens or token == UNDECIDED), None)
@@ -368,6 +380,7 @@ class TttDecoder:
         if len(codes) > room or (closing is None and len(codes) == room):
             codes, closing = codes[: max(room, 0)], self._proper_end(row)
         row.ids += codes
+        self._skip_scores(len(codes))
         if closing is None and self._stop([row]):
             closing = self._proper_end(row)
         if closing is None:
@@ -375,6 +388,7 @@ class TttDecoder:
             self._start_block(row)
             return
         row.ids.append(closing)
+        self._skip_scores(1)
         self._stream([*codes, closing])
         row.done = row.done or row.new_tokens >= self.max_new_tokens
         self._stop([row])

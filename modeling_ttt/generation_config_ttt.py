@@ -2,8 +2,11 @@
 
 import copy
 import math
+from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import Any
 
+import torch
 from transformers import GenerationConfig
 
 AUDIO_REMASKING_RULES = ("low_confidence", "random", "entropy")
@@ -19,6 +22,37 @@ AUDIO_DEFAULTS: dict[str, Any] = {
     "audio_order_bias": 0.0,
     "max_audio_codes_per_span": 2600,
 }
+# Inherited options by what they take. The library compares them without asking, and its errors name no option.
+INTEGERS = (
+    "max_length",
+    "max_new_tokens",
+    "min_length",
+    "min_new_tokens",
+    "no_repeat_ngram_size",
+    "num_beams",
+    "num_return_sequences",
+    "top_k",
+)
+NUMBERS = (
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "length_penalty",
+    "max_time",
+    "min_p",
+    "repetition_penalty",
+    "temperature",
+    "top_p",
+    "typical_p",
+)
+SWITCHES = (
+    "do_sample",
+    "output_logits",
+    "output_scores",
+    "remove_invalid_values",
+    "return_dict_in_generate",
+    "use_cache",
+)
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 AUDIO_OPTIONS = (*AUDIO_DEFAULTS, "audio_confidence_threshold", "audio_top_k", "audio_top_p", "seed")
 
 
@@ -70,14 +104,14 @@ class TttGenerationConfig(GenerationConfig):
 
     @classmethod
     def from_model_config(cls, model_config: Any) -> "TttGenerationConfig":
-        """Settings for a model without a generation_config.json: token ids come from the model's configuration."""
+        """Return settings for a model without a generation_config.json: ids come from the model's configuration."""
         upgraded = cls.upgrade(GenerationConfig.from_model_config(model_config))
         upgraded._from_model_config = None  # a file with this mark loses all but the inherited options when loaded
         return upgraded
 
     @classmethod
     def upgrade(cls, generation_config: GenerationConfig) -> "TttGenerationConfig":
-        """The same settings as an instance of this class; unset audio options stay unset."""
+        """Return the same settings as an instance of this class; unset audio options stay unset."""
         if isinstance(generation_config, cls):
             return generation_config
         upgraded = cls()
@@ -92,9 +126,12 @@ class TttGenerationConfig(GenerationConfig):
 
     def validate(self, *args: Any, **kwargs: Any) -> None:
         """
+        Check every option, the inherited ones by type too.
+
         Raises:
             ValueError: naming the option, its value and what to use instead.
         """
+        self.__dict__.update(read_options(self.__dict__))
         super().validate(*args, **kwargs)
         for name in ("audio_block_size", "audio_steps_per_block", "max_audio_codes_per_span", "audio_top_k"):
             value = getattr(self, name)
@@ -120,12 +157,41 @@ class TttGenerationConfig(GenerationConfig):
             raise ValueError(f"`seed` is {self.seed!r}; use an integer from 0 to 2**63 - 1, or a list of one per row.")
 
 
+def read_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Return the inherited options among `options` that take an integer, a number, a switch or token ids, as Python's own.
+
+    Raises:
+        ValueError: if one is of another type, naming it, its value and what to use.
+    """
+    read = {}
+    for names, is_one, convert, what in (
+        (INTEGERS, _is_int, int, "an integer"),
+        (NUMBERS, _is_number, float, "a finite number"),
+        (SWITCHES, lambda value: isinstance(value, bool), bool, "True or False"),
+        (TOKEN_IDS, _are_token_ids, lambda value: value, "an id, or for several a list of them"),
+    ):
+        for name in names:
+            value = options.get(name)
+            if value is not None and not is_one(value):
+                raise ValueError(f"`{name}` is {value!r}; use {what}.")
+            if value is not None:
+                read[name] = convert(value)
+    return read
+
+
 def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-__all__ = ["AUDIO_DEFAULTS", "AUDIO_OPTIONS", "AUDIO_REMASKING_RULES", "TttGenerationConfig"]
+def _are_token_ids(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return not value.is_floating_point()
+    return all(map(_is_int, value)) if isinstance(value, list | tuple) else _is_int(value)
+
+
+__all__ = ["AUDIO_DEFAULTS", "AUDIO_OPTIONS", "AUDIO_REMASKING_RULES", "TttGenerationConfig", "read_options"]

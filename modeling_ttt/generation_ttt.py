@@ -6,13 +6,19 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
-from transformers.generation import LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
+from transformers.generation import (
+    GenerateDecoderOnlyOutput,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.generation.streamers import BaseStreamer
-from transformers.utils import ModelOutput, logging
+from transformers.utils import logging
 
 from .cache_ttt import TttCache
 from .decoding_ttt import TttDecoder
-from .generation_config_ttt import AUDIO_DEFAULTS, AUDIO_OPTIONS, TttGenerationConfig
+from .generation_config_ttt import AUDIO_DEFAULTS, AUDIO_OPTIONS, TttGenerationConfig, read_options
+from .response_diffusion_ttt import ResponseDecoder
 
 logger = logging.get_logger(__name__)
 
@@ -46,7 +52,7 @@ REFUSED_OPTIONS = (
 
 
 @dataclass
-class TttGenerateOutput(ModelOutput):
+class TttGenerateOutput(GenerateDecoderOnlyOutput):
     """
     What `generate` returns with `return_dict_in_generate=True`.
 
@@ -54,23 +60,20 @@ class TttGenerateOutput(ModelOutput):
         sequences (`torch.LongTensor` of shape `(batch, prompt + new)`): prompts as given, then the new tokens, then the
             padding token for rows that ended earlier.
         past_key_values (`TttCache`): hand it to the next turn of the conversation; `None` with `use_cache=False`.
+        scores, logits (`tuple(torch.FloatTensor)`, *optional*): with `output_scores` / `output_logits`, after and
+            before the logits processors, one `(1, vocab)` entry per new token: of text tokens with audio-side ids at
+            -inf, of audio, which is not written left to right, all -inf.
         num_forwards (`int`): forwards of the backbone in this call, shared ones counted once: prompt, text, denoising
             steps, commits of finished spans and unconditional branches.
         num_token_positions (`int`): token positions these forwards computed, filling included.
         forwards_per_row (`torch.LongTensor` of shape `(batch,)`): forwards each row took part in.
         tokens_per_forward (`torch.FloatTensor` of shape `(batch,)`): each row's new tokens by its forwards.
-        scores, logits (`tuple(torch.FloatTensor)`, *optional*): with `output_scores` / `output_logits`, after and
-            before the logits processors, one `(1, vocab)` entry per new text token, audio-side ids at -inf.
     """
 
-    sequences: torch.Tensor | None = None
-    past_key_values: TttCache | None = None
     num_forwards: int | None = None
     num_token_positions: int | None = None
     forwards_per_row: torch.Tensor | None = None
     tokens_per_forward: torch.Tensor | None = None
-    scores: tuple[torch.Tensor, ...] | None = None
-    logits: tuple[torch.Tensor, ...] | None = None
 
 
 class TttGenerationMixin(GenerationMixin):
@@ -104,8 +107,55 @@ class TttGenerationMixin(GenerationMixin):
     ) -> tuple[TttGenerationConfig, dict[str, Any]]:
         # None asks for the default, as it does in a generation configuration.
         kwargs = {name: value for name, value in kwargs.items() if value is not None or name not in AUDIO_DEFAULTS}
+        kwargs |= read_options(kwargs)
         prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         return TttGenerationConfig.upgrade(prepared), model_kwargs
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        As any model, for the autoregressive twin. The other entries, `generate_batch` among them, lead here.
+
+        Raises:
+            ValueError: for a model that diffuses, which this would write left to right.
+        """
+        if self.config.audio_objective == "diffusion":
+            raise ValueError(
+                "Continuous batching (`generate_batch`, `init_continuous_batching`) writes one token after the other, "
+                "but this model's `audio_objective` is 'diffusion': call `generate`, which takes several prompts."
+            )
+        return super().init_continuous_batching(*args, **kwargs)
+
+    def compute_transition_scores(
+        self,
+        sequences: torch.Tensor,
+        scores: tuple[torch.Tensor, ...],
+        beam_indices: torch.Tensor | None = None,
+        normalize_logits: bool = False,
+    ) -> torch.Tensor:
+        """
+        As any model. Of audio that was diffused there is none: its tokens get 0.
+
+        Args:
+            sequences (`torch.LongTensor` of shape `(batch, prompt + new)`): prompts and answers.
+            scores (`tuple(torch.FloatTensor)`): one `(batch, vocab)` entry per new token.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch, new)`.
+        """
+        if self.config.audio_objective == "autoregressive":
+            return super().compute_transition_scores(sequences, scores, beam_indices, normalize_logits)
+        if not len(scores) or sequences.shape[1] <= len(scores) or beam_indices is not None:
+            raise ValueError(
+                f"`scores` has {len(scores)} entries for `sequences` of {sequences.shape[1]} tokens: pass both as one "
+                "call of `generate` with `output_scores=True` returned them, without `beam_indices`."
+            )
+        answers = sequences[:, -len(scores) :]
+        transitions = torch.zeros(answers.shape, device=sequences.device)
+        for place, of_place in enumerate(scores):
+            is_text = ~self.config.is_audio(answers[:, place])
+            chosen = of_place[is_text].log_softmax(dim=-1) if normalize_logits else of_place[is_text]
+            transitions[is_text, place] = chosen.gather(1, answers[is_text, place, None]).squeeze(1)
+        return transitions
 
     @torch.no_grad()
     def generate(
@@ -119,7 +169,7 @@ class TttGenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> TttGenerateOutput | torch.Tensor:
         r"""
-        Writes text and audio after the prompts, each row of the batch as if it were alone.
+        Write text and audio after the prompts, each row of the batch as if it were alone.
 
         1. Prompts: one forward computes their keys and values (left padding is taken off; what `past_key_values` holds
            already is skipped). It gives the logits of the first new token.
@@ -144,8 +194,11 @@ class TttGenerationMixin(GenerationMixin):
         Limits. `max_new_tokens` counts all new tokens and is never exceeded. A span that meets it, or
         `max_audio_codes_per_span`, keeps the codes that fit beside the end token of its kind and is closed with it (a
         begin token that is itself the last token stays open). Stopping criteria are asked after each text token, block
-        and span; a span they stop is closed in the same way. Without `max_new_tokens` and `max_length`, 512 tokens or
-        what the context leaves. A prompt that ends with a begin token, or with codes, is continued inside that span.
+        and span; a span they stop is closed in the same way. Without `max_new_tokens` and `max_length` in the call, the
+        checkpoint's own, or 512 tokens, or what the context leaves. A prompt that ends with a begin token, or with
+        codes, is continued inside that span.
+
+        A model whose `text_objective` is "diffusion" writes its whole response as [`ResponseDecoder`] says.
 
         Args:
             inputs (`torch.LongTensor` of shape `(batch, length)`): the prompts, also accepted as `input_ids`; with
@@ -159,6 +212,8 @@ class TttGenerationMixin(GenerationMixin):
             past_key_values ([`TttCache`] or `DynamicCache`, *optional*): the cache of an earlier call, or of a forward
                 over the first columns of `inputs`. Whatever it holds of the prompts is used, the rest is computed;
                 a `TttCache` is changed in place.
+            labels (`torch.LongTensor` of the shape of `inputs`, *optional*): where a row has labels, as the rows of an
+                evaluation, its prompt is what stands before the first of them.
             kwargs: `attention_mask`, `num_return_sequences` (with sampling), `tokenizer` (for `stop_strings`),
                 `prefix_allowed_tokens_fn`, and options of the generation config.
 
@@ -193,15 +248,23 @@ class TttGenerationMixin(GenerationMixin):
         options = self._prepare_generation_config(
             generation_config, **{k: v for k, v in kwargs.items() if k in self.generation_config.__dict__}
         )[0]
-        self._refuse_calls(input_ids, options, streamer, kwargs)
+        lists = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
+        self._refuse_calls(input_ids, options, streamer, {**kwargs, **lists})
         shared.pop("input_ids", None)
         input_ids = input_ids.to(self.device)
-        if kwargs.get("attention_mask") is not None:
-            shared["attention_mask"] = kwargs["attention_mask"].to(self.device)
-        lengths = [kwargs.get("max_length"), generation_config and generation_config.max_length]
-        if options.max_new_tokens is None and not any([*lengths, self.generation_config.max_length]):
-            room = self.config.get_text_config().max_position_embeddings - _longest_prompt(input_ids, shared)
-            shared["max_new_tokens"] = max(1, min(DEFAULT_MAX_NEW_TOKENS, room))
+        mask = shared.pop("attention_mask", None)
+        mask = None if mask is None else mask.to(self.device)
+        labels = shared.pop("labels", None)
+        if labels is not None:
+            before_labels = (labels.to(self.device) >= 0).cumsum(dim=1) == 0
+            mask = before_labels.long() if mask is None else mask * before_labels
+        if mask is not None and not mask.bool().any(dim=1).all():
+            raise ValueError("`attention_mask`, or `labels`, leaves a row without any token; give every row a prompt.")
+        shared["attention_mask"] = mask
+        longest = input_ids.shape[1] if mask is None else int(mask.sum(dim=1).max())
+        default = self._default_max_new_tokens(options, generation_config, kwargs, input_ids.shape[1], longest)
+        if default is not None:
+            shared["max_new_tokens"] = default
         if options.stop_strings is not None:
             # `generate` keeps the tokenizer from custom decoding loops, and without it refuses stop strings.
             criterion = StopStringCriteria(shared.pop("tokenizer"), options.stop_strings)
@@ -231,11 +294,12 @@ class TttGenerationMixin(GenerationMixin):
         streamer: BaseStreamer | None,
         past_key_values: Cache | None,
     ) -> TttGenerateOutput | torch.Tensor:
-        """Runs the decoding loop on what GenerationMixin prepared, and packs its result."""
+        """Run the decoding loop on what GenerationMixin prepared, and packs its result."""
         as_dict = bool(generation_config.return_dict_in_generate)
         cache = _import_cache(past_key_values, input_ids, attention_mask)
         keep_cache = cache is not None or (as_dict and generation_config.use_cache is not False)
-        decoder = TttDecoder(
+        decoder_class = ResponseDecoder if self.config.text_objective == "diffusion" else TttDecoder
+        decoder = decoder_class(
             self,
             input_ids,
             attention_mask,
@@ -272,6 +336,33 @@ class TttGenerationMixin(GenerationMixin):
             logits=tuple(decoder.logits) if decoder.logits is not None else None,
         )
 
+    def _default_max_new_tokens(
+        self,
+        options: TttGenerationConfig,
+        generation_config: TttGenerationConfig | None,
+        kwargs: dict[str, Any],
+        width: int,
+        longest_prompt: int,
+    ) -> int | None:
+        """
+        How many tokens to write where the call does not say: the checkpoint's own limit, or 512, cut to the room that
+        the context leaves. None where the call says.
+        """
+        own, library = self.generation_config, GenerationConfig._get_default_generation_params()
+        for name in ("max_new_tokens", "max_length"):
+            given = generation_config and getattr(generation_config, name)
+            if kwargs.get(name) is not None or given not in (None, getattr(own, name)):
+                return None
+        limit = DEFAULT_MAX_NEW_TOKENS
+        if own.max_new_tokens is not None:
+            limit = own.max_new_tokens
+        elif own.max_length not in (None, library["max_length"]):  # of prompt and answer
+            if own.max_length <= width:
+                return None  # refused further on, by name
+            limit = own.max_length - width
+        most = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return limit if most is None else max(1, min(limit, most - longest_prompt))
+
     def _refuse_calls(
         self,
         input_ids: torch.Tensor | None,
@@ -279,12 +370,7 @@ class TttGenerationMixin(GenerationMixin):
         streamer: BaseStreamer | None,
         kwargs: dict[str, Any],
     ) -> None:
-        """Raises a ValueError that names the argument for every call that cannot be served."""
-        if self.config.text_objective == "diffusion":
-            raise ValueError(
-                "The model's `text_objective` is 'diffusion', so it never learnt to write text left to right: pass "
-                "`custom_generate=diffuse_response`, from modeling_ttt/response_diffusion_ttt.py."
-            )
+        """Raise a ValueError that names the argument for every call that cannot be served."""
         if input_ids is None:
             raise ValueError("`inputs` is missing: pass the prompts' token ids (`inputs_embeds` hide what is audio).")
         if not torch.is_tensor(input_ids):
@@ -297,19 +383,26 @@ class TttGenerationMixin(GenerationMixin):
             value = getattr(options, name, None)
             if is_asked(value):
                 raise ValueError(f"`{name}={value!r}` asks for {what}, which TtT generation does not do; {remedy}.")
-        for name in ("assistant_model", "negative_prompt_ids", "position_ids", "inputs_embeds", "span_ids", "labels"):
+        for name in ("assistant_model", "negative_prompt_ids", "position_ids", "inputs_embeds", "span_ids"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"`{name}` is not used by TtT generation; leave it out.")
         if kwargs.get("synced_gpus"):
             raise ValueError("`synced_gpus=True` is not supported: gather the model on each device to generate.")
-        mask = kwargs.get("attention_mask")
-        if mask is not None and tuple(mask.shape) != tuple(input_ids.shape):
-            raise ValueError(
-                f"`attention_mask` has shape {tuple(mask.shape)}, `inputs` {tuple(input_ids.shape)}: pass the whole "
-                "conversation, not only its new part, and its mask."
-            )
-        if mask is not None and not mask.bool().any(dim=1).all():
-            raise ValueError("`attention_mask` leaves a row without any token; give every row a prompt.")
+        for name in ("attention_mask", "labels"):
+            value = kwargs.get(name)
+            if value is not None and not torch.is_tensor(value):
+                raise ValueError(f"`{name}` is a {type(value).__name__}; pass a tensor of the shape of `inputs`.")
+            if value is not None and tuple(value.shape) != tuple(input_ids.shape):
+                raise ValueError(
+                    f"`{name}` has shape {tuple(value.shape)}, `inputs` {tuple(input_ids.shape)}: pass the whole "
+                    "conversation, not only its new part, and what belongs to it."
+                )
+        for name in ("logits_processor", "stopping_criteria"):
+            value = kwargs.get(name)
+            if value is not None and not (isinstance(value, list | tuple) and all(map(callable, value))):
+                raise ValueError(f"`{name}` is {value!r}; pass a list of callables.")
+        if streamer is not None and not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
+            raise ValueError(f"`streamer` is a {type(streamer).__name__}; pass an object with methods `put` and `end`.")
         rows = input_ids.shape[0] * (options.num_return_sequences or 1)
         if streamer is not None and rows > 1:
             raise ValueError(f"`streamer` follows one row, but this call writes {rows}: call `generate` for each.")
@@ -319,17 +412,37 @@ class TttGenerationMixin(GenerationMixin):
                     f"`{name}` is for one row (rows reach their text tokens at different times), but this call "
                     f"writes {rows}: call `generate` for each."
                 )
+            if getattr(options, name) and self.config.text_objective == "diffusion":
+                raise ValueError(f"`{name}` is of text written left to right, which a diffused response is not.")
         if options.stop_strings is not None and kwargs.get("tokenizer") is None:
             raise ValueError("`stop_strings` needs the tokenizer: pass `tokenizer=`.")
         if self.training and self.is_gradient_checkpointing:
             raise ValueError("Gradient checkpointing in training mode disables the cache: call `model.eval()` first.")
-        kinds = set(getattr(self.config.get_text_config(), "layer_types", None) or ()) - {"full_attention"}
+        kinds = _partial_attention(self.config.get_text_config())
         if kinds:
-            raise ValueError(f"Backbone layers of type {sorted(kinds)} are not supported; use full attention.")
+            raise ValueError(
+                f"The backbone's attention is limited ({', '.join(kinds)}), which TtT generation does not support: use "
+                "one with full attention, or a window as long as its context."
+            )
+
+
+def _partial_attention(config: Any) -> list[str]:
+    """What keeps a backbone's layers from seeing its whole context, as `transformers.masking_utils` decides it."""
+    most = getattr(config, "max_position_embeddings", None)
+    limits = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+    short = {
+        kind: f"`{name}` = {limit}"
+        for kind, name in limits.items()
+        if (limit := getattr(config, name, None)) is not None and (most is None or limit < most)
+    }
+    if not hasattr(config, "layer_types"):
+        return list(short.values())[:1]
+    kinds = sorted(set(config.layer_types or ()) - {"full_attention"})
+    return [short.get(kind, f"layers of type {kind}") for kind in kinds if kind in short or kind not in limits]
 
 
 def refuse_overflow(longest_prompt: int, max_new_tokens: int, max_positions: int | None) -> None:
-    """Raises a ValueError where prompt and answer, in tokens, do not fit the positions of the model."""
+    """Raise a ValueError where prompt and answer, in tokens, do not fit the positions of the model."""
     needed = longest_prompt + max_new_tokens
     if max_positions is not None and needed > max_positions:
         raise ValueError(
@@ -337,11 +450,6 @@ def refuse_overflow(longest_prompt: int, max_new_tokens: int, max_positions: int
             f"positions, but the model has `max_position_embeddings` = {max_positions}: shorten the prompt or lower "
             "`max_new_tokens`."
         )
-
-
-def _longest_prompt(input_ids: torch.Tensor, kwargs: dict[str, Any]) -> int:
-    mask = kwargs.get("attention_mask")
-    return input_ids.shape[1] if mask is None else int(mask.sum(dim=1).max())
 
 
 def _import_cache(

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModel, GenerationConfig
@@ -34,6 +35,40 @@ def test_a_wrong_value_is_refused_by_name_with_a_remedy(name, value, remedy):
     with pytest.raises(ValueError) as refusal:
         TttGenerationConfig(**{name: value})
     assert name in str(refusal.value) and repr(value) in str(refusal.value) and remedy in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("max_new_tokens", "20"),
+        ("max_new_tokens", 20.0),
+        ("max_length", [20]),
+        ("top_k", "5"),
+        ("num_return_sequences", 1.5),
+        ("temperature", "hot"),
+        ("temperature", float("nan")),
+        ("top_p", [0.9]),
+        ("repetition_penalty", "1.1"),
+        ("max_time", "soon"),
+        ("do_sample", "yes"),
+        ("use_cache", 1),
+        ("eos_token_id", "<|im_end|>"),
+        ("pad_token_id", 1.0),
+    ],
+)
+def test_an_inherited_option_of_a_wrong_type_is_refused_by_name(tiny_model, name, value):
+    calls = (
+        lambda: TttGenerationConfig(**{name: value}),
+        lambda: tiny_model().generate(torch.tensor([[1, 2, 3]]), **{"max_new_tokens": 2, name: value}),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=f"`{name}` is .*; use "):
+            call()
+
+
+def test_numbers_of_numpy_and_ids_in_tensors_are_taken(tiny_model):
+    options = {"max_new_tokens": np.int64(3), "temperature": np.float32(0.5), "eos_token_id": torch.tensor([104])}
+    assert tiny_model().generate(torch.tensor([[1, 2, 3]]), do_sample=True, **options).shape[1] <= 6
 
 
 def test_a_threshold_on_random_confidence_is_refused():

@@ -1,10 +1,22 @@
 """Text options, limits, refusals and what generation reports."""
 
+import copy
+
+import numpy as np
 import pytest
 import torch
 from reference_sampler import golden_cases, golden_prompts, load_published, reference_generate
-from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
-from transformers.generation import RepetitionPenaltyLogitsProcessor
+from torch.utils.data import Dataset
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    StoppingCriteria,
+)
+from transformers.generation import GenerateDecoderOnlyOutput, RepetitionPenaltyLogitsProcessor
+
+from modeling_ttt import TttGenerationConfig
 
 MODELS: dict = {}
 
@@ -149,6 +161,81 @@ def test_a_context_too_short_is_refused_before_any_forward(monkeypatch):
         model.generate(torch.tensor([prompt]), max_new_tokens=49)
 
 
+def test_a_limit_that_the_call_does_not_name_is_cut_to_the_room_there_is():
+    model, prompt = load_published("a", max_position_embeddings=64), golden_prompts("a")[0]
+    explicit = answer_of(model, prompt, max_new_tokens=48, eos_token_id=[109])
+    for limits in ({"max_new_tokens": 2048}, {"max_new_tokens": None, "max_length": 2048}, {"max_length": None}):
+        model.generation_config.update(**limits)
+        assert answer_of(model, prompt, eos_token_id=[109]) == explicit
+    model.generation_config.update(max_new_tokens=2048)
+    for settings in (TttGenerationConfig(eos_token_id=[109]), copy.deepcopy(model.generation_config)):
+        settings.eos_token_id = [109]
+        assert answer_of(model, prompt, generation_config=settings) == explicit
+    for named in ({"max_new_tokens": 49}, {"generation_config": TttGenerationConfig(max_new_tokens=49)}):
+        with pytest.raises(ValueError, match=r"`max_new_tokens` \(49\)"):
+            answer_of(model, prompt, **named)
+    model.generation_config.update(max_new_tokens=5)
+    assert len(answer_of(model, prompt, eos_token_id=[109])) == 5
+    with pytest.raises(ValueError, match=r"prompt \(64 tokens\)"):
+        answer_of(model, prompt * 4)
+
+
+def test_a_prompt_ends_where_its_labels_begin(tiny_model):
+    model = tiny_model()
+    ids = torch.tensor([[1, 2, 3, 10, 11, 104], [105, 105, 4, 5, 12, 104]])
+    labels = torch.tensor([[-100, -100, -100, 10, 11, 104], [-100, -100, -100, -100, 12, 104]])
+    options = {"max_new_tokens": 4, "eos_token_id": [109]}
+    rows = model.generate(ids, attention_mask=(ids != 105).long(), labels=labels, **options)
+    assert torch.equal(rows[:, :6], ids)
+    assert rows[:, 6:].tolist() == [answer_of(model, prompt, **options) for prompt in ([1, 2, 3], [4, 5])]
+    with pytest.raises(ValueError, match="`labels`, leaves a row without"):
+        model.generate(ids, labels=ids)
+    with pytest.raises(ValueError, match=r"`labels` has shape \(2, 5\)"):
+        model.generate(ids, labels=labels[:, 1:])
+
+
+class Prompts(Dataset):
+    """Rows of an evaluation: prompt and answer."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        ids = [1, 2, 3, 10 + index, 11, 104]
+        return {"input_ids": torch.tensor(ids), "labels": torch.tensor([-100] * 3 + ids[3:])}
+
+
+@pytest.mark.parametrize("objective", ["diffusion", "autoregressive"])
+def test_the_sequence_to_sequence_trainer_predicts_with_generate(tiny_model, objective, tmp_path):
+    arguments = Seq2SeqTrainingArguments(
+        tmp_path,
+        predict_with_generate=True,
+        generation_max_length=16,
+        per_device_eval_batch_size=2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    model = tiny_model(audio_objective=objective)
+    model.generation_config.eos_token_id = [109]
+    trainer = Seq2SeqTrainer(model, arguments, eval_dataset=Prompts(), processing_class=Padding())
+    for _ in range(2):  # it sets defaults of the library in the model's settings
+        prediction = trainer.predict(Prompts())
+        assert prediction.predictions.shape == (3, 20) and np.isfinite(prediction.metrics["test_loss"])
+        if objective == "diffusion":
+            expected = [answer_of(model, [1, 2, 3], max_new_tokens=10, eos_token_id=[109])] * 3
+            assert prediction.predictions[:, 6:16].tolist() == expected
+
+
+class Padding:
+    """What the trainer needs of a tokenizer."""
+
+    pad_token_id = 105
+
+    def save_pretrained(self, folder):
+        pass
+
+
 def test_padding_does_not_count_against_the_context():
     model, prompt = load_published("a", max_position_embeddings=64), golden_prompts("a")[0]
     padded = {"inputs": torch.tensor([[105] * 30 + list(prompt)]), "attention_mask": torch.ones(1, 46).long()}
@@ -161,6 +248,63 @@ def test_without_a_length_the_answer_gets_room(recwarn):
     answer = answer_of(model, case["prompt"], audio_block_size=10, audio_steps_per_block=10)
     assert answer == case["output"][len(case["prompt"]) :]  # 48 tokens: more than GenerationMixin's 20
     assert not [warning for warning in recwarn if "max_length" in str(warning.message)]
+
+
+@pytest.mark.parametrize("objective", [{}, {"text_objective": "diffusion"}])
+def test_continuous_batching_is_refused_at_every_entry(tiny_model, objective):
+    model = tiny_model(**objective)
+    entries = (
+        lambda: model.generate_batch([[1, 2, 3]], max_new_tokens=3),
+        lambda: model.init_continuous_batching(),
+        lambda: model.continuous_batching_context_manager().__enter__(),
+    )
+    for entry in entries:
+        with pytest.raises(ValueError, match="Continuous batching .* call `generate`"):
+            entry()
+    with pytest.raises(ValueError, match="`cache_implementation"):
+        model.generate(torch.tensor([[1, 2, 3]]), cache_implementation="paged")
+    twin = tiny_model(audio_objective="autoregressive")
+    assert type(twin.init_continuous_batching()).__name__ == "ContinuousBatchingManager"
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_transition_scores_are_those_of_the_text_and_none_of_the_audio(normalize):
+    model, case = model_of("a"), golden_cases("a")[0]
+    output = model.generate(
+        torch.tensor([case["prompt"]]),
+        max_new_tokens=40,
+        audio_block_size=10,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    assert isinstance(output, GenerateDecoderOnlyOutput)
+    transitions = model.compute_transition_scores(output.sequences, output.scores, normalize_logits=normalize)
+    answer = output.sequences[0, len(case["prompt"]) :]
+    assert transitions.shape == (1, len(answer)) and (answer >= 110).any() and (answer < 110).any()
+    logits = model(output.sequences).logits[0, len(case["prompt"]) - 1 : -1]
+    logits[:, 110:] = -torch.inf
+    expected = (logits.log_softmax(-1) if normalize else logits).gather(1, answer[:, None])[:, 0]
+    torch.testing.assert_close(transitions[0], expected.where(answer < 110, 0.0), atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="`scores` has 0 entries"):
+        model.compute_transition_scores(output.sequences, ())
+
+
+@pytest.mark.parametrize(
+    "backbone, message",
+    [
+        ({"model_type": "mistral", "sliding_window": 4}, "`sliding_window` = 4"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, "= 4"),
+        ({"model_type": "mistral", "sliding_window": 256}, None),
+    ],
+)
+def test_a_backbone_that_sees_a_window_only_is_refused_however_its_configuration_says_so(tiny_model, backbone, message):
+    model, prompt = tiny_model(backbone), torch.tensor([[1, 2, 3, 4, 5, 6]])
+    if message is None:
+        answer = model.generate(prompt, max_new_tokens=1)[0, -1]
+        assert answer == model(prompt).logits[0, -1, :110].argmax()
+        return
+    with pytest.raises(ValueError, match=message):
+        model.generate(prompt, max_new_tokens=3)
 
 
 @pytest.mark.parametrize(
@@ -209,6 +353,10 @@ def test_refusals_also_come_from_the_models_own_settings_and_a_passed_config(tin
         ({"inputs": torch.zeros(0, 3).long()}, r"shape \(0, 3\); use \(batch, length\)"),
         ({"inputs": [[1, 2]]}, "`inputs` is a list; pass a tensor"),
         ({"attention_mask": torch.ones(1, 5).long()}, "whole conversation"),
+        ({"attention_mask": [[1, 1, 1]]}, "`attention_mask` is a list"),
+        ({"logits_processor": "penalty"}, "`logits_processor` is 'penalty'"),
+        ({"stopping_criteria": [3]}, "`stopping_criteria` is"),
+        ({"streamer": print}, "`streamer` is a builtin_function_or_method"),
         ({"attention_mask": torch.zeros(1, 3).long()}, "without any token"),
         ({"seed": [1, 2], "do_sample": True}, "seed"),
         ({"no_such_option": 1}, "no_such_option"),
@@ -244,7 +392,8 @@ def test_the_result_reports_forwards_and_tokens_per_forward():
     assert output.num_forwards <= text + 4
     assert output.tokens_per_forward.tolist() == pytest.approx([new / output.num_forwards])
     assert output.tokens_per_forward[0] > 1
-    assert len(output.scores) == len(output.logits) == text
+    assert len(output.scores) == len(output.logits) == new
+    assert sum(bool(scores.isfinite().any()) for scores in output.scores) == text
     assert output.scores[0].shape == (1, 178) and output.scores[0][0, 110:].max() == -torch.inf
     assert int(output.scores[0].argmax()) == int(output.sequences[0, len(case["prompt"])])
 

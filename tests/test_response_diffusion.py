@@ -3,9 +3,9 @@ learnt."""
 
 import pytest
 import torch
+from builders import run_without_packages
 from conftest import make_model
-
-from modeling_ttt.response_diffusion_ttt import diffuse_response
+from test_generation_cache import PutBack
 
 MASK, END = 175, 104
 PROMPTS = [[1, 2, 100, 111, 112, 113, 101, 3], [1, 4, 5]]
@@ -15,7 +15,7 @@ def generate(model, prompts, **options):
     width = max(map(len, prompts))
     ids = torch.tensor([[105] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    sequences = model.generate(ids, attention_mask=mask, custom_generate=diffuse_response, **options)
+    sequences = model.generate(ids, attention_mask=mask, **options)
     assert torch.equal(sequences[:, :width], ids)
     return sequences[:, width:].tolist()
 
@@ -109,5 +109,36 @@ def test_what_cannot_be_written_is_refused_before_any_forward():
     model = make_model(text_objective="diffusion")
     with pytest.raises(ValueError, match=r"prompt \(8 tokens\) and `max_new_tokens` \(249\) make 257 positions"):
         generate(model, PROMPTS, max_new_tokens=249)
-    with pytest.raises(ValueError, match="pass `custom_generate=diffuse_response`"):
-        model.generate(torch.tensor([PROMPTS[1]]), max_new_tokens=4)
+    with pytest.raises(ValueError, match="`output_scores` is of text written left to right"):
+        generate(model, PROMPTS[:1], max_new_tokens=4, output_scores=True, return_dict_in_generate=True)
+
+
+def test_it_streams_blocks_reports_forwards_and_hands_its_cache_on():
+    model, streamer = make_model(text_objective="diffusion"), PutBack()
+    options = {"audio_block_size": 5, "audio_steps_per_block": 2, "max_new_tokens": 12, "eos_token_id": [109]}
+    options["return_dict_in_generate"] = True
+    prompt = torch.tensor(PROMPTS[:1])
+    output = model.generate(prompt, streamer=streamer, **options)
+    assert [len(piece.flatten()) for piece in streamer.pieces] == [8, 5, 5, 2] and streamer.ended
+    assert torch.cat([piece.flatten() for piece in streamer.pieces]).tolist() == output.sequences[0].tolist()
+    assert output.num_forwards == 7 and output.past_key_values.token_ids == PROMPTS[:1]
+    again = model.generate(prompt, past_key_values=output.past_key_values, **options)
+    assert torch.equal(again.sequences, output.sequences)
+    assert again.num_token_positions < output.num_token_positions
+
+
+REMOTE = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+prompt = torch.tensor([json.loads(sys.argv[2])])
+print(model.generate(prompt, max_new_tokens=9, audio_block_size=4)[0].tolist())
+"""
+
+
+def test_it_answers_from_its_folder_alone(tmp_path):
+    model = make_model(text_objective="diffusion")
+    model.save_pretrained(tmp_path / "model")
+    (printed,) = run_without_packages(REMOTE, tmp_path / "model", PROMPTS[1], cwd=tmp_path)
+    expected = model.generate(torch.tensor([PROMPTS[1]]), max_new_tokens=9, audio_block_size=4)
+    assert printed == str(expected[0].tolist())

@@ -1,0 +1,1 @@
+../../modeling_ttt/response_diffusion_ttt.py
