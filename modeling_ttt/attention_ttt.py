@@ -2,7 +2,9 @@
 guidance. What is masked for the sake of the loss is in objective_ttt.py.
 
 A token sees every token up to its own place and, inside a span, all of its span. So the numbers of the spans say
-everything: what is given one number is read as a whole, and what has been given none (-1) is causal.
+everything: what is given one number is read as a whole, and what has been given none (-1) is causal. With block-causal
+spans (after block diffusion, arXiv 2503.09573) every block of a response's span has a number of its own, so that a code
+sees the blocks before its own and its own.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,6 +32,8 @@ def compute_span_ids(
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
     end_of_prompt_audio_token_id: int | None = None,
+    causal_prompt_audio: bool = False,
+    block_length: int | torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Number the audio spans of each row: a span is a maximal run of audio-side tokens (the published code's rule).
@@ -43,9 +47,13 @@ def compute_span_ids(
         position_ids (`torch.LongTensor` of shape `(batch or 1, length)`, *optional*):
             A break in the positions (packed sequences) also ends a span.
         end_of_prompt_audio_token_id (`int`, *optional*):
-            Leave spans that this token closes without a number, hence causal (the paper's rule for prompts). A user's
-            audio is complete in every prompt and a response never writes this token, so that training and generation
-            agree without knowing where the prompt ends.
+            What closes a user's audio. It is complete in every prompt and a response never writes this token, so that
+            training and generation agree without knowing where the prompt ends. Needed for the next two.
+        causal_prompt_audio (`bool`, *optional*, defaults to `False`):
+            Leave a user's audio without a number, hence causal (the paper's rule for prompts).
+        block_length (`int` or `torch.LongTensor` of shape `(batch, length)`, *optional*):
+            Number blocks of this many tokens, counted from the start of each span, instead of whole spans; a user's
+            audio stays whole. In a tensor, the tokens of a span have one length.
 
     Returns:
         `torch.LongTensor` of shape `(batch, length)`: 0, 1, ... inside the spans of a row, -1 outside.
@@ -61,17 +69,20 @@ def compute_span_ids(
     run = starts.long().cumsum(-1) - 1  # (batch, length)
     span_ids = run.masked_fill(~is_audio, NO_SPAN)
 
-    if end_of_prompt_audio_token_id is not None:
-        # Mark, per run, whether its last token is followed by the closing token; column 0 takes what is in no run.
-        closes = torch.zeros_like(is_audio)
-        closes[:, :-1] = is_audio[:, :-1] & (input_ids[:, 1:] == end_of_prompt_audio_token_id)
-        is_prompt_run = torch.zeros(
-            input_ids.shape[0], input_ids.shape[1] + 1, dtype=torch.long, device=input_ids.device
-        )
-        is_prompt_run.scatter_add_(1, span_ids + 1, closes.long())
-        in_prompt_run = is_prompt_run.gather(1, span_ids + 1) > 0
-        span_ids = span_ids.masked_fill(in_prompt_run, NO_SPAN)
-    return span_ids
+    if not causal_prompt_audio and block_length is None:
+        return span_ids
+    # Mark, per run, whether its last token is followed by the closing token; column 0 takes what is in no run.
+    closes = torch.zeros_like(is_audio)
+    closes[:, :-1] = is_audio[:, :-1] & (input_ids[:, 1:] == end_of_prompt_audio_token_id)
+    is_prompt_run = torch.zeros(input_ids.shape[0], input_ids.shape[1] + 1, dtype=torch.long, device=input_ids.device)
+    is_prompt_run.scatter_add_(1, span_ids + 1, closes.long())
+    in_prompt_run = is_prompt_run.gather(1, span_ids + 1) > 0
+    if block_length is not None:
+        index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        place = index - (index * starts).cummax(-1).values  # in the span
+        starts = starts | (is_audio & ~in_prompt_run & (place % block_length == 0))
+        span_ids = (starts.long().cumsum(-1) - 1).masked_fill(~is_audio, NO_SPAN)
+    return span_ids.masked_fill(in_prompt_run, NO_SPAN) if causal_prompt_audio else span_ids
 
 
 def overlay_response_spans(span_ids: torch.Tensor, scored: torch.Tensor, sample_starts: torch.Tensor) -> torch.Tensor:
@@ -93,17 +104,28 @@ def overlay_response_spans(span_ids: torch.Tensor, scored: torch.Tensor, sample_
 
 
 def open_span_ids(
-    starts: Sequence[int], ends: Sequence[int], length: int, device: torch.device | str | None = None
+    starts: Sequence[int],
+    ends: Sequence[int],
+    length: int,
+    device: torch.device | str | None = None,
+    block_starts: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """
     Number the one span that each row is writing, which reaches from `starts` to `ends` (excluded; equal for no span).
 
+    Args:
+        block_starts (`list[int]`, *optional*): with block-causal spans, where the block that is being written starts;
+            what stands before it from `starts` on is the finished block that is still to be cached.
+
     Returns:
-        `torch.LongTensor` of shape `(rows, length)`: 0 inside, -1 outside.
+        `torch.LongTensor` of shape `(rows, length)`: 0 inside, or 0 and 1 in the two blocks; -1 outside.
     """
     place = torch.arange(length, device=device)
     start, end = (torch.tensor(bounds, device=device)[:, None] for bounds in (starts, ends))
-    return -((place < start) | (place >= end)).long()
+    inside = (place >= start) & (place < end)
+    if block_starts is None:
+        return inside.long() - 1
+    return torch.where(inside, (place >= torch.tensor(block_starts, device=device)[:, None]).long(), NO_SPAN)
 
 
 def extend_span_ids(span_ids: torch.Tensor, num_new: int, num_cached: int) -> torch.Tensor:
@@ -171,6 +193,41 @@ def create_generation_mask(
     )
 
 
+def create_copies_mask(
+    config: PreTrainedConfig, limits: torch.Tensor, numbers: torch.Tensor, pieces: torch.Tensor, dtype: torch.dtype
+) -> Any:
+    """
+    Return the mask of rows that hold clean tokens and, behind them, noisy copies of blocks. A token sees what stands
+    before its limit and what has its number, in its own piece of the row.
+
+    Args:
+        config (`PreTrainedConfig`): the backbone's.
+        limits (`torch.LongTensor` of shape `(batch, length)`): column up to which (excluded) a token sees everything:
+            the one after its own for clean tokens, the clean start of its block for copies.
+        numbers (`torch.LongTensor` of shape `(batch, length)`): of blocks, clean and noisy ones apart; -1 outside.
+        pieces (`torch.LongTensor` of shape `(batch, length)`): packed sequences, and padding as one of its own.
+        dtype (`torch.dtype`): of the hidden states.
+    """
+
+    def allowed(batch_idx, head_idx, q_idx, kv_idx):
+        number = numbers[batch_idx, q_idx]
+        same_number = (number == numbers[batch_idx, kv_idx]) & (number >= 0)
+        same_piece = pieces[batch_idx, q_idx] == pieces[batch_idx, kv_idx]
+        return same_piece & ((kv_idx < limits[batch_idx, q_idx]) | same_number)
+
+    return ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation](
+        batch_size=limits.shape[0],
+        q_length=limits.shape[1],
+        kv_length=limits.shape[1],
+        mask_function=allowed,
+        attention_mask=None,
+        allow_is_causal_skip=False,
+        dtype=dtype,
+        config=config,
+        device=limits.device,
+    )
+
+
 def create_masks(
     config: PreTrainedConfig,
     inputs_embeds: torch.Tensor,
@@ -195,6 +252,7 @@ def create_masks(
 
 __all__ = [
     "compute_span_ids",
+    "create_copies_mask",
     "create_generation_mask",
     "create_masks",
     "extend_span_ids",

@@ -17,11 +17,14 @@ PROBABILITIES = (
     "clean_batch_probability",
     "prefix_preservation_probability",
     "span_truncation_probability",
+    "block_masking_probability",
+    "full_block_probability",
 )
 CHOICES = {
     "audio_objective": ("diffusion", "autoregressive"),
     "text_objective": ("autoregressive", "diffusion"),
     "prefix_preservation_unit": ("span", "token"),
+    "span_attention": ("bidirectional", "block_causal"),
 }
 
 
@@ -68,6 +71,23 @@ class TttConfig(PreTrainedConfig):
         span_truncation_probability (`float`, *optional*, defaults to 0.5):
             p_trunc, how often the last span of a sample's response is cut short in training (SST). Without effect
             where audio is autoregressive: such a model finds the end code by code.
+        span_attention (`str`, *optional*, defaults to `"bidirectional"`):
+            Who sees whom inside a response's span. `"bidirectional"`: everybody, as published. `"block_causal"`: a code
+            sees the blocks before its own and its own, not later ones (block diffusion, arXiv 2503.09573). Finished
+            blocks are then final and cached, and every block of a sample is scored in one forward over its clean tokens
+            and noisy copies of its blocks, where text and earlier blocks are always clean: BANOM, PPM and
+            `block_masking_probability` are without effect. A user's audio stays whole.
+        block_masking_probability (`float`, *optional*, defaults to 0.0):
+            How often a sample is cut after a random block of one of its spans, which alone is masked and scored, while
+            everything before it stays clean: what block-wise sampling shows the model (block-aligned masking, after
+            arXiv 2602.08607). Where the span ends within the block, the block is filled up with the end token.
+        block_lengths (`Sequence[int]`, *optional*, defaults to `(26,)`):
+            Tokens of a block in training, drawn anew for each sample, all lengths alike. Where nothing is drawn, in
+            evaluation and in a plain forward with block-causal spans, the first.
+        block_filling_weight (`float`, *optional*, defaults to 0.2):
+            How much an end token that fills up a block counts in the loss; any other token counts 1.
+        full_block_probability (`float`, *optional*, defaults to 0.0):
+            How often a block is masked as a whole, as a sampler's first step sees it, whatever the noise level.
         noise_epsilon (`float`, *optional*, defaults to 0.001): Lower end of the noise level, λ = (1 - ε) t + ε.
         stratified_noise (`bool`, *optional*, defaults to `False`):
             Draw the λ of a batch from equal strata instead of independently (lower variance).
@@ -121,6 +141,11 @@ class TttConfig(PreTrainedConfig):
     prefix_preservation_probability: float = 0.3
     prefix_preservation_unit: Literal["span", "token"] = "span"
     span_truncation_probability: float = 0.5
+    span_attention: Literal["bidirectional", "block_causal"] = "bidirectional"
+    block_masking_probability: float = 0.0
+    block_lengths: Sequence[int] = (26,)
+    block_filling_weight: float = 0.2
+    full_block_probability: float = 0.0
     noise_epsilon: float = 1e-3
     stratified_noise: bool = False
     eval_noise_levels: Sequence[float] = (0.125, 0.375, 0.625, 0.875)
@@ -138,7 +163,7 @@ class TttConfig(PreTrainedConfig):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(self.text_config, name, None))
             setattr(self.text_config, name, getattr(self, name))
-        self.eval_noise_levels = list(self.eval_noise_levels)
+        self.eval_noise_levels, self.block_lengths = list(self.eval_noise_levels), list(self.block_lengths)
         self.validate()
 
     @classmethod
@@ -181,6 +206,11 @@ class TttConfig(PreTrainedConfig):
         """One past the last id of the audio side."""
         last_code = self.audio_code_id_start + self.num_audio_codes - 1
         return 1 + max(last_code, *(getattr(self, name) for name in AUDIO_SIDE_IDS))
+
+    @property
+    def is_block_causal(self) -> bool:
+        """Whether spans are diffused and their blocks do not see later ones."""
+        return self.span_attention == "block_causal" and self.audio_objective == "diffusion"
 
     def is_audio(self, token_ids: Any) -> Any:
         """Return whether ids are audio-side: a bool for an `int`, a `torch.BoolTensor` for a tensor of any shape."""
@@ -244,10 +274,20 @@ class TttConfig(PreTrainedConfig):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; choose {' or '.join(map(repr, choices))}.")
+        lengths = self.block_lengths
+        if not lengths or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in lengths):
+            raise ValueError(f"`block_lengths` is {lengths}; give one or more numbers of tokens, each at least 1.")
+        if not 0.0 <= self.block_filling_weight < float("inf"):
+            raise ValueError(f"`block_filling_weight` is {self.block_filling_weight}; give a number of at least 0.")
         if self.text_objective == "diffusion" and self.audio_objective == "autoregressive":
             raise ValueError(
                 "`text_objective` is 'diffusion' but `audio_objective` is 'autoregressive': text is diffused together "
                 "with audio or not at all."
+            )
+        if self.text_objective == "diffusion" and (self.is_block_causal or self.block_masking_probability > 0):
+            raise ValueError(
+                "`text_objective` is 'diffusion', which makes a response one span without blocks: use it with "
+                "`span_attention='bidirectional'` and `block_masking_probability=0`."
             )
 
 

@@ -3,6 +3,7 @@
 import copy
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,13 +14,20 @@ from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from .attention_ttt import compute_span_ids, create_masks, extend_span_ids, overlay_response_spans
+from .attention_ttt import (
+    NO_SPAN,
+    compute_span_ids,
+    create_copies_mask,
+    create_masks,
+    extend_span_ids,
+    overlay_response_spans,
+)
 from .configuration_ttt import TttConfig
 from .generation_config_ttt import TttGenerationConfig
 from .generation_ttt import TttGenerationMixin
-from .objective_ttt import Scores, draw_noise, noise_grid, sample_weights, score, truncate_last_spans
+from .objective_ttt import Noise, Scores, draw_noise, noise_grid, sample_weights, score, truncate_last_spans
 from .pipeline_code_ttt import register_pipeline
-from .samples_ttt import IGNORE_INDEX, Samples, find_sample_starts
+from .samples_ttt import IGNORE_INDEX, NO_PIECE, Batch, Samples, find_sample_starts
 
 
 @dataclass
@@ -110,11 +118,13 @@ class TttModel(TttPreTrainedModel):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        block_length: int | None = None,
     ) -> torch.Tensor | None:
         """
-        Span ids of clean token ids by the configuration's rules, see `compute_span_ids`. `None` for the autoregressive
-        twin, which has no bidirectional spans. Where text is diffused the response is a span too, but only labels, or
-        whoever generates, know where it lies: see `overlay_response_spans`.
+        Span ids of clean token ids by the configuration's rules, see `compute_span_ids`; with block-causal spans those
+        of blocks, `config.block_lengths[0]` tokens long where `block_length` does not say otherwise. `None` for the
+        autoregressive twin, which has no bidirectional spans. Where text is diffused the response is a span too, but
+        only labels, or whoever generates, know where it lies: see `overlay_response_spans`.
         """
         config = self.config
         if config.audio_objective == "autoregressive":
@@ -127,7 +137,9 @@ class TttModel(TttPreTrainedModel):
             config.audio_token_id_end,
             attention_mask,
             position_ids,
-            config.end_of_prompt_audio_token_id if config.causal_prompt_audio else None,
+            config.end_of_prompt_audio_token_id,
+            config.causal_prompt_audio,
+            (block_length or config.block_lengths[0]) if config.is_block_causal else None,
         )
 
     @can_return_tuple
@@ -303,6 +315,12 @@ class TttForConditionalGeneration(TttPreTrainedModel, TttGenerationMixin):
         config = self.config
         attention_mask, position_ids = backbone_inputs["attention_mask"], backbone_inputs["position_ids"]
         padding_mask = attention_mask if torch.is_tensor(attention_mask) and attention_mask.ndim == 2 else None
+        if config.is_block_causal or (self.training and config.block_masking_probability > 0):
+            if span_ids is not None or (attention_mask is not None and padding_mask is None):
+                raise ValueError(
+                    "Training in blocks lays the batch out anew: leave `span_ids` out, and give `attention_mask` as "
+                    "(batch, length) or not at all."
+                )
         sample_starts = find_sample_starts(labels, position_ids if padding_mask is None else None)
         labels = labels.masked_fill(sample_starts, IGNORE_INDEX)
         samples = Samples.from_starts(sample_starts, labels)
@@ -321,20 +339,28 @@ class TttForConditionalGeneration(TttPreTrainedModel, TttGenerationMixin):
             if span_ids is not None and config.text_objective == "diffusion":
                 span_ids = overlay_response_spans(span_ids, is_scored, sample_starts)
         if span_ids is not None and self.training:
-            span_ids = span_ids.masked_fill(cut_off, -1)
+            span_ids = span_ids.masked_fill(cut_off, NO_SPAN)
 
         diffused = is_scored if config.text_objective == "diffusion" else is_audio
         if config.audio_objective == "autoregressive":
             diffused = torch.zeros_like(diffused)
-        if self.training:
-            noises = [draw_noise(input_ids, labels, diffused, samples, config, generator)]
-        else:
-            noises = noise_grid(input_ids, labels, diffused, samples, config)
+        pieces = sample_starts.long().cumsum(-1)
+        batch = Batch(
+            input_ids,
+            labels,
+            is_audio,
+            diffused,
+            samples,
+            pieces if padding_mask is None else pieces.masked_fill(padding_mask == 0, NO_PIECE),
+            None if position_ids is None else position_ids.expand_as(input_ids),
+            attention_mask,
+            span_ids,
+        )
+        noises = [draw_noise(batch, config, generator)] if self.training else noise_grid(batch, config)
         forwards, scores = [], []
         for noise in noises:
-            forwards.append(self.model(input_ids=noise.input_ids, span_ids=span_ids, **backbone_inputs))
-            hidden_states = forwards[-1].last_hidden_state
-            scores.append(score(hidden_states, self.lm_head, is_audio, noise, samples, weight, config))
+            forwards.append(self.model(**(backbone_inputs | self._inputs_of(noise))))
+            scores.append(score(forwards[-1].last_hidden_state, self.lm_head, noise, weight, config))
         text_loss, audio_loss, score_table = Scores.total(scores)
         return TttCausalLMOutputWithPast(
             loss=text_loss + audio_loss,
@@ -345,6 +371,16 @@ class TttForConditionalGeneration(TttPreTrainedModel, TttGenerationMixin):
             hidden_states=forwards[0].hidden_states,
             attentions=forwards[0].attentions,
         )
+
+    def _inputs_of(self, noise: Noise) -> dict[str, Any]:
+        """What the backbone is given of a draw of noise."""
+        batch = noise.batch
+        inputs = {"input_ids": noise.input_ids, "position_ids": batch.position_ids}
+        if batch.limits is None:
+            return inputs | {"attention_mask": batch.attention_mask, "span_ids": batch.span_ids}
+        backbone = self.model.language_model
+        mask = create_copies_mask(backbone.config, batch.limits, batch.span_ids, batch.pieces, backbone.dtype)
+        return inputs | {"attention_mask": mask, "use_cache": False}
 
 
 def _refuse_flash_attention(attn_implementation: str | dict | None) -> None:

@@ -13,14 +13,28 @@ about rows.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from .attention_ttt import NO_SPAN, compute_span_ids
 from .configuration_ttt import TttConfig
-from .samples_ttt import IGNORE_INDEX, Samples, draw_uniform
+from .samples_ttt import (
+    IGNORE_INDEX,
+    NO_PIECE,
+    Batch,
+    Blocks,
+    Layout,
+    Samples,
+    choose_blocks,
+    copy_blocks,
+    cut_after_blocks,
+    draw_block_lengths,
+    draw_uniform,
+    find_blocks,
+)
 
 EVAL_NOISE_SEED = 0
 EVAL_NOISE_LENGTH = 4096
@@ -34,72 +48,98 @@ class Noise:
     What one forward hides from the model, and what it is scored on.
 
     Args:
+        batch ([`Batch`]): the clean tokens behind it; its labels are what is scored.
         input_ids (`torch.LongTensor` of shape `(batch, length)`): the tokens as the model sees them.
-        labels (`torch.LongTensor` of shape `(batch, length)`): clean ids of what is scored, -100 elsewhere.
         maskable, masked (`torch.BoolTensor` of shape `(batch, length)`):
             What the bound is averaged over, and what of it was replaced by the mask token.
-        levels (`torch.FloatTensor` of shape `(samples,)`): λ, the probability with which a sample was masked.
+        levels (`torch.FloatTensor` of shape `(batch, length)`): λ, the probability with which each token was masked.
+        importance (`torch.FloatTensor` of shape `(batch, length)`, *optional*):
+            How much a token counts in the bound; 1 if not given.
         num_forwards (`int`): how many forwards the loss is averaged over.
     """
 
+    batch: Batch
     input_ids: torch.Tensor
-    labels: torch.Tensor
     maskable: torch.Tensor
     masked: torch.Tensor
     levels: torch.Tensor
+    importance: torch.Tensor | None = None
     num_forwards: int = 1
 
+    @classmethod
+    def nothing(cls, batch: Batch) -> "Noise":
+        """Hide nothing, so that only what is autoregressive is scored."""
+        nowhere = torch.zeros_like(batch.diffused)
+        return cls(batch, batch.input_ids, nowhere, nowhere, torch.ones_like(nowhere, dtype=torch.float32))
 
-def draw_noise(
-    input_ids: torch.Tensor,
-    labels: torch.Tensor,
-    diffused: torch.Tensor,
-    samples: Samples,
-    config: TttConfig,
-    generator: torch.Generator | None = None,
-) -> Noise:
+
+def draw_noise(batch: Batch, config: TttConfig, generator: torch.Generator | None = None) -> Noise:
     """
-    Draw the noise of a training step: clean batches (BANOM), preserved prefixes (PPM), levels and masks. Both sides are
-    scored in its forward.
-
-    Args:
-        input_ids, labels (`torch.LongTensor` of shape `(batch, length)`): clean; -100 is not scored.
-        diffused (`torch.BoolTensor` of shape `(batch, length)`): labels that are absorbed and predicted in place.
+    Draw the noise of a training step: clean batches (BANOM), preserved prefixes (PPM) or blocks, levels and masks. Both
+    sides are scored in its forward. [`TttConfig`] says what its options mean.
 
     Returns:
-        [`Noise`].
+        [`Noise`]; where samples are cut or blocks copied, its batch is laid out anew.
     """
-    maskable = diffused
+    samples, device = batch.samples, batch.input_ids.device
+    if config.is_block_causal:
+        lengths = draw_block_lengths(config.block_lengths, samples.count, generator, device)
+        blocks = _find_blocks(batch, lengths, config)
+        levels = draw_noise_levels(
+            max(blocks.count, 1), config.noise_epsilon, config.stratified_noise, generator, device
+        )
+        levels = mask_fully(levels, config.full_block_probability, generator)
+        return _copy_noisily(batch, blocks, lengths, levels, config, generator)
+
+    maskable, importance = batch.diffused, None
     if config.text_objective == "autoregressive":
         maskable = drop_for_clean_batch(maskable, config.clean_batch_probability, generator)
-    maskable = preserve_prefixes(
-        maskable, samples, config.prefix_preservation_probability, generator, config.prefix_preservation_unit
-    )
-    levels = draw_noise_levels(
-        samples.count, config.noise_epsilon, config.stratified_noise, generator, input_ids.device
-    )
-    noisy_ids, masked = mask_tokens(input_ids, maskable, samples, levels, config.mask_token_id, generator)
-    return Noise(noisy_ids, labels, maskable, masked, levels)
+    unit = config.prefix_preservation_unit
+    preserved = preserve_prefixes(maskable, samples, config.prefix_preservation_probability, generator, unit)
+    levels = draw_noise_levels(samples.count, config.noise_epsilon, config.stratified_noise, generator, device)
+    if config.block_masking_probability == 0:
+        maskable = preserved
+    else:
+        lengths = draw_block_lengths(config.block_lengths, samples.count, generator, device)
+        blocks = _find_blocks(batch, lengths, config)
+        chosen = choose_blocks(blocks, samples, config.block_masking_probability, generator) & maskable
+        is_cut = samples.total(chosen) > 0  # (samples,)
+        levels = torch.where(is_cut, mask_fully(levels, config.full_block_probability, generator), levels)
+        layout = cut_after_blocks(chosen, blocks, samples, batch.pieces >= 0)
+        maskable = layout.take(torch.where(is_cut[samples.ids], chosen, preserved), False)
+        batch = lay_out(batch, layout, config.pad_token_id or 0)
+        importance = 1.0 - (1.0 - config.block_filling_weight) * (layout.copies > 0)
+    levels = levels[batch.samples.ids]  # (batch, length)
+    noisy_ids, masked = mask_tokens(batch.input_ids, maskable, levels, config.mask_token_id, generator)
+    return Noise(batch, noisy_ids, maskable, masked, levels, importance)
 
 
-def noise_grid(
-    input_ids: torch.Tensor, labels: torch.Tensor, diffused: torch.Tensor, samples: Samples, config: TttConfig
-) -> list[Noise]:
+def noise_grid(batch: Batch, config: TttConfig) -> list[Noise]:
     """
     Return the noise of an evaluation, which is the same in every call: what is autoregressive is scored on the clean
-    sequence, what is diffused on a grid of levels with fixed draws, one forward each. Arguments as in `draw_noise`.
+    sequence, what is diffused on a grid of levels with fixed draws, one forward each.
     """
     forwards = []
     if "autoregressive" in (config.text_objective, config.audio_objective):
-        nothing = torch.zeros_like(diffused)
-        levels = torch.ones(samples.count, device=input_ids.device)
-        forwards.append(Noise(input_ids, labels.masked_fill(diffused, IGNORE_INDEX), nothing, nothing, levels))
-    if "diffusion" in (config.text_objective, config.audio_objective):
-        labels, grid = labels.masked_fill(~diffused, IGNORE_INDEX), config.eval_noise_levels
-        for level, draws in zip(grid, fixed_noise(diffused, samples, len(grid)), strict=True):
-            levels = torch.full((samples.count,), level, device=input_ids.device)
-            noisy_ids, masked = mask_tokens(input_ids, diffused, samples, levels, config.mask_token_id, noise=draws)
-            forwards.append(Noise(noisy_ids, labels, diffused, masked, levels, len(grid)))
+        labels = batch.labels.masked_fill(batch.diffused, IGNORE_INDEX)
+        forwards.append(Noise.nothing(replace(batch, labels=labels)))
+    if "diffusion" not in (config.text_objective, config.audio_objective):
+        return forwards
+
+    samples, grid, device = batch.samples, config.eval_noise_levels, batch.input_ids.device
+    batch = replace(batch, labels=batch.labels.masked_fill(~batch.diffused, IGNORE_INDEX))
+    if config.is_block_causal:
+        lengths = torch.full((samples.count,), config.block_lengths[0], device=device)
+        blocks = _find_blocks(batch, lengths, config)
+        for index, level in enumerate(grid):
+            levels = torch.full((max(blocks.count, 1),), level, device=device)
+            noise = _copy_noisily(batch, blocks, lengths, levels, config, fixed_draws=(index, len(grid)))
+            forwards.append(replace(noise, num_forwards=len(grid)))
+        return forwards
+    for level, draws in zip(grid, fixed_noise(batch.diffused, samples, len(grid)), strict=True):
+        levels = torch.full_like(batch.input_ids, level, dtype=torch.float32)
+        noisy_ids, masked = mask_tokens(batch.input_ids, batch.diffused, levels, config.mask_token_id, noise=draws)
+        forwards.append(Noise(batch, noisy_ids, batch.diffused, masked, levels, num_forwards=len(grid)))
     return forwards
 
 
@@ -147,6 +187,112 @@ def truncate_last_spans(
     return (cut[ids] & (positions > (begin + kept)[ids])).view_as(labels)
 
 
+def lay_out(batch: Batch, layout: Layout, pad_token_id: int) -> Batch:
+    """Return a batch whose tokens stand where `layout` puts them; padding goes to the right."""
+    width = layout.is_token.shape[1]
+    attention_mask, position_ids = batch.attention_mask, batch.position_ids
+    if attention_mask is not None or position_ids is None:
+        attention_mask = layout.is_token.long()
+    if position_ids is not None:
+        column = torch.arange(width, device=position_ids.device)
+        filling = column - layout.is_token.sum(-1, keepdim=True)  # counts anew: it sees itself only
+        position_ids = torch.where(layout.is_token, layout.take(position_ids, 0) + layout.copies, filling)
+    return replace(
+        batch,
+        input_ids=layout.take(batch.input_ids, pad_token_id),
+        labels=layout.take(batch.labels, IGNORE_INDEX),
+        is_audio=layout.take(batch.is_audio, False),
+        diffused=layout.take(batch.diffused, False),
+        samples=Samples(layout.take(batch.samples.ids, 0), batch.samples.count),
+        pieces=layout.take(batch.pieces, NO_PIECE),
+        position_ids=position_ids,
+        attention_mask=attention_mask,
+        span_ids=None if batch.span_ids is None else layout.take(batch.span_ids, NO_SPAN),
+    )
+
+
+def _find_blocks(batch: Batch, lengths: torch.Tensor, config: TttConfig) -> Blocks:
+    ends = [config.end_of_audio_token_id, config.end_of_last_audio_token_id]
+    return find_blocks(batch.input_ids, batch.diffused, batch.samples, lengths, ends)
+
+
+def _copy_noisily(
+    batch: Batch,
+    blocks: Blocks,
+    lengths: torch.Tensor,
+    levels: torch.Tensor,
+    config: TttConfig,
+    generator: torch.Generator | None = None,
+    fixed_draws: tuple[int, int] | None = None,
+) -> Noise:
+    """
+    Return the noise of block-causal spans: clean tokens, where text is scored, and behind them noisy copies of all
+    blocks, filled up, where audio is (BD3-LM, arXiv 2503.09573).
+
+    Args:
+        lengths (`torch.LongTensor` of shape `(samples,)`): tokens of a block, for each sample.
+        levels (`torch.FloatTensor` of shape `(blocks,)`): λ of each block.
+        fixed_draws (`tuple`, *optional*): which draws of how many of `fixed_noise` to use instead of new ones.
+    """
+    layout, samples = copy_blocks(blocks), batch.samples
+    copied = lay_out(replace(batch, attention_mask=None), layout, config.pad_token_id or 0)
+    block_ids = layout.take(blocks.ids, 0)  # (batch, copies)
+    draws = None
+    if fixed_draws is not None:
+        draws = fixed_noise(layout.is_token, copied.samples, fixed_draws[1])[fixed_draws[0]]
+    copied_levels = levels[block_ids]
+    noisy_ids, masked = mask_tokens(
+        copied.input_ids, layout.is_token, copied_levels, config.mask_token_id, generator, draws
+    )
+
+    # Who sees whom: clean tokens as always, copies what is clean before their block, and each other.
+    column = torch.arange(batch.input_ids.shape[1] + block_ids.shape[1], device=block_ids.device)
+    column = column.expand(len(block_ids), -1)
+    clean, behind = column.split([batch.input_ids.shape[1], block_ids.shape[1]], 1)
+    first = torch.zeros(max(blocks.count, 1), dtype=torch.long, device=block_ids.device)
+    first[blocks.ids[blocks.starts]] = clean[blocks.starts]
+    clean_numbers = compute_span_ids(
+        batch.input_ids,
+        config.audio_token_id_start,
+        config.audio_token_id_end,
+        batch.pieces >= 0,
+        batch.position_ids,
+        config.end_of_prompt_audio_token_id,
+        config.causal_prompt_audio,
+        lengths[samples.ids],
+    )
+    clean_numbers = clean_numbers.masked_fill(batch.span_ids == NO_SPAN, NO_SPAN)  # what truncation has cut off
+    numbers = torch.where(layout.is_token, block_ids + clean.shape[1], NO_SPAN)
+    positions = clean if batch.position_ids is None else batch.position_ids
+
+    def join(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return torch.cat([left, right], 1)
+
+    nowhere = torch.zeros_like(batch.diffused)
+    joined = Batch(
+        input_ids=join(batch.input_ids, copied.input_ids),
+        labels=join(batch.labels.masked_fill(batch.diffused, IGNORE_INDEX), copied.labels),
+        is_audio=join(batch.is_audio, copied.is_audio),
+        diffused=join(nowhere, copied.diffused),
+        samples=Samples(join(samples.ids, copied.samples.ids), samples.count),
+        pieces=join(batch.pieces, copied.pieces),
+        position_ids=join(positions, layout.take(positions, 0) + layout.copies),
+        span_ids=join(clean_numbers, numbers),
+        limits=join(clean + 1, torch.where(layout.is_token, first[block_ids], behind + 1)),
+    )
+    return Noise(
+        joined,
+        input_ids=join(batch.input_ids, noisy_ids),
+        maskable=join(nowhere, layout.is_token),
+        masked=join(nowhere, masked),
+        levels=join(torch.ones_like(clean, dtype=torch.float32), copied_levels),
+        importance=join(
+            torch.ones_like(clean, dtype=torch.float32),
+            1.0 - (1.0 - config.block_filling_weight) * (layout.copies > 0),
+        ),
+    )
+
+
 def draw_noise_levels(
     num_samples: int,
     epsilon: float = 1e-3,
@@ -168,6 +314,13 @@ def draw_noise_levels(
         order = draw_uniform(num_samples, generator, device).argsort()
         time = (order + time) / num_samples
     return (1.0 - epsilon) * time + epsilon
+
+
+def mask_fully(levels: torch.Tensor, probability: float, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Set noise levels of shape `(number,)` to 1 with the given probability: then everything is masked."""
+    if probability == 0:
+        return levels
+    return levels.masked_fill(draw_uniform(len(levels), generator, levels.device) < probability, 1.0)
 
 
 def drop_for_clean_batch(
@@ -219,30 +372,29 @@ def preserve_prefixes(
 def mask_tokens(
     input_ids: torch.Tensor,
     maskable: torch.Tensor,
-    samples: Samples,
-    noise_levels: torch.Tensor,
+    levels: torch.Tensor,
     mask_token_id: int,
     generator: torch.Generator | None = None,
     noise: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Replace each maskable token by the mask token with probability λ of its sample (the forward diffusion process).
+    Replace each maskable token by the mask token with its probability λ (the forward diffusion process).
 
     The i-th maskable token of the batch takes the i-th draw, so that on a CPU one seed masks the same tokens whether
     the samples are padded or packed.
 
     Args:
-        input_ids (`torch.Tensor` of shape `(batch, length)`), maskable (the same shape, bool).
-        noise_levels (`torch.Tensor` of shape `(samples,)`): λ.
-        noise (`torch.Tensor` of shape `(batch, length)`, *optional*): uniform draws to use instead of new ones.
+        input_ids (`torch.LongTensor` of shape `(batch, length)`), maskable (the same shape, bool).
+        levels (`torch.FloatTensor` of shape `(batch, length)`): λ.
+        noise (`torch.FloatTensor` of shape `(batch, length)`, *optional*): uniform draws to use instead of new ones.
 
     Returns:
-        `tuple`: the noisy ids, and which positions were masked (bool), both `(batch, length)`.
+        `tuple`: the noisy ids, and which positions were masked (bool), both of shape `(batch, length)`.
     """
     if noise is None:
         rank = (maskable.flatten().long().cumsum(0) - 1).clamp(min=0)
         noise = draw_uniform(input_ids.numel(), generator, input_ids.device)[rank].view_as(input_ids)
-    masked = maskable & (noise < noise_levels[samples.ids])
+    masked = maskable & (noise < levels)
     return input_ids.masked_fill(masked, mask_token_id), masked
 
 
@@ -308,7 +460,7 @@ def diffusion_targets(
     labels: torch.Tensor,
     masked: torch.Tensor,
     samples: Samples,
-    noise_levels: torch.Tensor,
+    levels: torch.Tensor,
     num_maskable: torch.Tensor,
     weight: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -317,15 +469,15 @@ def diffusion_targets(
     1 / λ and averaged over the sample's maskable tokens (those that prefix preservation left maskable).
 
     Args:
-        labels (`torch.Tensor` of shape `(batch, length)`): clean ids. masked: the same shape, bool.
-        noise_levels, num_maskable, weight (`torch.Tensor` of shape `(samples,)`):
-            λ, number of maskable tokens and `sample_weights`.
+        labels (`torch.LongTensor` of shape `(batch, length)`): clean ids.
+        masked (`torch.BoolTensor` of shape `(batch, length)`), levels (the same shape): what was masked, and λ.
+        num_maskable, weight (`torch.Tensor` of shape `(samples,)`): number of maskable tokens and `sample_weights`.
 
     Returns:
-        `tuple`: targets (-100 where nothing is scored) and weights, both `(batch, length)`.
+        `tuple`: targets (-100 where nothing is scored) and weights, both of shape `(batch, length)`.
     """
     targets = labels.masked_fill(~masked, IGNORE_INDEX)
-    return targets, (weight / (noise_levels * num_maskable.clamp(min=1)))[samples.ids]
+    return targets, (weight / num_maskable.clamp(min=1))[samples.ids] / levels
 
 
 class Scores(NamedTuple):
@@ -366,12 +518,7 @@ class Targets(NamedTuple):
 
 
 def find_targets(
-    side: torch.Tensor,
-    objective: str,
-    noise: Noise,
-    samples: Samples,
-    weight: torch.Tensor,
-    groups: torch.Tensor,
+    side: torch.Tensor, objective: str, noise: Noise, weight: torch.Tensor, groups: torch.Tensor
 ) -> Targets:
     """
     Find what one side, text or audio, is scored on: the next token, or the clean token at each masked position.
@@ -379,25 +526,25 @@ def find_targets(
     Args:
         side (`torch.BoolTensor` of shape `(batch, length)`): labels of this side.
         objective (`str`): `"autoregressive"` or `"diffusion"`.
-        weight, groups (`torch.Tensor` of shape `(samples,)`): see `sample_weights`; groups of the score table.
+        weight (`torch.FloatTensor` of shape `(samples,)`): see `sample_weights`.
+        groups (`torch.LongTensor` of shape `(batch, length)`): groups of the score table.
     """
+    samples, labels = noise.batch.samples, noise.batch.labels
     if objective == "diffusion":
-        num_maskable = samples.total(noise.maskable & side)
-        targets, weights = diffusion_targets(
-            noise.labels, noise.masked & side, samples, noise.levels, num_maskable, weight
-        )
+        importance = torch.ones_like(noise.levels) if noise.importance is None else noise.importance
+        num_maskable = samples.sum((noise.maskable & side) * importance)
+        targets, weights = diffusion_targets(labels, noise.masked & side, samples, noise.levels, num_maskable, weight)
+        weights = weights * importance
     else:
-        targets, weights = next_token_targets(noise.labels, side, samples, weight)
+        targets, weights = next_token_targets(labels, side, samples, weight)
     positions = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
-    return Targets(positions, targets[positions], weights[positions], groups[samples.ids[positions]])
+    return Targets(positions, targets[positions], weights[positions], groups[positions])
 
 
 def score(
     hidden_states: torch.Tensor,
     head: Callable[[torch.Tensor], torch.Tensor],
-    is_audio: torch.Tensor,
     noise: Noise,
-    samples: Samples,
     weight: torch.Tensor,
     config: TttConfig,
 ) -> Scores:
@@ -407,15 +554,14 @@ def score(
     Args:
         hidden_states (`torch.FloatTensor` of shape `(batch, length, hidden_size)`): of `noise.input_ids`.
         head (`Callable`): hidden states `(scored, hidden_size)` to logits `(scored, vocab)`.
-        is_audio (`torch.BoolTensor` of shape `(batch, length)`): which clean tokens are audio-side.
         weight (`torch.FloatTensor` of shape `(samples,)`): see `sample_weights`.
     """
     weight = weight / noise.num_forwards
-    is_scored = noise.labels != IGNORE_INDEX
-    bins = (noise.levels * NUM_NOISE_BINS).long().clamp(max=NUM_NOISE_BINS - 1)  # (samples,)
+    is_scored, is_audio = noise.batch.labels != IGNORE_INDEX, noise.batch.is_audio
+    bins = (noise.levels * NUM_NOISE_BINS).long().clamp(max=NUM_NOISE_BINS - 1)  # (batch, length)
     audio_group = 1 + (bins if config.audio_objective == "diffusion" else torch.zeros_like(bins))
-    text = find_targets(is_scored & ~is_audio, config.text_objective, noise, samples, weight, torch.zeros_like(bins))
-    audio = find_targets(is_scored & is_audio, config.audio_objective, noise, samples, weight, audio_group)
+    text = find_targets(is_scored & ~is_audio, config.text_objective, noise, weight, torch.zeros_like(bins))
+    audio = find_targets(is_scored & is_audio, config.audio_objective, noise, weight, audio_group)
     rows, tokens, weights, groups = (
         torch.cat(parts)
         for parts in zip(
@@ -427,7 +573,7 @@ def score(
     logits = head(torch.cat([hidden_states[text.positions], hidden_states[audio.positions]]))  # (scored, vocab)
     losses = cross_entropy(logits, tokens) * weights
     text_loss, audio_loss = (part.sum() for part in losses.split([len(text.tokens), len(audio.tokens)]))
-    num_rows, num_groups = len(noise.labels), 1 + (NUM_NOISE_BINS if config.audio_objective == "diffusion" else 1)
+    num_rows, num_groups = len(noise.input_ids), 1 + (NUM_NOISE_BINS if config.audio_objective == "diffusion" else 1)
     with torch.no_grad():
         table = tabulate_scores(
             losses.detach() * num_rows, logits.argmax(-1) == tokens, rows, groups, (num_rows, num_groups)
@@ -492,6 +638,8 @@ __all__ = [
     "drop_for_clean_batch",
     "find_targets",
     "fixed_noise",
+    "lay_out",
+    "mask_fully",
     "mask_tokens",
     "next_token_targets",
     "noise_grid",

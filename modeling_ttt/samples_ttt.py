@@ -9,12 +9,14 @@ end token.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from .attention_ttt import NO_SPAN
 
 IGNORE_INDEX = -100
+NO_PIECE = -1
 
 
 def find_sample_starts(labels: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
@@ -65,6 +67,11 @@ class Samples:
         totals = torch.zeros(self.count, dtype=torch.long, device=flags.device)
         return totals.index_add_(0, self.ids.flatten(), flags.flatten().long())
 
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum up `values` of shape `(batch, length)` over the tokens of each sample, `(count,)`, float32."""
+        sums = torch.zeros(self.count, device=values.device)
+        return sums.index_add_(0, self.ids.flatten(), values.flatten().float())
+
     def running_total(self, flags: torch.Tensor) -> torch.Tensor:
         """Count the flagged tokens of the sample up to and including each one, (batch, length), long."""
         before = self.total(flags).cumsum(0) - self.total(flags)  # in earlier samples
@@ -76,6 +83,39 @@ def draw_uniform(number: int, generator: torch.Generator | None, device: torch.d
     if generator is None:
         return torch.rand(number, device=device)
     return torch.rand(number, generator=generator, device=generator.device).to(device)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """
+    Clean tokens as a forward takes them.
+
+    Args:
+        input_ids, labels (`torch.LongTensor` of shape `(batch, length)`): labels are -100 where nothing is scored and
+            at the first token of each sample.
+        is_audio (`torch.BoolTensor` of shape `(batch, length)`): audio-side labels.
+        diffused (`torch.BoolTensor` of shape `(batch, length)`): labels that are absorbed and predicted in place.
+        samples ([`Samples`]): which sample each token belongs to.
+        pieces (`torch.LongTensor` of shape `(batch, length)`): numbers of the sequences packed into each row, whether
+            they have labels or not; -1 for padding.
+        position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): of packed rows, and where the caller
+            gave them.
+        attention_mask (`torch.Tensor`, *optional*): as the caller gave it.
+        span_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): see attention_ttt.py.
+        limits (`torch.LongTensor` of shape `(batch, length)`, *optional*): where rows hold noisy copies behind clean
+            tokens, see `attention_ttt.create_copies_mask`.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    is_audio: torch.Tensor
+    diffused: torch.Tensor
+    samples: Samples
+    pieces: torch.Tensor
+    position_ids: torch.Tensor | None = None
+    attention_mask: Any = None
+    span_ids: torch.Tensor | None = None
+    limits: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -223,6 +263,7 @@ def copy_blocks(blocks: Blocks) -> Layout:
 
 
 __all__ = [
+    "Batch",
     "Blocks",
     "Layout",
     "Samples",

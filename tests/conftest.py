@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import contextlib  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -50,6 +51,11 @@ def make_model(text_config: dict[str, Any] | None = None, **kwargs: Any) -> TttF
     """A tiny random model in eval mode, always with the same weights for the same arguments."""
     torch.manual_seed(0)
     return TttForConditionalGeneration(make_config(text_config, **kwargs)).eval()
+
+
+def no_compilation(implementation: str) -> contextlib.AbstractContextManager:
+    """A context in which flex attention is not compiled, which takes long on a CPU."""
+    return torch.compiler.set_stance("force_eager") if implementation == "flex_attention" else contextlib.nullcontext()
 
 
 @pytest.fixture(autouse=True)

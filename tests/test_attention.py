@@ -61,7 +61,7 @@ def test_a_break_in_the_positions_ends_a_span():
 
 def test_causal_prompt_rule_drops_only_spans_that_the_user_token_closes():
     ids = torch.tensor([[100, 111, 112, 101, 5, 100, 113, 176, 6], [100, 111, 176, 101, 111, 112, 3, 4, 101]])
-    span_ids = compute_span_ids(ids, *AUDIO, end_of_prompt_audio_token_id=END_OF_PROMPT_AUDIO)
+    span_ids = compute_span_ids(ids, *AUDIO, end_of_prompt_audio_token_id=END_OF_PROMPT_AUDIO, causal_prompt_audio=True)
     assert span_ids.tolist() == [[-1, -1, -1, -1, -1, -1, 1, 1, -1], [-1, -1, -1, -1, 1, 1, -1, -1, -1]]
 
 

@@ -73,8 +73,12 @@ def test_losses_of_the_model_are_the_published_ones(golden, monkeypatch):
     audio = tensors["labels"] >= model.config.audio_token_id_start
     from_the_end = audio.flip(-1).cumsum(-1).flip(-1)  # prefix preservation keeps the last `num_maskable` of a sample
     maskable = audio & (from_the_end <= num_maskable[:, None])
-    noise = Noise(tensors["noisy_input_ids"], tensors["labels"], maskable, masked, tensors["p_mask"][:, 0])
-    monkeypatch.setattr("modeling_ttt.modeling_ttt.draw_noise", lambda *args: noise)
+    levels = tensors["p_mask"][:, :1].expand_as(masked)
+    monkeypatch.setattr(model.config, "span_truncation_probability", 0.0)
+    monkeypatch.setattr(
+        "modeling_ttt.modeling_ttt.draw_noise",
+        lambda batch, *_: Noise(batch, tensors["noisy_input_ids"], maskable, masked, levels),
+    )
     model.train()
     outputs = model(**inputs)
     model.eval()

@@ -266,7 +266,7 @@ def test_score_table_counts_what_is_predicted_right_by_side_and_noise_level(batc
 
     loss, correct, scored = outputs.score_table.unbind(-1)  # (rows, groups)
     assert correct[:, 0].tolist() == text_right.tolist() and scored[:, 0].tolist() == is_text.sum(-1).tolist()
-    for row, level in enumerate(noise.levels.tolist()):
+    for row, level in enumerate(noise.levels[:, 0].tolist()):
         expected = [0, 0, 0, 0]
         expected[int(4 * level)] = audio_right[row].item()
         assert correct[row, 1:].tolist() == expected

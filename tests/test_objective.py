@@ -53,9 +53,8 @@ def test_losses_equal_the_published_ones(golden):
     samples = Samples.from_starts(find_sample_starts(labels), labels)
     weight = sample_weights(labels, samples)
     text = next_token_targets(labels, (labels != -100) & (labels < AUDIO), samples, weight)
-    audio = diffusion_targets(
-        labels, golden["masked_indices"], samples, golden["p_mask"][:, 0], golden["answer_lengths"][:, 0], weight
-    )
+    levels = golden["p_mask"][:, :1].expand_as(labels)
+    audio = diffusion_targets(labels, golden["masked_indices"], samples, levels, golden["answer_lengths"][:, 0], weight)
     for name, loss in {
         "ar_loss_clean": loss_of(golden["logits_clean"], *text),
         "ar_loss_noisy": loss_of(golden["logits_noisy"], *text),
@@ -93,7 +92,7 @@ def test_mask_rate_follows_the_level_and_only_maskable_tokens_are_masked():
     ids = torch.full((2, 10_000), 120)
     maskable = torch.ones_like(ids, dtype=torch.bool)
     maskable[:, :100] = False
-    noisy, masked = mask_tokens(ids, maskable, one_a_row(ids), torch.tensor([0.2, 1.0]), mask_token_id=175)
+    noisy, masked = mask_tokens(ids, maskable, torch.tensor([[0.2], [1.0]]).expand_as(ids), mask_token_id=175)
     assert not masked[:, :100].any()
     assert masked[1, 100:].all()
     assert masked[0].float().mean().item() == pytest.approx(0.2, abs=0.02)
@@ -158,7 +157,7 @@ def test_next_token_targets_are_shifted_and_averaged_over_the_samples_own_labels
 def test_diffusion_targets_are_not_shifted_and_weighted_by_the_inverse_level():
     labels = torch.tensor([[-100, 7, 120, 121, 122]])
     masked = torch.tensor([[False, False, True, False, True]])
-    level, number, weight = torch.tensor([0.5]), torch.tensor([3]), torch.tensor([1.0])
+    level, number, weight = torch.full(labels.shape, 0.5), torch.tensor([3]), torch.tensor([1.0])
     targets, weights = diffusion_targets(labels, masked, one_a_row(labels), level, number, weight)
     assert targets.tolist() == [[-100, -100, 120, -100, 122]]
     assert torch.allclose(weights, torch.tensor(2 / 3))
@@ -171,7 +170,8 @@ def test_the_weighted_bound_is_unbiased():
     labels = torch.full((batch_size, num_maskable), 120)
     levels = draw_noise_levels(batch_size, stratified=True)
     samples = one_a_row(labels)
-    _, masked = mask_tokens(labels, maskable, samples, levels, 175)
+    levels = levels[samples.ids]
+    _, masked = mask_tokens(labels, maskable, levels, 175)
     _, weights = diffusion_targets(labels, masked, samples, levels, maskable.sum(-1), sample_weights(labels, samples))
     assert (weights * masked * cross_entropy).sum().item() == pytest.approx(cross_entropy, rel=0.05)
 
@@ -216,7 +216,7 @@ def test_packed_samples_keep_prefixes_of_their_own():
 def test_packed_samples_have_noise_levels_of_their_own():
     ids = torch.full((1, 2_000), 120)
     samples = of_lengths(1_000, 1_000)
-    _, masked = mask_tokens(ids, torch.ones_like(ids, dtype=torch.bool), samples, torch.tensor([0.1, 0.9]), 175)
+    _, masked = mask_tokens(ids, torch.ones_like(ids, dtype=torch.bool), torch.tensor([0.1, 0.9])[samples.ids], 175)
     assert masked[0, :1_000].float().mean().item() == pytest.approx(0.1, abs=0.03)
     assert masked[0, 1_000:].float().mean().item() == pytest.approx(0.9, abs=0.03)
 
@@ -227,7 +227,7 @@ def test_a_seed_masks_the_same_tokens_padded_and_packed():
     packed = torch.ones(1, sum(lengths), dtype=torch.bool)
     levels = torch.tensor([0.3, 0.6, 0.9])
     masked = [
-        mask_tokens(flagged.long(), flagged, samples, levels, 175, torch.Generator().manual_seed(1))[1][flagged]
+        mask_tokens(flagged.long(), flagged, levels[samples.ids], 175, torch.Generator().manual_seed(1))[1][flagged]
         for flagged, samples in ((padded, one_a_row(padded)), (packed, of_lengths(*lengths)))
     ]
     assert torch.equal(*masked) and masked[0].any()

@@ -1,10 +1,8 @@
 """Packed batches: attention stays within an example, and loss, gradients and training are those of padded rows."""
 
-import contextlib
-
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_model, no_compilation
 from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer, TrainingArguments
 
@@ -51,11 +49,6 @@ def outputs_and_gradients(model, batch, seed, **inputs):
     outputs = model(**batch, generator=generator, **inputs)
     outputs.loss.backward()
     return outputs, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-
-
-def no_compilation(implementation):
-    """Compiling flex attention takes long on a CPU."""
-    return torch.compiler.set_stance("force_eager") if implementation == "flex_attention" else contextlib.nullcontext()
 
 
 def assert_packed_equals_padded(model, seed=0, **inputs):

@@ -174,7 +174,8 @@ def published_loss(model: TttForConditionalGeneration, batch: dict, generator: t
     torch.rand(1, generator=generator)  # the draw of p_mix, which is 0
     maskable = preserve_prefixes(is_audio, samples, config.prefix_preservation_probability, generator)
     levels = draw_noise_levels(samples.count, config.noise_epsilon, False, generator, ids.device)
-    noisy_ids, masked = mask_tokens(ids, maskable, samples, levels, config.mask_token_id, generator)
+    levels = levels[samples.ids]
+    noisy_ids, masked = mask_tokens(ids, maskable, levels, config.mask_token_id, generator)
 
     spans = compute_span_ids(ids, config.audio_token_id_start, config.audio_token_id_end, padding, positions)
     piece = starts.cumsum(-1)
