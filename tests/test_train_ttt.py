@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import build_processor
+from builders import build_processor, run_without_packages
 from datasets import Dataset, DatasetDict
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import EvalPrediction
+from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from modeling_ttt import TttConfig, TttForConditionalGeneration
-from processing import interleave
+from processing import TttDataCollator, TttProcessor, interleave
 from training_examples import train_ttt
 from training_examples.training.metrics import EvaluationMetrics, accuracies, plot_curves
 from training_examples.training.resuming import last_complete_checkpoint
@@ -33,7 +33,7 @@ def workspace(tmp_path_factory):
     """A folder with an untrained model (`model`), and 24 + 6 examples of 30 to 70 tokens, saved (`data`) and as the
     shards of prepare_dataset.py (`prepared`)."""
     folder = tmp_path_factory.mktemp("train")
-    processor = build_processor()
+    processor = build_processor(system_prompts={"spoken_chat": "answer"})
     ids = processor.token_ids
     backbone = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     backbone |= {"num_key_value_heads": 2, "tie_word_embeddings": True, "max_position_embeddings": 128}
@@ -166,6 +166,45 @@ def test_evaluation_is_the_deterministic_bound_on_whole_examples(workspace, tmp_
     with torch.no_grad():
         loss = model(**batch, num_items_in_batch=(batch["labels"] != -100).sum()).loss
     assert first == pytest.approx(loss.item(), rel=1e-5)
+
+
+TALK = """
+import numpy as np
+from transformers import pipeline
+
+for folder in sys.argv[1:]:
+    pipe = pipeline("audio-to-audio", model=folder, trust_remote_code=True, device="cpu")
+    answer = pipe(np.zeros(8000, dtype=np.float32), generate_kwargs={"max_new_tokens": 12})
+    print(type(pipe).__name__, sorted(answer))
+"""
+
+
+def test_checkpoints_and_the_trained_model_talk_where_this_package_is_absent(workspace, tmp_path):
+    train(workspace, tmp_path / "run", max_steps=2, save_strategy="steps", save_steps=1)
+    said = run_without_packages(TALK, tmp_path / "run" / "checkpoint-1", tmp_path / "run", cwd=tmp_path)
+    assert said == ["TttAudioToAudioPipeline ['audio', 'sampling_rate', 'text']"] * 2
+
+
+def test_any_trainer_evaluates_whole_examples_whatever_its_batch_size(workspace, tmp_path):
+    """With the Trainer's own defaults, which drop columns that the model does not take."""
+    processor = TttProcessor.from_pretrained(workspace / "model")
+    data = DatasetDict.load_from_disk(str(workspace / "data"))["eval"]
+    model = TttForConditionalGeneration.from_pretrained(workspace / "model", span_truncation_probability=1.0)
+    losses = []
+    for size in (1, 2, 6):
+        options = {"per_device_eval_batch_size": size, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+        trainer = Trainer(
+            model,
+            TrainingArguments(output_dir=str(tmp_path), **options),
+            eval_dataset=data,
+            data_collator=TttDataCollator(processor),
+            processing_class=processor,
+        )
+        losses.append(trainer.evaluate()["eval_loss"])
+    rows = [{name: torch.tensor([row[name]]) for name in ("input_ids", "labels")} for row in data]
+    with torch.no_grad():
+        expected = sum(model(**row).loss.item() for row in rows) / len(rows)
+    assert losses == pytest.approx([expected] * 3, rel=1e-5)
 
 
 RESUMED = {
