@@ -44,7 +44,7 @@ def text_tokenizer(special=()):
     return tokenizer
 
 
-def save_llm(folder, config_class, special=(), padding_rows=0, **options):
+def save_llm(folder, config_class, special=(), padding_rows=0, max_position_embeddings=512, **options):
     """A random language model in a folder; `padding_rows` are rows of its vocabulary that no token has."""
     tokenizer = text_tokenizer(special)
     tokenizer.save_pretrained(folder)
@@ -57,7 +57,7 @@ def save_llm(folder, config_class, special=(), padding_rows=0, **options):
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
-        max_position_embeddings=512,
+        max_position_embeddings=max_position_embeddings,
         **options,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
