@@ -41,10 +41,12 @@ def encode_waveforms(
             sampling_rate=feature_extractor.sampling_rate,
             padding=True,
             return_tensors="pt",
-        ).to(audio_tokenizer.device)
+        ).to(audio_tokenizer.device, audio_tokenizer.dtype)
         with torch.no_grad():
             output = audio_tokenizer.encode(**{name: value for name, value in features.items() if name in accepted})
         batch = output.audio_codes.cpu()
+        if batch.ndim == 4 and len(batch) == 1:
+            batch = batch[0]  # EnCodec's chunks, of which a format that is accepted has one
         batch = batch[:, None] if batch.ndim == 2 else batch  # (batch, codebooks, frames)
         if batch.ndim != 3 or batch.shape[1] != audio_format.num_codebooks:
             raise ValueError(
@@ -62,6 +64,23 @@ def encode_waveforms(
                 )
             codes.append(flatten_codes(frames[:, kept], audio_format.codebook_size))
     return codes
+
+
+def decode_frames(audio_tokenizer: Any, codes: torch.Tensor, **options: Any) -> Any:
+    """
+    Call an audio tokenizer's `decode`, whatever form it has.
+
+    Args:
+        audio_tokenizer (`PreTrainedModel`): any Transformers codec with `decode`.
+        codes (`torch.Tensor` of shape `(batch, codebooks, frames)`): long, on its device.
+        options (`dict`, *optional*): passed on.
+
+    Returns:
+        `ModelOutput`: its output, with `audio_values`.
+    """
+    if "audio_scales" in inspect.signature(audio_tokenizer.decode).parameters:  # EnCodec: one chunk, not scaled
+        return audio_tokenizer.decode(codes[None], audio_scales=[None], **options)
+    return audio_tokenizer.decode(audio_codes=codes, **options)
 
 
 def decode_codes(audio_tokenizer: Any, sequences: Sequence[Sequence[int]], batch_size: int) -> list[np.ndarray]:
@@ -82,7 +101,7 @@ def decode_codes(audio_tokenizer: Any, sequences: Sequence[Sequence[int]], batch
             mask[row, : lengths[row]] = 1
         options = {"audio_codes_mask": mask.to(audio_tokenizer.device)} if padded else {}
         with torch.no_grad():
-            output = audio_tokenizer.decode(audio_codes=codes.to(audio_tokenizer.device), **options)
+            output = decode_frames(audio_tokenizer, codes.to(audio_tokenizer.device), **options)
         values = output.audio_values.reshape(len(indices), -1).float().cpu().numpy()  # (batch, samples)
         samples = output.audio_lengths.tolist() if padded else [values.shape[1]] * len(indices)
         for row, index in enumerate(indices):

@@ -92,6 +92,9 @@ def load_audio_codec(name_or_path: str | os.PathLike, subfolder: str = "", **kwa
     for name in ("dtype", "device_map"):
         located.pop(name, None)
     config = AutoConfig.from_pretrained(name_or_path, subfolder=subfolder, **located)
+    if config.model_type == "encodec" and "num_quantizers" in kwargs:  # which EnCodec counts in kbit/s
+        bits_per_second = config.codebook_nbits * config.frame_rate
+        kwargs["target_bandwidths"] = [kwargs.pop("num_quantizers") * bits_per_second / 1000]
     is_listed = type(config) in AutoModelForAudioTokenization._model_mapping
     is_listed = is_listed or "AutoModelForAudioTokenization" in getattr(config, "auto_map", {})
     auto_class = AutoModelForAudioTokenization if is_listed else AutoModel

@@ -40,7 +40,8 @@ class TttAudioFormat:
         """Reads the configuration of any Transformers audio codec; they do not agree on names.
 
         Raises:
-            ValueError: it names no codebook size, as that of a tokenizer without codes.
+            ValueError: it names no codebook size, as that of a tokenizer without codes, or it is of an EnCodec that
+                writes more than codes.
         """
         size = getattr(config, "codebook_size", None)
         if size is None and getattr(config, "quantization_levels", None):
@@ -50,6 +51,14 @@ class TttAudioFormat:
                 f"{type(config).__name__} has no `codebook_size`: TtT needs an audio tokenizer with discrete codes."
             )
         books = _first(config, "num_codebooks", "num_quantizers", "n_codebooks") or 1
+        if getattr(config, "model_type", None) == "encodec":
+            if config.normalize or config.chunk_length_s is not None or config.audio_channels != 1:
+                raise ValueError(
+                    "An EnCodec that normalises, cuts into chunks or is stereo (48 kHz) has scales beside its codes, "
+                    "which tokens cannot hold. Use one like `facebook/encodec_24khz`."
+                )
+            bits_per_second = config.codebook_nbits * config.frame_rate
+            books = max(1, int(1000 * config.target_bandwidths[0] // bits_per_second))  # what `encode` does unasked
         sampling_rate = _first(config, "sampling_rate", "input_sampling_rate")
         output_rate = getattr(config, "output_sampling_rate", None) or sampling_rate
         frame_rate, hop = getattr(config, "frame_rate", None), getattr(config, "hop_length", None)

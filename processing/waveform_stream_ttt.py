@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers.models.dac.modeling_dac import Snake1d
 
+from .audio_codes_ttt import decode_frames
 from .codebooks_ttt import TttAudioFormat, unflatten_codes
 
 # Layers that treat every sample alone. `Snake1d` is also the activation of the codecs that build on DAC.
@@ -80,7 +81,7 @@ class BoundedContextDecoder:
     @torch.no_grad()
     def _decode(self) -> torch.Tensor:
         codes = self.frames.to(self.audio_tokenizer.device)
-        return self.audio_tokenizer.decode(audio_codes=codes).audio_values.reshape(-1)
+        return decode_frames(self.audio_tokenizer, codes).audio_values.reshape(-1)
 
 
 class WaveformStream:
@@ -138,7 +139,8 @@ def decoder_context(audio_tokenizer: Any) -> tuple[int | None, int | None]:
     if hasattr(config, "decoder_context_codes"):
         return config.decoder_context_codes, config.decoder_context_codes
     if getattr(config, "use_causal_conv", False):
-        return None, 0
+        # EnCodec mirrors its input at the start instead of padding it: the first frames depend on as many after.
+        return None, config.kernel_size - 1 if getattr(config, "pad_mode", None) == "reflect" else 0
     decoder = getattr(audio_tokenizer, "decoder", None)
     if not isinstance(decoder, nn.Module):
         return None, None

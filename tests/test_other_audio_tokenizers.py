@@ -12,7 +12,9 @@ from transformers import (
     DacConfig,
     DacFeatureExtractor,
     DacModel,
+    EncodecConfig,
     EncodecFeatureExtractor,
+    EncodecModel,
     MimiConfig,
     MimiModel,
     NeuCodecConfig,
@@ -63,6 +65,7 @@ PROMPTS = {"spoken_chat": "Chat.", "text_chat": "Talk."}
 FORMATS = {
     "mimi": TttAudioFormat(4, 16, 12.5, 24_000, 24_000),
     "dac": TttAudioFormat(3, 16, 50.0, 16_000, 16_000),
+    "encodec": TttAudioFormat(2, 16, 75.0, 24_000, 24_000),
     "xcodec2": TttAudioFormat(1, 16, 50.0, 16_000, 16_000),
     "neucodec": TttAudioFormat(1, 16, 50.0, 16_000, 24_000),
 }
@@ -104,6 +107,20 @@ def build(name):
             codebook_dim=4,
         )
         return DacModel(config).eval()
+    if name == "encodec":
+        config = EncodecConfig(
+            target_bandwidths=[0.6, 1.2],  # two codebooks, or four
+            hidden_size=16,
+            codebook_dim=16,
+            codebook_size=16,
+            num_filters=4,
+            num_lstm_layers=1,
+        )
+        codec = EncodecModel(config).eval()
+        for layer_name, buffer in codec.named_buffers():
+            if layer_name.endswith("embed"):  # zero at first: training moves it
+                buffer.normal_(std=0.02)
+        return codec
     model, config = {"xcodec2": (Xcodec2Model, Xcodec2Config), "neucodec": (NeuCodecModel, NeuCodecConfig)}[name]
     codec = model(config(**SINGLE_CODEBOOK)).eval()
     for parameter in codec.parameters():
@@ -114,7 +131,7 @@ def build(name):
 
 def feature_extractor_of(name):
     """The codec's own; where it needs torchaudio and that is missing, one that serves for written requests."""
-    if name == "mimi":
+    if name in ("mimi", "encodec"):
         return EncodecFeatureExtractor(feature_size=1, sampling_rate=24_000)
     if name == "dac":
         return DacFeatureExtractor(sampling_rate=16_000, hop_length=320)
@@ -137,8 +154,16 @@ class Part:
         return torch.randint(self.format.codebook_size, (self.format.num_codebooks, frames), generator=generator)
 
     @torch.no_grad()
+    def encode(self, inputs):
+        """The codec's own codes (codebooks, frames) of one sound."""
+        codes = self.codec.encode(**inputs).audio_codes[0]
+        return codes[0] if self.name == "encodec" else codes
+
+    @torch.no_grad()
     def decode(self, codes):
         """The codec's own waveform (samples,) of (codebooks, frames)."""
+        if self.name == "encodec":
+            return self.codec.decode(codes[None, None], [None]).audio_values.reshape(-1).numpy()
         return self.codec.decode(audio_codes=codes[None]).audio_values.reshape(-1).numpy()
 
 
@@ -174,7 +199,7 @@ def test_a_frame_rate_that_a_configuration_rounds_up_is_taken_exactly():
 
 def test_spans_last_as_long_as_the_published_ones_in_whole_frames(part):
     size = part.processor.audio_chunk_size
-    assert size == {"mimi": 104, "dac": 312, "xcodec2": 104, "neucodec": 104}[part.name]
+    assert size == {"mimi": 104, "dac": 312, "encodec": 312, "xcodec2": 104, "neucodec": 104}[part.name]
     assert size / part.format.num_codebooks / part.format.frame_rate == pytest.approx(26 / 12.5)
     assert f"13 text tokens followed by {size} audio tokens" in part.processor.system_prompts["asr"]
 
@@ -188,12 +213,11 @@ def test_codes_are_flattened_frame_by_frame_with_an_offset_per_codebook():
     assert torch.equal(unflatten_codes([1, 14, 2, 15, 3, 16], 2, 10), codes)
 
 
-@torch.no_grad()
 def test_what_a_codec_encodes_is_restored_exactly(part):
     inputs = {"input_values": torch.randn(1, 1, 16_000)}
     if part.name in NEEDS_TORCHAUDIO:
         inputs["input_features"] = torch.randn(1, 50, 160)
-    codes = part.codec.encode(**inputs).audio_codes[0]
+    codes = part.encode(inputs)
     assert len(codes.unique()) > 1
     stream = part.processor.flatten_codes(codes)
     assert stream.shape == (codes.numel(),) and stream.max() < part.processor.token_ids.num_audio_codes
@@ -258,8 +282,7 @@ def test_waveforms_become_the_codecs_own_codes_and_codes_its_waveforms(part):
     for sound, stream in zip(sounds, part.processor.encode_audio(sounds), strict=True):
         features = part.processor.feature_extractor(sound, sampling_rate=rate, return_tensors="pt")
         accepted = {k: v for k, v in features.items() if k in ("input_values", "input_features", "input_features_mask")}
-        with torch.no_grad():
-            own = part.codec.encode(**accepted).audio_codes[0]
+        own = part.encode(accepted)
         restored = part.processor.unflatten_codes(stream)
         assert abs(restored.shape[1] - len(sound) / rate * part.format.frame_rate) <= 1
         assert torch.equal(restored, own[:, : restored.shape[1]])
@@ -301,13 +324,49 @@ def test_a_processor_is_saved_with_such_a_codec_in_its_subfolder(part, tmp_path)
 
 
 @torch.no_grad()
-def test_a_codec_is_loaded_with_fewer_codebooks_than_it_was_trained_with(mimi, tmp_path):
-    mimi.codec.save_pretrained(tmp_path)
+@pytest.mark.parametrize(("name", "chunk_size"), [("mimi", 52), ("encodec", 312)])
+def test_a_codec_is_loaded_with_other_codebooks_than_it_was_saved_with(name, chunk_size, tmp_path):
+    part = Part(name)
+    part.codec.save_pretrained(tmp_path)
     smaller = load_audio_codec(tmp_path, num_quantizers=2)
-    sound = torch.from_numpy(tone(0.5, 24_000))[None, None]
-    assert torch.equal(smaller.encode(sound).audio_codes, mimi.codec.encode(sound).audio_codes[:, :2])
-    processor = TttProcessor(mimi.processor.feature_extractor, build_tokenizer(32), smaller)
-    assert (processor.num_codebooks, processor.audio_chunk_size) == (2, 52)
+    sound = {"input_values": torch.from_numpy(tone(0.5, 24_000))[None, None]}
+    processor = TttProcessor(part.processor.feature_extractor, build_tokenizer(32), smaller)
+    assert (processor.num_codebooks, processor.audio_chunk_size) == (2, chunk_size)
+    (stream,) = processor.encode_audio(tone(0.5, 24_000))
+    assert torch.equal(processor.unflatten_codes(stream), part.encode(sound)[:2])
+    if name == "encodec":  # encodes with its narrowest bandwidth unless told
+        larger = load_audio_codec(tmp_path, num_quantizers=4)
+        assert TttAudioFormat.from_config(larger.config).num_codebooks == 4
+        assert torch.equal(larger.encode(**sound).audio_codes[0, 0, :2], part.encode(sound))
+
+
+def test_an_encodec_that_writes_more_than_codes_is_refused():
+    for options in ({"normalize": True}, {"chunk_length_s": 1.0, "overlap": 0.01}, {"audio_channels": 2}):
+        with pytest.raises(ValueError, match="has scales beside its codes, which tokens cannot hold"):
+            TttAudioFormat.from_config(EncodecConfig(**options))
+    assert TttAudioFormat.from_config(EncodecConfig()) == TttAudioFormat(2, 1024, 75.0, 24_000, 24_000)
+    assert TttAudioFormat.from_config(EncodecConfig(target_bandwidths=[6.0])).num_codebooks == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["ttt_codec", "mimi", "dac", "encodec"])
+def test_an_audio_tokenizer_in_half_precision_hears_and_speaks(name, dtype):
+    if name == "ttt_codec":
+        processor = build_processor(audio_tokenizer=build_codec().to(dtype))
+        codes = torch.arange(16)
+    else:
+        part = Part(name)
+        part.codec.to(dtype)
+        processor, codes = part.processor, part.processor.flatten_codes(part.random_codes(9))
+    heard = processor.encode_audio([tone(0.5, processor.feature_extractor.sampling_rate), tone(0.3)])
+    assert all(len(row) and row.dtype == torch.long for row in heard)
+    (waveform,) = processor.decode_audio(codes)
+    assert waveform.dtype == np.float32 and np.isfinite(waveform).all() and len(waveform)
+    streamer = processor.streamer()
+    streamer.put(torch.tensor([1]))
+    streamer.put(torch.tensor(processor.build_response("hi", codes)))
+    streamer.end()
+    assert sum(len(piece["audio"]) for piece in streamer if "audio" in piece) == len(waveform)
 
 
 def test_parts_that_do_not_belong_together_are_refused(mimi, tmp_path):
@@ -359,7 +418,14 @@ def test_rows_of_a_batch_are_as_long_as_the_codec_says():
 
 
 @pytest.mark.parametrize(
-    ("name", "context"), [("mimi", (None, 0)), ("dac", (11, 11)), ("xcodec2", (None, None)), ("neucodec", (None, None))]
+    ("name", "context"),
+    [
+        ("mimi", (None, 0)),
+        ("encodec", (None, 6)),
+        ("dac", (11, 11)),
+        ("xcodec2", (None, None)),
+        ("neucodec", (None, None)),
+    ],
 )
 def test_a_stream_joins_to_the_waveform_of_the_whole(name, context):
     part = Part(name)

@@ -283,7 +283,7 @@ class TttCodecModel(TttCodecPreTrainedModel):
         margin = (config.n_fft - config.mel_hop_length) // 2
         frames = F.pad(waveform.float(), (margin, margin)).unfold(-1, config.n_fft, config.mel_hop_length)
         magnitude = torch.fft.rfft(frames * self.mel_window).abs()
-        return (torch.log((magnitude @ self.mel_filters).clamp(min=LOG_FLOOR)) + 4.0) / 3.0
+        return (torch.log((magnitude @ self.mel_filters.float()).clamp(min=LOG_FLOOR)) + 4.0) / 3.0
 
     @can_return_tuple
     def encode(
