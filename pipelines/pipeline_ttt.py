@@ -6,17 +6,29 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import Pipeline, PreTrainedModel, ProcessorMixin
 from transformers.dynamic_module_utils import custom_object_save
 
-TEXT_TASKS = ("tts", "text_chat")
+ARGUMENTS: dict[str, tuple[type, str]] = {
+    "text": (str, "a string"),
+    "task": (str, "a string"),
+    "stream": (bool, "True or False"),
+    "batch_size": (Integral, "an integer"),
+    "num_workers": (Integral, "an integer"),
+    "system_prompt": (str, "a string"),
+    "sampling_rate": (Real, "a number, in Hz"),
+    "generate_kwargs": (Mapping, "a mapping of options to values"),
+}
 
 
 class TttAudioToAudioPipeline(Pipeline):
-    """`pipeline("audio-to-audio", model=..., trust_remote_code=True)`.
+    """
+    `pipeline("audio-to-audio", model=..., trust_remote_code=True)`.
 
     ```python
     pipe("question.wav")                                           # {"text", "audio", "sampling_rate"}
@@ -52,86 +64,107 @@ class TttAudioToAudioPipeline(Pipeline):
         task: str | None = None,
         stream: bool = False,
         batch_size: int | None = None,
+        num_workers: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Answers requests.
+        """
+        Answer requests.
 
         Args:
-            inputs: one request, a list of them, or an iterable (generator, `datasets` dataset or column), answered as
-                it is iterated over. A request is audio in any form the processor takes (path, address, array,
-                mapping with `array` and `sampling_rate`, decoded dataset item); for the tasks "tts" and "text_chat" a
-                text; a mapping with `text` and / or `audio`; or a conversation, a list of messages. Of a `datasets`
-                dataset's rows, the column `audio` is taken (`text` for the text tasks), and its files are read by the
-                processor, so that torchcodec is not needed.
-            text: user text that goes with every audio of `inputs`; without `inputs`, the request itself.
-            task: "spoken_chat" (default), "asr", "tts", "captioning", "spoken_qa", "text_chat" (default for text
-                alone), or another the processor has a system prompt for. For conversations, gives those without a
-                system turn this task's.
-            stream: for one request, return an iterator over `{"text"}` and `{"audio", "sampling_rate"}` pieces, filled
+            inputs (`Any`):
+                One request; a list of them; or an iterable (generator, `datasets` dataset or column), answered as it is
+                iterated over. A request is
+
+                - audio in any form the processor takes: path, address, array, file in memory or opened, decoded
+                  dataset item, mapping of samples and their rate such as an answer of this pipeline;
+                - for a task that takes text alone ("tts", "text_chat"), the text;
+                - a mapping of `text` and audio (`{"text": ..., "audio": ...}`), or of one of them;
+                - a conversation: a list of messages, or `{"messages": [...]}`.
+
+                Of a `datasets` dataset's rows, the column `audio` is taken (`text` for such a task), and its files are
+                read by the processor, so that torchcodec is not needed.
+            text (`str`, *optional*): text that goes with every audio of `inputs`; without `inputs`, the request itself.
+            task (`str`, *optional*, defaults to `"spoken_chat"`, for text alone to `"text_chat"`):
+                One of the processor's `tasks`. Conversations without a system turn are given the task's.
+            stream (`bool`, *optional*, defaults to `False`):
+                For one request, return an iterator over `{"text"}` and `{"audio", "sampling_rate"}` pieces, filled
                 while the answer is generated.
-            batch_size: requests answered at once, 1 by default.
-            system_prompt: replaces the task's.
-            sampling_rate: of arrays that bring none of their own, Hz.
-            generate_kwargs: passed to `generate`, for example `{"audio_steps_per_block": 8}`.
+            batch_size (`int`, *optional*, defaults to 1): requests answered at once.
+            num_workers (`int`, *optional*): as every pipeline takes it; requests are prepared in this process.
+            system_prompt (`str`, *optional*): replaces the task's.
+            sampling_rate (`float`, *optional*): of samples that bring none of their own, Hz.
+            generate_kwargs (`dict`, *optional*): options of `generate`, such as `{"audio_steps_per_block": 8}`.
 
         Returns:
-            `{"text": str, "audio": (samples,) float32 array, "sampling_rate": int}`; a list of them for a list, an
-            iterator over them for any other iterable.
+            `dict`: `{"text": str, "audio": float32 array of shape (samples,), "sampling_rate": int}`; a list of them
+            for a list, an iterator over them for any other iterable.
 
         Raises:
-            ValueError: a request that cannot be used; the message names it by its position. Options that make no sense:
-                a `batch_size` below 1, several answers to a request.
+            TypeError: if an argument is unknown or of a wrong type.
+            ValueError: if a request cannot be used; the message names it by its position. Its batch is then answered
+                one by one, so that an iterator yields all answers before it, and the error of a list has them in its
+                attribute `results`. Or if options make no sense: a `batch_size` below 1, several answers to a request.
         """
+        _check_types(text=text, task=task, stream=stream, batch_size=batch_size, num_workers=num_workers)
         preprocess_params, forward_params, postprocess_params = self._sanitize_parameters(**kwargs)
-        preprocess_params = {**self._preprocess_params, **preprocess_params, "task": task, "text": text}
-        forward_params = {**self._forward_params, **forward_params}
-        postprocess_params = {**self._postprocess_params, **postprocess_params}
+        params = (
+            {**self._preprocess_params, **preprocess_params, "task": task, "text": text},
+            {**self._forward_params, **forward_params},
+            {**self._postprocess_params, **postprocess_params},
+        )
         batch_size = batch_size if batch_size is not None else self._batch_size or 1
         if batch_size < 1:
             raise ValueError(f"`batch_size` is {batch_size}; use 1 or more.")
-        if (forward_params.get("num_return_sequences") or 1) > 1:
+        options = self._get_set_generation_params(self._prepare_generate_kwargs(params[1]))
+        if (options.get("num_return_sequences") or 1) > 1:
             raise ValueError(
-                f"`num_return_sequences` is {forward_params['num_return_sequences']}, but a request gets one answer: "
+                f"`num_return_sequences` is {options['num_return_sequences']}, but a request gets one answer: "
                 "pass it several times, or call the model's `generate`."
             )
         if inputs is None and text is None:
             raise ValueError("Pass a request, or `text`.")
         if inputs is None or self._is_single(inputs):
             if stream:
-                return self._stream(self.preprocess([inputs], **preprocess_params), forward_params)
-            return self.run_single([inputs], preprocess_params, forward_params, postprocess_params)[0]
+                return self._stream(self.preprocess([inputs], **params[0]), params[1])
+            return next(self._answer([inputs], 0, *params))
         if stream:
             raise ValueError("`stream=True` takes one request at a time; call the pipeline once for each.")
-        results = self._run_batches(inputs, batch_size, preprocess_params, forward_params, postprocess_params)
-        return list(results) if isinstance(inputs, (list, tuple)) else results
+        answers = self._answer_all(inputs, batch_size, *params)
+        return _to_list(answers) if isinstance(inputs, (list, tuple)) else answers
 
     def _sanitize_parameters(
         self,
         system_prompt: str | None = None,
-        sampling_rate: int | None = None,
-        generate_kwargs: dict[str, Any] | None = None,
+        sampling_rate: float | None = None,
+        generate_kwargs: Mapping[str, Any] | None = None,
+        **unknown: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        preprocess_params: dict[str, Any] = {}
-        if system_prompt is not None:
-            preprocess_params["system_prompt"] = system_prompt
-        if sampling_rate is not None:
-            preprocess_params["sampling_rate"] = sampling_rate
+        for name in unknown:
+            raise TypeError(f"There is no argument `{name}`; options of `generate` go into `generate_kwargs`.")
+        _check_types(system_prompt=system_prompt, sampling_rate=sampling_rate, generate_kwargs=generate_kwargs)
+        given = {"system_prompt": system_prompt, "sampling_rate": sampling_rate}
+        preprocess_params = {name: value for name, value in given.items() if value is not None}
         return preprocess_params, dict(generate_kwargs or {}), {}
 
-    def _run_batches(self, inputs: Iterable[Any], batch_size: int, *params: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        preprocess_params, forward_params, postprocess_params = params
-        column = "text" if preprocess_params["task"] in TEXT_TASKS else "audio"
-        first = 0
-        batch: list[Any] = []
-        for item in _rows(inputs, column):
-            batch.append(item)
-            if len(batch) == batch_size:
-                yield from self.run_single(
-                    batch, {**preprocess_params, "first": first}, forward_params, postprocess_params
-                )
-                first, batch = first + len(batch), []
-        if batch:
-            yield from self.run_single(batch, {**preprocess_params, "first": first}, forward_params, postprocess_params)
+    def _answer_all(self, inputs: Iterable[Any], batch_size: int, *params: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        requests, first = _rows(inputs, "text" if self._takes_text_alone(params[0]["task"]) else "audio"), 0
+        while batch := list(islice(requests, batch_size)):
+            yield from self._answer(batch, first, *params)
+            first += len(batch)
+
+    def _answer(self, batch: list[Any], first: int, *params: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Answer a batch at once; where that fails, one by one, so that only what cannot be answered is not."""
+        try:
+            answers = self.run_single(batch, {**params[0], "first": first}, *params[1:])
+        except Exception as error:
+            if len(batch) == 1:
+                _raise_named(error, f"input {first}")
+            answers = None
+        if answers is not None:
+            yield from answers
+        else:
+            for position, request in enumerate(batch, first):
+                yield from self._answer([request], position, *params)
 
     def preprocess(  # type: ignore[override]
         self,
@@ -139,19 +172,13 @@ class TttAudioToAudioPipeline(Pipeline):
         task: str | None = None,
         text: str | None = None,
         system_prompt: str | None = None,
-        sampling_rate: int | None = None,
+        sampling_rate: float | None = None,
         first: int = 0,
     ) -> dict[str, Any]:
         """A batch of requests as left-padded ids; `first` is the position of the first of them among all."""
         names = [f"input {first + index}" for index in range(len(input_))]
-        conversations = []
-        for request, name in zip(input_, names, strict=True):
-            try:
-                conversations.append(self._messages(request, task, text, system_prompt))
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
         features = self.processor.apply_chat_template(
-            conversations,
+            [self._messages(request, task, text, system_prompt) for request in input_],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -192,23 +219,35 @@ class TttAudioToAudioPipeline(Pipeline):
     def _messages(
         self, request: Any, task: str | None, text: str | None, system_prompt: str | None
     ) -> list[dict[str, Any]]:
+        """The conversation of one request."""
+        if isinstance(request, Mapping) and "messages" in request:
+            if len(request) > 1:
+                raise ValueError(f"`messages` stands alone, but the request has {', '.join(map(repr, request))}.")
+            request = request["messages"]
+            if not _is_conversation(request):
+                raise ValueError("`messages` must be a list of mappings with `role` and `content`.")
         if _is_conversation(request):
+            if text is not None:
+                raise ValueError("`text` goes with audio; put it into the conversation's messages.")
             return list(request)
-        audio = request
-        if isinstance(request, Mapping) and not ({"array", "bytes", "path"} & set(request)):
-            audio, text = request.get("audio"), request.get("text") or text
-        elif isinstance(request, str) and task in TEXT_TASKS:
-            audio, text = None, request
-        task = task or ("spoken_chat" if audio is not None else "text_chat")
-        return self.processor.build_messages(task, text=text, audio=audio, system_prompt=system_prompt)
+        if isinstance(request, Mapping):
+            audio = {key: value for key, value in request.items() if value is not None}
+            text, request = audio.pop("text", text), audio or None
+        elif isinstance(request, str) and self._takes_text_alone(task):
+            if text is not None:
+                raise ValueError(f"The request is the text of {task!r} itself; leave `text` out.")
+            text, request = request, None
+        if request is None and text is None:
+            raise ValueError("There is nothing in it. A request is audio, a text, a mapping of both or a conversation.")
+        task = task or ("text_chat" if request is None else "spoken_chat")
+        return self.processor.build_messages(task, text=text, audio=request, system_prompt=system_prompt)
+
+    def _takes_text_alone(self, task: str | None) -> bool:
+        return task is not None and self.processor.get_task(task).takes_text_alone
 
     def _is_single(self, inputs: Any) -> bool:
-        if _is_conversation(inputs) or isinstance(inputs, (str, bytes, Mapping)):
+        if _is_conversation(inputs) or self.processor.is_single_audio(inputs):
             return True
-        if hasattr(inputs, "ndim") or hasattr(inputs, "get_all_samples") or hasattr(inputs, "__fspath__"):
-            return True
-        if isinstance(inputs, (list, tuple)):
-            return len(inputs) > 0 and isinstance(inputs[0], (int, float))
         return not hasattr(inputs, "__iter__") and not hasattr(inputs, "__getitem__")
 
     def save_pretrained(  # type: ignore[override]
@@ -275,13 +314,44 @@ def _is_conversation(request: Any) -> bool:
         isinstance(request, (list, tuple))
         and len(request) > 0
         and isinstance(request[0], Mapping)
-        and {"role", "content"} <= set(request[0])
+        and "role" in request[0]
     )
 
 
+def _check_types(**arguments: Any) -> None:
+    for name, value in arguments.items():
+        kind, described = ARGUMENTS[name]
+        is_right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        if value is not None and not is_right:
+            raise TypeError(f"`{name}` is {value!r}; it must be {described}.")
+
+
+def _raise_named(error: Exception, name: str) -> NoReturn:
+    """Raise an error with the name of the request that it came with, where it does not tell it yet."""
+    if name in str(error):
+        raise error
+    if type(error) is ValueError:
+        raise ValueError(f"{name}: {error}") from error
+    error.add_note(f"It came with {name}.")
+    raise error
+
+
+def _to_list(answers: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All answers; an error brings those that came before it along."""
+    results: list[dict[str, Any]] = []
+    try:
+        results.extend(answers)
+    except Exception as error:
+        error.results = results  # type: ignore[attr-defined]
+        if results:
+            error.add_note(f"The answers before it, {len(results)} of them, are this error's attribute `results`.")
+        raise
+    return results
+
+
 def _rows(inputs: Any, column: str) -> Iterator[Any]:
-    """Requests one by one. Of a dataset's rows one column is taken: others, such as the transcript of a recording, are
-    not part of the request."""
+    """Yield requests one by one. Of a dataset's rows one column is taken: others, such as the transcript of a
+    recording, are not part of the request."""
     is_dataset = hasattr(inputs, "features") and hasattr(inputs, "column_names")
     if not is_dataset:
         yield from inputs

@@ -5,26 +5,32 @@ Heavy imports wait until the arguments are read."""
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 from urllib.parse import urlparse
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from processing import TttProcessor
+
+    from .pipeline_ttt import TttAudioToAudioPipeline
+
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "model_cards" / "ttt-tiny"
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 CONFIG_NAMES = ("config.json", "adapter_config.json")
-TASK_NAMES = ("spoken_chat", "asr", "tts", "captioning", "spoken_qa", "text_chat")
-TEXT_TASKS = ("tts", "text_chat")
+STANDARD = "-"  # standard input as a question, standard output as an answer
 DTYPES = ("float32", "bfloat16", "float16")
 SOFTWARE = "ttt-talk"  # written into every answer, so that only answers are overwritten
 PLAYERS = (["aplay", "-q"], ["paplay"], ["afplay"], ["ffplay", "-nodisp", "-autoexit", "-loglevel", "quiet"])
@@ -38,9 +44,10 @@ examples:
   ttt-talk --text "what is two plus two"       ask in writing; the speech goes to reply.wav
   ttt-talk --output_dir replies *.wav          many questions
   ttt-talk --json question.wav | jq .text
+  arecord -d 3 -f cd | ttt-talk - - | aplay    standard input and output
 
-With exactly two files and no --output_dir the second is written (over an earlier answer only); three or more are all
-questions.
+With exactly two files and no --output_dir the second is written; three or more are all questions. An earlier answer is
+written over, any other file is not.
 Exit status: 0 all answered, 1 something failed, 2 wrong arguments, 130 interrupted.
 """
 
@@ -51,12 +58,12 @@ class UsageError(Exception):
 
 @dataclass
 class Job:
-    """One question, and where its answer goes."""
+    """One question, and where its answer goes: a file, or standard output where there is none."""
 
     name: str
     audio: str | None
     text: str | None
-    output: Path
+    output: Path | None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -66,12 +73,19 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("files", nargs="*", metavar="FILE", help="questions (audio files or addresses), then a WAV")
+    parser.add_argument(
+        "files", nargs="*", metavar="FILE", help="questions (audio files, addresses, - for standard input), then a WAV"
+    )
     parser.add_argument("--text", help="a question, a text to read aloud, or an instruction about the audio")
-    parser.add_argument("--task", choices=TASK_NAMES, help="default: spoken_chat, or text_chat for --text alone")
+    parser.add_argument(
+        "--task",
+        help="spoken_chat (default), asr, tts, captioning, spoken_qa, text_chat (default for --text alone), or another "
+        "that the processor has",
+    )
     parser.add_argument(
         "--model", default=None, help="folder or Hub name of a model or an adapter (default: the repository's ttt-tiny)"
     )
+    parser.add_argument("--processor", help="folder or Hub name of the processor, if not the model's")
     parser.add_argument("--output_dir", type=Path, help="write the answers here, under the questions' names")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the model (default: float32 on cpu, else as saved)")
@@ -80,48 +94,104 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, help="of sampled answers, to hear the same one again")
     parser.add_argument("--play", action="store_true", help="play the answers, where a player is installed")
     parser.add_argument("--json", action="store_true", help="print one JSON object per answer")
-    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.add_argument("--quiet", action="store_true", help="no progress, and not where answers are written")
     parser.add_argument("--trust_remote_code", action="store_true", help="let code in the model's folder run")
+    parser.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
     return parser
 
 
-def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
-    """What to ask and where to write, from the arguments alone.
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """
+    Check what needs no model.
 
     Raises:
-        UsageError: arguments that do not go together.
+        UsageError: if arguments do not go together.
     """
-    files, text, task, folder = arguments.files, arguments.text, arguments.task, arguments.output_dir
     for name, least in (("steps", 1), ("max_new_tokens", 1), ("seed", 0)):
         if getattr(arguments, name) is not None and getattr(arguments, name) < least:
             raise UsageError(f"--{name} must be at least {least}, got {getattr(arguments, name)}")
-    if task in TEXT_TASKS and text is None:
-        raise UsageError(f"--task {task} needs --text")
-    if text is not None and not text.strip():
+    if arguments.text is not None and not arguments.text.strip():
         raise UsageError("--text is empty")
-    if text is not None and (task is None or task in TEXT_TASKS):
+    if arguments.text is None and not arguments.files:
+        raise UsageError(
+            "nothing to answer: pass an audio file, or --text"
+            if arguments.task is None
+            else f"--task {arguments.task} needs an audio file, or --text"
+        )
+
+
+def plan_jobs(arguments: argparse.Namespace, takes_text_alone: bool) -> list[Job]:
+    """
+    Return what to ask and where to write.
+
+    Args:
+        arguments (`argparse.Namespace`): the command line.
+        takes_text_alone (`bool`): whether the task is asked with a text and no audio, so that no file is a question.
+
+    Raises:
+        UsageError: if arguments do not go together.
+    """
+    files, text, folder = arguments.files, arguments.text, arguments.output_dir
+    if takes_text_alone:
+        if text is None:
+            raise UsageError(f"--task {arguments.task} needs --text")
         if len(files) > 1:
             raise UsageError(f"--text takes one file at most, the WAV to write; got {len(files)}")
-        if files and task is None and Path(files[0]).exists():
-            raise UsageError(
-                f"{files[0]} exists. To ask about it, add --task captioning or spoken_qa; to overwrite it with the "
-                "answer to --text, add --task text_chat or tts"
-            )
-        output = Path(files[0]) if files else Path("reply.wav")
-        return _checked([Job("text", None, text, folder / output.name if folder else output)])
-    if not files:
-        raise UsageError("nothing to answer: pass an audio file, or --text")
-    if len(files) == 2 and folder is None:
-        if Path(files[1]).exists() and not _is_answer(files[1]):
-            raise UsageError(
-                f"{files[1]} exists and is no answer of ttt-talk, so it is not overwritten. Give the answer another "
-                "name; if both files are questions, add --output_dir"
-            )
-        return _checked([Job(files[0], files[0], text, Path(files[1]))])
-    return _checked([Job(name, name, text, _output_path(name, folder)) for name in files])
+        jobs = [Job("text", None, text, _output(files[0] if files else "reply.wav", folder))]
+    elif len(files) == 2 and folder is None:
+        jobs = [Job(files[0], files[0], text, _output(files[1], None))]
+    else:
+        jobs = [Job(name, name, text, _beside(name, folder)) for name in files]
+    for job in jobs:
+        _check_output(job, jobs, arguments)
+    return jobs
 
 
-def _is_answer(path: str) -> bool:
+def _output(name: str, folder: Path | None) -> Path | None:
+    if name == STANDARD:
+        return None
+    return folder / Path(name).name if folder else Path(name)
+
+
+def _beside(question: str, folder: Path | None) -> Path:
+    """Where the answer to a question goes that names no place: beside it, or under its name into the folder."""
+    is_address = _is_address(question)
+    stem = Path(urlparse(question).path if is_address else question).stem
+    if question == STANDARD or not stem:
+        return (folder or Path()) / "reply.wav"
+    if folder is not None:
+        return folder / f"{stem}.wav"
+    return (Path() if is_address else Path(question).parent) / f"{stem}.reply.wav"
+
+
+def _is_address(name: str) -> bool:
+    return "://" in name or name.startswith("data:")
+
+
+def _check_output(job: Job, jobs: list[Job], arguments: argparse.Namespace) -> None:
+    if job.output is None:
+        if arguments.json or arguments.play:
+            raise UsageError(f"the speech goes to standard output: leave out --{'json' if arguments.json else 'play'}")
+        if sys.stdout.isatty():
+            raise UsageError("standard output is a terminal, which speaks no WAV: add `> answer.wav` or `| aplay`")
+        return
+    path = job.output.resolve()
+    if job.output.suffix.lower() not in (".wav", ".wave"):
+        raise UsageError(f"the answer is written as WAV: give {job.output} a name that ends in .wav")
+    for other in jobs:
+        if other.audio is not None and Path(other.audio).resolve() == path:
+            raise UsageError(f"{job.output} is a question; it would be overwritten")
+        if other is not job and other.output is not None and other.output.resolve() == path:
+            raise UsageError(f"{other.name} and {job.name} would both be written to {job.output}; rename one")
+    if path.exists() and not _is_answer(path):
+        remedies = "Give the answer another name"
+        if arguments.files and job.output == Path(arguments.files[-1]):
+            asked = "to ask about it, add --task captioning or spoken_qa"
+            remedies += f"; {asked if job.audio is None else 'if both files are questions, add --output_dir'}"
+        raise UsageError(f"{job.output} exists and is no answer of ttt-talk, so it is not overwritten. {remedies}")
+
+
+def _is_answer(path: Path) -> bool:
     """Whether ttt-talk wrote this file."""
     import soundfile
 
@@ -132,58 +202,77 @@ def _is_answer(path: str) -> bool:
         return False
 
 
-def _output_path(name: str, folder: Path | None) -> Path:
-    is_address = "://" in name or name.startswith("data:")
-    stem = Path(urlparse(name).path).stem if is_address else Path(name).stem
-    stem = stem or "reply"
-    if folder is not None:
-        return folder / f"{stem}.wav"
-    return (Path() if is_address else Path(name).parent) / f"{stem}.reply.wav"
-
-
-def _checked(jobs: list[Job]) -> list[Job]:
-    written: dict[Path, str] = {}
-    for job in jobs:
-        if job.output.suffix.lower() not in (".wav", ".wave"):
-            raise UsageError(f"the answer is written as WAV: give {job.output} a name that ends in .wav")
-        path = job.output.resolve()
-        if path in written:
-            raise UsageError(f"{written[path]} and {job.name} would both be written to {job.output}; rename one")
-        if any(other.audio is not None and Path(other.audio).resolve() == path for other in jobs):
-            raise UsageError(f"{job.output} is a question; it would be overwritten")
-        written[path] = job.name
-    return jobs
-
-
-def load_pipeline(arguments: argparse.Namespace) -> Any:
-    """The pipeline for --model, a model or an adapter (LoRA), which brings the model it was trained on.
+def locate_model(name: str | None) -> str:
+    """
+    Return folder or Hub name of a model or an adapter.
 
     Raises:
-        FileNotFoundError: there is no such folder, no default model, or no model where an adapter expects it.
-        RuntimeError: PEFT is needed for an adapter and is not installed.
-        ValueError: PyTorch cannot use --device.
+        FileNotFoundError: if there is no such folder, no model in it, or no default model.
     """
-    model_path = arguments.model
-    if model_path is None:
+    if name is None:
         if not (DEFAULT_MODEL / "config.json").exists():
             raise FileNotFoundError(
                 f"the default model is not at {DEFAULT_MODEL}. Install the repository with `pip install -e .` so that "
                 "its model_cards folder is found, or pass --model"
             )
-        model_path = str(DEFAULT_MODEL)
-    elif not Path(model_path).exists() and not HUB_NAME.fullmatch(model_path):
-        raise FileNotFoundError(f"there is no folder {model_path}, and the Hub has no such names")
-    elif Path(model_path).exists() and not any((Path(model_path) / name).exists() for name in CONFIG_NAMES):
+        return str(DEFAULT_MODEL)
+    if not Path(name).exists() and not HUB_NAME.fullmatch(name):
+        raise FileNotFoundError(f"there is no folder {name}, and the Hub has no such names")
+    if Path(name).exists() and not any((Path(name) / config).exists() for config in CONFIG_NAMES):
         raise FileNotFoundError(
-            f"{model_path} holds no {' or '.join(CONFIG_NAMES)}; pass a folder with either, or a name on the Hub"
+            f"{name} holds no {' or '.join(CONFIG_NAMES)}; pass a folder with either, or a name on the Hub"
         )
-    import torch
+    return name
+
+
+def load_processor(arguments: argparse.Namespace) -> TttProcessor:
+    """
+    Load the processor of --processor, or else the model's; an adapter's model is the one it was trained on.
+
+    Raises:
+        FileNotFoundError: as `locate_model`, or if there is no model where an adapter expects it.
+        OSError: if the processor cannot be loaded.
+        RuntimeError: if PEFT is needed for an adapter and is not installed.
+        ValueError: if the folder holds a model of another architecture.
+    """
+    model_path = locate_model(arguments.model)
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    from modeling_ttt import TttForConditionalGeneration
+    from modeling_ttt import TttConfig
     from processing import TttProcessor
+
+    base_path = _base_model(model_path)
+    try:
+        model_type = TttConfig.get_config_dict(base_path)[0].get("model_type")
+    except OSError as error:
+        raise OSError(f"the model {base_path} cannot be loaded: {error}") from error
+    if model_type != TttConfig.model_type:
+        raise ValueError(
+            f"{base_path} holds a model of type {model_type!r}, not {TttConfig.model_type!r}. init_from_llm.py makes a "
+            "TtT model of a language model, `python -m pipelines.convert_ttt_to_hf` of a published checkpoint"
+        )
+    path = arguments.processor or base_path
+    try:
+        return TttProcessor.from_pretrained(path, trust_remote_code=arguments.trust_remote_code or None)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{path} has no processor that can be loaded; name one with --processor ({reason})") from error
+
+
+def load_pipeline(arguments: argparse.Namespace, processor: TttProcessor) -> TttAudioToAudioPipeline:
+    """
+    Load the model, with its adapter where --model is one, and put the pipeline together.
+
+    Raises:
+        OSError: if the model cannot be loaded.
+        ValueError: if PyTorch cannot use --device.
+    """
+    import torch
+    from safetensors import SafetensorError
+
+    from modeling_ttt import TttForConditionalGeneration
 
     from .pipeline_ttt import TttAudioToAudioPipeline
 
@@ -193,13 +282,11 @@ def load_pipeline(arguments: argparse.Namespace) -> Any:
     except Exception as error:  # each kind of device has its own
         reason = str(error).splitlines()[0]
         raise ValueError(f"PyTorch cannot use --device {device} here ({reason}); use cpu") from error
-    base_path = _base_model(model_path)
-    dtype = arguments.dtype or ("float32" if device == "cpu" else "auto")
+    path, dtype = locate_model(arguments.model), arguments.dtype or ("float32" if device == "cpu" else "auto")
     try:
-        model = TttForConditionalGeneration.from_pretrained(model_path, dtype=dtype).eval()
-        processor = TttProcessor.from_pretrained(base_path, trust_remote_code=arguments.trust_remote_code or None)
-    except OSError as error:
-        raise OSError(f"the model {model_path} cannot be loaded: {error}") from error
+        model = TttForConditionalGeneration.from_pretrained(path, dtype=dtype).eval()
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"the model {path} cannot be loaded: {error}") from error
     return TttAudioToAudioPipeline(model=model, processor=processor, device=device)
 
 
@@ -221,20 +308,16 @@ def _base_model(model_path: str) -> str:
     return base
 
 
-def answer(pipe: Any, job: Job, arguments: argparse.Namespace, show_text: bool) -> tuple[str, np.ndarray, int]:
-    """Text, waveform and its rate, with the text printed and the speech counted as they come."""
+def answer(pipe: Any, job: Job, arguments: argparse.Namespace, show: TextIO | None) -> tuple[str, np.ndarray, int]:
+    """Return text, waveform and its rate, with the text shown and the speech counted as they come."""
     import numpy as np
     from tqdm import tqdm
 
-    generate_kwargs: dict[str, Any] = {}
-    if arguments.steps is not None:
-        generate_kwargs["audio_steps_per_block"] = arguments.steps
-    if arguments.seed is not None:
-        generate_kwargs["seed"] = arguments.seed
-    if arguments.max_new_tokens is not None:
-        generate_kwargs["max_new_tokens"] = arguments.max_new_tokens
+    options = {"audio_steps_per_block": arguments.steps, "seed": arguments.seed}
+    options |= {"max_new_tokens": arguments.max_new_tokens}
+    generate_kwargs = {name: value for name, value in options.items() if value is not None}
 
-    def ask(audio: str | None, text: str | None, task: str | None, show: bool) -> tuple[str, list[np.ndarray]]:
+    def ask(audio: Any, text: str | None, task: str | None, show: TextIO | None) -> tuple[str, list[np.ndarray]]:
         pieces: list[str] = []
         chunks: list[np.ndarray] = []
         hidden = arguments.quiet or not sys.stderr.isatty()
@@ -242,63 +325,108 @@ def answer(pipe: Any, job: Job, arguments: argparse.Namespace, show_text: bool) 
             for piece in pipe(audio, text=text, task=task, generate_kwargs=generate_kwargs, stream=True):
                 if "text" in piece:
                     pieces.append(piece["text"])
-                    if show:
-                        print(piece["text"], end="", flush=True)
+                    print(piece["text"], end="", flush=True, file=show or io.StringIO())
                 else:
                     chunks.append(piece["audio"])
                     bar.update(len(piece["audio"]) / piece["sampling_rate"])
         return "".join(pieces), chunks
 
-    text, chunks = ask(job.audio, job.text, arguments.task, show_text)
-    if show_text:
-        print(flush=True)
+    question: Any = sys.stdin.buffer.read() if job.audio == STANDARD else job.audio
+    text, chunks = ask(question, job.text, arguments.task, show)
+    if show is not None:
+        print(flush=True, file=show)
     if not chunks and text.strip():
         _note("the answer came without speech; reading it aloud")
-        _, chunks = ask(None, text, "tts", False)
+        _, chunks = ask(None, text, "tts", None)
     if not chunks:
         raise RuntimeError("the model gave no speech. Try a larger --max_new_tokens, more --steps or another --seed")
     return text, np.concatenate(chunks), pipe.processor.sampling_rate
 
 
-def run(arguments: argparse.Namespace, jobs: list[Job]) -> int:
-    """Answers every job; a failed one is reported and the others go on. Returns the exit status."""
-    for job in jobs:
-        if job.audio is not None and "://" not in job.audio and not job.audio.startswith("data:"):
-            if not Path(job.audio).exists() and len(jobs) == 1:
-                raise FileNotFoundError(f"there is no file {job.audio}")
-    pipe = load_pipeline(arguments)
+def write_speech(output: Path | None, waveform: np.ndarray, rate: int) -> None:
+    """Write a WAV file, which appears whole, or to standard output."""
     import soundfile
+
+    content = io.BytesIO()
+    with soundfile.SoundFile(content, "w", rate, channels=1, subtype="PCM_16", format="WAV") as file:
+        file.software = SOFTWARE
+        file.write(waveform.clip(-1.0, 1.0))
+    if output is None:
+        sys.stdout.buffer.write(content.getvalue())
+        sys.stdout.buffer.flush()
+        return
+    partial = output.with_name(f"{output.name}.partial")
+    partial.write_bytes(content.getvalue())
+    partial.replace(output)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """
+    Answer every question; a failed one is reported and the others go on.
+
+    Returns:
+        `int`: the exit status.
+
+    Raises:
+        UsageError: if the arguments make no sense together.
+        FileNotFoundError: if the only question is not there.
+    """
+    check_arguments(arguments)
+    takes_text_alone, processor = arguments.text is not None, None
+    if arguments.task is not None:
+        processor = load_processor(arguments)
+        if arguments.task not in processor.tasks:
+            raise UsageError(f"--task {arguments.task} is none of the processor's: {', '.join(processor.tasks)}")
+        takes_text_alone = processor.get_task(arguments.task).takes_text_alone
+    jobs = plan_jobs(arguments, takes_text_alone)
+    single = len(jobs) == 1
+    question = jobs[0].audio
+    if single and question not in (None, STANDARD) and not _is_address(question) and not Path(question).exists():
+        raise FileNotFoundError(f"there is no file {question}")
+    pipe = load_pipeline(arguments, processor or load_processor(arguments))
     from tqdm import tqdm
 
     failed = 0
-    single = len(jobs) == 1
     hidden = single or arguments.quiet or not sys.stderr.isatty()
     for job in tqdm(jobs, desc="answers", unit="answer", disable=hidden):
-        started = time.perf_counter()
         try:
-            text, waveform, rate = answer(pipe, job, arguments, show_text=single and not arguments.json)
-            job.output.parent.mkdir(parents=True, exist_ok=True)
-            with soundfile.SoundFile(job.output, "w", rate, channels=1, subtype="PCM_16", format="WAV") as file:
-                file.software = SOFTWARE
-                file.write(waveform.clip(-1.0, 1.0))
-        except (OSError, RuntimeError, ValueError) as error:
-            _note(f"{job.name}: {error}")
+            _answer_job(pipe, job, arguments, single)
+        except BrokenPipeError:
+            raise
+        except Exception as error:
+            _report(error, arguments, job.name)
             failed += 1
-            continue
-        if arguments.json:
-            record = {
-                "input": job.audio,
-                "text": text,
-                "output": str(job.output),
-                "duration": round(len(waveform) / rate, 3),
-                "seconds": round(time.perf_counter() - started, 3),
-            }
-            tqdm.write(json.dumps(record, ensure_ascii=False), file=sys.stdout)
-        elif not single:
-            tqdm.write(f"{job.name}: {text}", file=sys.stdout)
-        if arguments.play:
-            play(job.output)
     return 1 if failed else 0
+
+
+def _answer_job(pipe: TttAudioToAudioPipeline, job: Job, arguments: argparse.Namespace, single: bool) -> None:
+    from tqdm import tqdm
+
+    started = time.perf_counter()
+    show = None
+    if single and not arguments.json:
+        show = sys.stderr if job.output is None else sys.stdout
+    if job.output is not None:
+        job.output.parent.mkdir(parents=True, exist_ok=True)
+    text, waveform, rate = answer(pipe, job, arguments, show)
+    write_speech(job.output, waveform, rate)
+    if arguments.json:
+        record = {
+            "input": job.audio,
+            "text": text,
+            "output": str(job.output),
+            "duration": round(len(waveform) / rate, 3),
+            "seconds": round(time.perf_counter() - started, 3),
+        }
+        tqdm.write(json.dumps(record, ensure_ascii=False), file=sys.stdout)
+    elif not single:
+        tqdm.write(f"{job.name}: {text}", file=sys.stdout)
+    if job.output is None:
+        return
+    if not (arguments.quiet or arguments.json):
+        _note(f"the answer is in {job.output}")
+    if arguments.play:
+        play(job.output)
 
 
 def play(path: Path) -> None:
@@ -314,22 +442,31 @@ def _note(message: str) -> None:
     print(f"ttt-talk: {message}", file=sys.stderr, flush=True)
 
 
+def _report(error: Exception, arguments: argparse.Namespace, name: str) -> None:
+    """Say in one line what went wrong; where in the code, on request."""
+    if arguments.traceback:
+        traceback.print_exception(error)
+    kind = "" if isinstance(error, (OSError, RuntimeError, ValueError)) else f"{type(error).__name__}: "
+    _note(f"{name}: {kind}{error}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
     try:
-        jobs = plan_jobs(arguments)
+        return run(arguments)
     except UsageError as error:
         parser.error(str(error))
-    try:
-        return run(arguments, jobs)
-    except (OSError, RuntimeError, ValueError) as error:
-        _note(f"error: {error}")
-        return 1
     except KeyboardInterrupt:
         _note("interrupted")
         return 130
+    except BrokenPipeError:  # who read standard output has left; Python would complain once more as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        _report(error, arguments, "error")
+        return 1
 
 
 if __name__ == "__main__":

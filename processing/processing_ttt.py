@@ -97,6 +97,7 @@ class TttProcessor(ProcessorMixin):
     """
 
     valid_processor_kwargs = TttProcessorKwargs
+    is_single_audio = staticmethod(is_single_audio)
     text_kwargs = {"add_special_tokens": False, "padding": True, "padding_side": "left", "return_tensors": "pt"}
 
     def __init__(
@@ -301,7 +302,7 @@ class TttProcessor(ProcessorMixin):
         if audio_codes is not None:
             content.append({"type": "audio", "audio_codes": audio_codes})
         elif audio is not None:
-            content.append({"type": "audio", "audio": audio})
+            content.append({"type": "audio", **(audio if isinstance(audio, Mapping) else {"audio": audio})})
         return [*self._system_turn(task, system_prompt), {"role": "user", "content": content}]
 
     def apply_chat_template(  # type: ignore[override]

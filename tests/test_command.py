@@ -1,6 +1,9 @@
 """ttt-talk: what it writes and prints, where answers go, exit statuses."""
 
+import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,16 +12,20 @@ import numpy as np
 import pytest
 import soundfile
 from builders import build_model, build_processor, tone, write_wav
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from pipelines import TttAudioToAudioPipeline, ttt_talk
+from pipelines import TttAudioToAudioPipeline, save_repository, ttt_talk
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     prompts = {"spoken_chat": "Chat.", "tts": "Read.", "text_chat": "Talk.", "captioning": "Look."}
-    processor = build_processor(system_prompts=prompts)
-    TttAudioToAudioPipeline(model=build_model(processor), processor=processor, device="cpu").save_pretrained(folder)
+    own = {"translate": {"system_prompt": "Translate.", "needs_text": True}, "sing": "Sing."}
+    processor = build_processor(system_prompts=prompts | own)
+    save_repository(build_model(processor), processor, folder)
     return str(folder)
 
 
@@ -50,8 +57,10 @@ def assert_speech(path):
 
 
 def test_a_question_is_answered_in_text_and_speech(talk, question, tmp_path):
-    assert talk(question, "reply.wav") == (0, "hi\n", "")
+    assert talk(question, "reply.wav") == (0, "hi\n", "ttt-talk: the answer is in reply.wav\n")
     assert_speech(tmp_path / "reply.wav")
+    assert talk(question, "reply.wav", "--quiet") == (0, "hi\n", "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["question.wav", "reply.wav"]
 
 
 def test_without_a_name_the_answer_lies_beside_the_question(talk, question, tmp_path):
@@ -62,10 +71,17 @@ def test_without_a_name_the_answer_lies_beside_the_question(talk, question, tmp_
 def test_an_earlier_answer_is_overwritten_and_a_recording_is_not(talk, question, tmp_path):
     recording = write_wav(tmp_path / "recording.wav", tone(0.4))
     before = recording.read_bytes()
-    for _ in range(2):
-        assert talk(question, "reply.wav")[0] == 0
-    status, _, errors = talk(question, str(recording))
-    assert status == 2 and "--output_dir" in errors
+    for arguments in ([question, "reply.wav"], [question], ["--text", "hi", "reply.wav"], ["--text", "hi"]):
+        for _ in range(2):
+            assert talk(*arguments)[0] == 0
+    for arguments, remedy in (
+        ([question, "recording.wav"], "if both files are questions, add --output_dir"),
+        (["--text", "hi", "recording.wav"], "to ask about it, add --task captioning"),
+        (["--text", "hi", "--task", "text_chat", "recording.wav"], "Give the answer another name"),
+        (["other/recording.wav", "--output_dir", "."], "Give the answer another name"),
+    ):
+        status, _, errors = talk(*arguments)
+        assert status == 2 and "recording.wav exists and is no answer of ttt-talk" in errors and remedy in errors
     assert recording.read_bytes() == before
 
 
@@ -74,6 +90,52 @@ def test_text_is_answered_and_read_aloud(talk, tmp_path):
     assert_speech(tmp_path / "reply.wav")
     assert talk("--task", "tts", "--text", "one two", "sub/folder/spoken.wav")[0] == 0
     assert_speech(tmp_path / "sub" / "folder" / "spoken.wav")
+
+
+def test_standard_input_is_a_question_and_standard_output_an_answer(model, question, tmp_path):
+    def shell(command, **options):
+        program = f"{sys.executable} -m pipelines.ttt_talk --model {model} --device cpu"
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        command = command.replace("ttt-talk", program)
+        return subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    piped = shell(f"ttt-talk - - < {question} > piped.wav")
+    assert (piped.returncode, piped.stdout, piped.stderr) == (0, "", "hi\n")
+    assert_speech(tmp_path / "piped.wav")
+    closed = shell(f"ttt-talk {question} - | true; exit ${{PIPESTATUS[0]}}")
+    assert closed.returncode == 1 and "Traceback" not in closed.stderr and "Exception" not in closed.stderr
+
+
+def test_standard_input_and_output_stand_for_files(talk, question, tmp_path, monkeypatch):
+    def ask(*arguments):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(Path(question).read_bytes())))
+        return talk(*arguments)
+
+    assert ask("-")[:2] == (0, "hi\n")
+    assert_speech(tmp_path / "reply.wav")
+    assert ask("-", "named.wav")[:2] == (0, "hi\n")
+    assert ask("-", question, "--output_dir", "replies")[1] == f"-: hi\n{question}: hi\n"
+    for path in ("named.wav", "replies/reply.wav", "replies/question.wav"):
+        assert_speech(tmp_path / path)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    status, _, errors = talk("-", "named.wav")
+    assert status == 1 and "no content (0 bytes)" in errors
+
+
+def test_tasks_of_the_processors_own_can_be_asked(talk, question, tmp_path):
+    assert talk("--task", "translate", "--text", "guten Tag", "translated.wav")[0] == 0
+    assert talk("--task", "sing", question, "sung.wav")[0] == 0
+    for path in ("translated.wav", "sung.wav"):
+        assert_speech(tmp_path / path)
+    assert "--task translate needs --text" in talk("--task", "translate", question)[2]
+
+
+def test_a_processor_of_its_own_folder(talk, question, model, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(model, bare, ignore=shutil.ignore_patterns("*processor*", "tokenizer*", "audio_tokenizer"))
+    status, _, errors = talk(question, "--model", str(bare))
+    assert status == 1 and f"{bare} has no processor that can be loaded; name one with --processor" in errors
+    assert talk(question, "--model", str(bare), "--processor", model)[0] == 0
 
 
 def test_text_can_go_with_a_recording(talk, question, tmp_path):
@@ -132,7 +194,8 @@ def test_a_player_is_used_where_one_is_installed(talk, question, tmp_path, monke
     ("arguments", "message"),
     [
         ([], "nothing to answer"),
-        (["--task", "tts"], "--task tts needs --text"),
+        (["--task", "asr"], "--task asr needs an audio file, or --text"),
+        (["--task", "tts", "a.wav"], "--task tts needs --text"),
         (["--task", "tts", "--text", " "], "--text is empty"),
         (["a.wav", "--steps", "0"], "--steps must be at least 1"),
         (["a.wav", "--seed", "-1"], "--seed must be at least 0, got -1"),
@@ -141,17 +204,27 @@ def test_a_player_is_used_where_one_is_installed(talk, question, tmp_path, monke
         (["a.wav", "reply.mp3"], "ends in .wav"),
         (["a.wav", "a.wav"], "would be overwritten"),
         (["x/a.wav", "y/a.wav", "--output_dir", "out"], "would both be written to"),
-        (["--task", "sing", "a.wav"], "invalid choice"),
+        (["--task", "dance", "a.wav"], "--task dance is none of the processor's: spoken_chat,"),
+        (["a.wav", "-", "--json"], "the speech goes to standard output: leave out --json"),
+        (["a.wav", "-", "--play"], "leave out --play"),
+        (["-", "-", "-"], "would both be written to reply.wav"),
         (["--text", "hi", "question.wav"], "question.wav exists"),
     ],
 )
 def test_wrong_arguments_exit_with_2_before_any_model_is_loaded(talk, question, arguments, message, monkeypatch):
-    monkeypatch.setattr(ttt_talk, "load_pipeline", lambda arguments: pytest.fail("loaded"))
+    monkeypatch.setattr(ttt_talk, "load_pipeline", lambda *arguments: pytest.fail("loaded"))
     status, out, err = talk(*arguments)
     assert status == 2 and out == "" and message in err and "usage: ttt-talk" in err
 
 
-def test_what_fails_exits_with_1_and_says_why(talk, question, tmp_path, monkeypatch, capsys):
+def test_what_fails_exits_with_1_and_says_why(talk, question, model, tmp_path, monkeypatch, capsys):
+    shutil.copytree(model, tmp_path / "cut")
+    with open(tmp_path / "cut" / "model.safetensors", "r+b") as file:
+        file.truncate(100)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text('{"model_type":')
+    small = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    Qwen2ForCausalLM(Qwen2Config(**small, num_hidden_layers=1, num_key_value_heads=1)).save_pretrained(tmp_path / "llm")
     for arguments, message in [
         (["missing.wav"], "there is no file missing.wav"),
         ([question, "--model", "no/such/model"], "there is no folder no/such/model"),
@@ -161,17 +234,27 @@ def test_what_fails_exits_with_1_and_says_why(talk, question, tmp_path, monkeypa
         ([question, "--device", "gpu"], "cannot use --device gpu"),
         ([question, "--max_new_tokens", "1"], "Try a larger --max_new_tokens"),
         ([question, "--model", str(tmp_path)], "holds no config.json"),
+        ([question, "--model", str(tmp_path / "llm")], "llm holds a model of type 'qwen2', not 'ttt'"),
+        ([question, "--model", f"{model}/audio_tokenizer"], "holds a model of type 'ttt_codec', not 'ttt'"),
+        ([question, "--model", str(tmp_path / "cut")], "cut cannot be loaded"),
+        ([question, "--model", str(tmp_path / "broken")], "not a valid JSON file"),
+        ([question, "--processor", str(tmp_path / "llm")], "llm has no processor that can be loaded"),
+        ([question, f"{question}/reply.wav"], "File exists"),
         ([question, "--steps", "1000", "--max_new_tokens", "99999"], "max_position_embeddings"),
     ]:
         status, out, err = talk(*arguments)
         assert status == 1 and message in err and "Traceback" not in err, arguments
+    monkeypatch.setattr(ttt_talk, "load_pipeline", lambda *arguments: {}["bug"])
+    status, _, err = talk(question)
+    assert status == 1 and err == "ttt-talk: error: KeyError: 'bug'\n"
+    assert "Traceback" in talk(question, "--traceback")[2]
     monkeypatch.setattr(ttt_talk, "DEFAULT_MODEL", tmp_path / "gone")
     assert ttt_talk.main([question]) == 1
     assert "the default model is not at" in capsys.readouterr().err
 
 
 def test_the_default_model_is_the_one_in_the_repository():
-    assert ttt_talk.DEFAULT_MODEL == Path(__file__).resolve().parent.parent / "model_cards" / "ttt-tiny"
+    assert ttt_talk.DEFAULT_MODEL == ROOT / "model_cards" / "ttt-tiny"
 
 
 def test_help_has_examples_and_does_not_wait_for_torch(tmp_path):
@@ -182,7 +265,6 @@ def test_help_has_examples_and_does_not_wait_for_torch(tmp_path):
         "except SystemExit as stop:\n    assert stop.code == 0\n"
         "assert not {'torch', 'transformers', 'librosa'} & set(sys.modules)\n"
     )
-    root = Path(__file__).resolve().parent.parent
-    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "ttt-talk question.wav reply.wav" in done.stdout and "Exit status" in done.stdout

@@ -1,5 +1,6 @@
 """The audio-to-audio pipeline: all forms of request, streams, batches, and a process that has only the model folder."""
 
+import io
 import shutil
 
 import numpy as np
@@ -7,11 +8,15 @@ import pytest
 import torch
 from builders import build_model, build_processor, run_without_packages, tone, write_wav
 from torch.utils.data import Dataset
-from transformers import pipeline
+from transformers import AutoConfig, pipeline
 
 from pipelines import TttAudioToAudioPipeline
 
-PROMPTS = {"spoken_chat": "Chat.", "asr": "Write.", "tts": "Read.", "captioning": "Look.", "text_chat": "Talk."}
+PROMPTS = {
+    **{"spoken_chat": "Chat.", "asr": "Write.", "tts": "Read.", "captioning": "Look.", "text_chat": "Talk."},
+    "translate": {"system_prompt": "Translate.", "needs_text": True},
+    "match": {"system_prompt": "Match.", "needs_text": True, "needs_audio": True},
+}
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +61,47 @@ def test_one_question_gives_one_answer(pipe, prompts, tmp_path):
     assert len(prompts) == 5
 
 
+def test_audio_comes_in_every_form_with_its_rate(pipe, prompts, tmp_path):
+    samples = tone(0.3, sampling_rate=8_000)
+    path = write_wav(tmp_path / "question.wav", samples, 8_000)
+    content = path.read_bytes()
+    requests = [
+        {"audio": samples, "sampling_rate": 8_000},  # as pipelines return it
+        {"raw": samples, "sample_rate": 8_000},
+        (samples, 8_000),
+        (8_000, samples),
+        {"audio": {"array": samples, "sampling_rate": 8_000}},
+        {"audio": str(path)},
+        {"file": str(path)},
+        {"url": f"file://{path}"},
+        {"bytes": content, "path": None},
+        content,
+        bytearray(content),
+        memoryview(content),
+    ]
+    for request in requests:
+        pipe(request)
+    pipe(io.BytesIO(content))
+    with open(path, "rb") as file:
+        pipe(file)
+    pipe(samples, sampling_rate=8_000)
+    alone = len(prompts)
+    assert len(pipe([*requests, io.BytesIO(content), open(path, "rb")], batch_size=5)) == len(requests) + 2
+    assert len(pipe((str(path), str(path)))) == 2
+    assert alone == len(requests) + 3 and len(set(prompts)) == 1
+
+
+def test_an_answer_can_be_asked_about(pipe, prompts):
+    answer = pipe(tone(0.3))
+    pipe({name: answer[name] for name in ("audio", "sampling_rate")}, task="asr")
+    pipe({"audio_codes": [3] * 40}, task="asr")
+    assert len(prompts) == 3 and prompts[2].count("<|audio_3|>") == 40
+
+
 def test_lists_give_lists_whatever_the_batch_size(pipe, prompts):
     requests = [tone(0.3), tone(0.9), tone(0.5)]
     for batch_size in (1, 2, 3):
-        answers = pipe(requests, batch_size=batch_size, task="asr")
+        answers = pipe(requests, batch_size=batch_size, task="asr", num_workers=0)
         assert isinstance(answers, list) and len(answers) == 3
         for answer in answers:
             assert_answer(pipe, answer)
@@ -144,6 +186,23 @@ def test_conversations_are_answered(pipe, prompts):
     assert "yes<|im_end|>" in prompts[2]
 
 
+def test_conversations_may_come_by_name(pipe, prompts):
+    turn = {"role": "user", "content": [{"type": "audio", "audio": tone(0.2), "sampling_rate": 8_000}]}
+    assert_answer(pipe, pipe({"messages": [turn]}))
+    pipe([{"messages": [turn]}, [turn]], batch_size=2)
+    assert len(set(prompts)) == 1 and len(prompts) == 3
+
+
+def test_a_task_of_the_processors_own_takes_what_it_says_it_needs(pipe, prompts):
+    pipe("guten Tag", task="translate")
+    pipe(["guten Tag", {"text": "guten Tag"}], task="translate", batch_size=2)
+    assert len(set(prompts)) == 1 and "Translate." in prompts[0] and "guten Tag" in prompts[0]
+    pipe(tone(0.2), task="match", text="a tone")
+    assert "Match." in prompts[3] and "a tone<|begin_of_audio|>" in prompts[3]
+    with pytest.raises(FileNotFoundError, match="there is no file 'a tone'"):
+        pipe("a tone", task="match", text="a tone")
+
+
 def test_a_stream_gives_pieces_that_join_to_the_answer(pipe):
     pieces = list(pipe(tone(0.3), stream=True))
     whole = pipe(tone(0.3))
@@ -172,6 +231,20 @@ def test_generate_kwargs_are_passed_on(pipe):
     assert pipe(tone(0.3), generate_kwargs={"max_new_tokens": 1})["text"] == "h"
 
 
+class Polite(TttAudioToAudioPipeline):
+    pass
+
+
+def test_a_pipeline_of_ones_own_is_saved_as_such(pipe, tmp_path):
+    polite = Polite(model=pipe.model, processor=pipe.processor, device="cpu")
+    polite.save_pretrained(tmp_path)
+    named = AutoConfig.from_pretrained(tmp_path).custom_pipelines["audio-to-audio"]["impl"]
+    assert named == "test_pipeline.Polite" and (tmp_path / "test_pipeline.py").exists()
+    pipe.save_pretrained(tmp_path / "ours")
+    named = AutoConfig.from_pretrained(tmp_path / "ours").custom_pipelines["audio-to-audio"]["impl"]
+    assert named == "pipeline_ttt.TttAudioToAudioPipeline"
+
+
 def test_a_pipeline_that_came_with_a_folder_saves_its_code_again(folder, tmp_path):
     loaded = pipeline("audio-to-audio", model=str(folder), trust_remote_code=True, device="cpu")
     assert type(loaded) is not TttAudioToAudioPipeline
@@ -197,7 +270,7 @@ def test_pushing_a_pipeline_uploads_a_repository_that_answers(pipe, tmp_path, mo
 
     monkeypatch.setattr(hub, "hf_api", Hub)
     monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *args, **kwargs: ModelCard("# tiny"))
-    pipe.push_to_hub("someone/tiny")
+    pipe.save_pretrained(tmp_path / "local", push_to_hub=True, repo_id="someone/tiny")
     pushed = pipeline("audio-to-audio", model=str(tmp_path / "someone" / "tiny"), trust_remote_code=True, device="cpu")
     assert_answer(pipe, pushed(tone(0.3)))
 
@@ -217,12 +290,71 @@ def test_unusable_requests_are_named_by_position(pipe):
         pipe([tone(0.1), "hello"])
     with pytest.raises(ValueError, match="input 0: There is no task 'sing'"):
         pipe(tone(0.1), task="sing")
-    with pytest.raises(ValueError, match="input 1: The task 'tts' takes `text` alone"):
-        pipe(["one", tone(0.1)], task="tts", text="two")
+    with pytest.raises(ValueError, match="input 0: The task 'tts' takes `text` alone"):
+        pipe([tone(0.1)], task="tts", text="two")
     with pytest.raises(ValueError, match="one request at a time"):
         pipe([tone(0.1), tone(0.1)], stream=True)
     with pytest.raises(ValueError, match="Pass a request"):
         pipe()
+
+
+TURN = {"role": "user", "content": "hi"}
+
+
+@pytest.mark.parametrize(
+    ("request_", "options", "message"),
+    [
+        ([None], {}, "input 0: There is nothing in it"),
+        ({}, {}, "input 0: There is nothing in it"),
+        ({"audio": None}, {}, "input 0: There is nothing in it"),
+        ({"sound": [0.1]}, {}, "message 1 of input 0 has an audio part with `sound`"),
+        ({"audio": "a.wav", "txt": "hi"}, {}, "message 1 of input 0 has an audio part with `txt`"),
+        ({"text": 3}, {}, "message 1 of input 0 has a text part without a string"),
+        ({"messages": []}, {}, "input 0: `messages` must be a list of mappings with `role`"),
+        ({"messages": [TURN], "text": "hi"}, {}, "input 0: `messages` stands alone"),
+        ([TURN], {"text": "hi"}, "input 0: `text` goes with audio"),
+        ([{"role": "user"}], {}, "message 0 of input 0 must be a mapping with `role` and `content`"),
+        (["one"], {"task": "tts", "text": "two"}, "input 0: The request is the text of 'tts' itself"),
+    ],
+)
+def test_errors_say_what_is_wrong_with_a_request(pipe, request_, options, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(request_, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"text": 3}, "`text` is 3; it must be a string"),
+        ({"task": ["asr"]}, r"`task` is \['asr'\]; it must be a string"),
+        ({"stream": "yes"}, "`stream` is 'yes'; it must be True or False"),
+        ({"batch_size": "2"}, "`batch_size` is '2'; it must be an integer"),
+        ({"batch_size": True}, "`batch_size` is True"),
+        ({"system_prompt": 3}, "`system_prompt` is 3"),
+        ({"sampling_rate": "8k"}, "`sampling_rate` is '8k'; it must be a number, in Hz"),
+        ({"generate_kwargs": [("seed", 1)]}, "`generate_kwargs` is .*; it must be a mapping"),
+        ({"max_new_tokens": 5}, "no argument `max_new_tokens`; options of `generate` go into `generate_kwargs`"),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_named(pipe, options, message):
+    with pytest.raises(TypeError, match=message):
+        pipe(tone(0.1), **options)
+
+
+@pytest.mark.parametrize("bad", [np.zeros(0), tone(300)])  # refused by the processor, and by the model
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_answers_before_a_request_that_fails_are_not_lost(pipe, bad, batch_size):
+    requests = [tone(0.1), tone(0.2), tone(0.3), tone(0.1), bad, tone(0.1)]
+    answers = pipe(iter(requests), batch_size=batch_size)
+    for _ in range(4):
+        assert_answer(pipe, next(answers))
+    with pytest.raises(ValueError, match="input 4"):
+        next(answers)
+    with pytest.raises(ValueError, match="input 4") as caught:
+        pipe(requests, batch_size=batch_size)
+    assert len(caught.value.results) == 4
+    assert_answer(pipe, caught.value.results[3])
+    assert "attribute `results`" in caught.value.__notes__[-1]
 
 
 def test_pipeline_builds_everything_from_a_path(pipe, folder):
