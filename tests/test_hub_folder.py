@@ -57,6 +57,14 @@ def save_what_was_loaded(model, processor, folder):
     save_plainly(loaded, processor, folder)
 
 
+def save_purely_diffused(model, processor, folder):
+    """The baseline that writes text and audio alike as one diffused span: codes up to its limit, from this model."""
+    model = copy.deepcopy(model)
+    model.config.text_objective = "diffusion"
+    model.generation_config.max_new_tokens = 30
+    save_repository(model, processor, folder)
+
+
 SAVERS = [save_plainly, save_the_processor_first, save_by_trainer, save_merged, save_what_was_loaded, save_repository]
 
 TALK = """
@@ -65,7 +73,8 @@ import numpy as np
 from transformers import AutoModel, AutoProcessor, pipeline
 
 def answer(**parts):
-    return pipeline("audio-to-audio", device="cpu", **parts)(np.zeros(8000))["text"]
+    answer = pipeline("audio-to-audio", device="cpu", **parts)(np.zeros(8000))
+    return f"{answer['text']} {len(answer['audio']) // 1280}"
 
 folders = sys.argv[1:]
 model = AutoModel.from_pretrained(folders[0], trust_remote_code=True)
@@ -83,10 +92,12 @@ print(answer(model="again", trust_remote_code=True))
 
 
 def test_every_folder_talks_alone_and_so_does_what_is_saved_from_it(parts, tmp_path):
-    folders = [tmp_path / save.__name__ for save in SAVERS]
-    for save, folder in zip(SAVERS, folders, strict=True):
+    savers = [*SAVERS, save_purely_diffused]
+    folders = [tmp_path / save.__name__ for save in savers]
+    for save, folder in zip(savers, folders, strict=True):
         save(*parts, folder)
-    assert run_without_packages(TALK, *folders, cwd=tmp_path) == ["hi"] * (len(folders) + 2)
+    answers = ["hi 40"] * (1 + len(SAVERS)) + [" 30", "hi 40"]
+    assert run_without_packages(TALK, *folders, cwd=tmp_path) == answers
 
 
 def test_a_pipeline_that_is_not_there_is_not_named(parts, tmp_path, caplog):
