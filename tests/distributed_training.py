@@ -21,6 +21,7 @@ from transformers.distributed import DistributedConfig
 
 from modeling_ttt import TttForConditionalGeneration
 from processing import TttDataCollator, TttTokenIds
+from training_examples import train_ttt
 from training_examples.training.resuming import RankSeed
 
 TOKEN_IDS = TttTokenIds(110, 111, 64, 175, 100, 101, 102, 176, 177, end_of_turn_token_id=104)
@@ -143,10 +144,23 @@ def deepspeed(folder: Path) -> dict[str, Any]:
     return {"zero3": train(folder, "zero3", use_cpu=False)}
 
 
+def script(folder: Path) -> dict[str, Any]:
+    """What a user starts: train_ttt.py, on packed rows and with an evaluation."""
+    options = f"--model {folder / 'model'} --dataset {folder / 'examples'} --output_dir {folder / 'script'}"
+    options += " --packing --max_length 128 --per_device_train_batch_size 1 --max_steps 3 --logging_steps 1 --use_cpu"
+    options += " --eval_strategy steps --eval_steps 3 --per_device_eval_batch_size 2 --ddp_backend gloo --threads 1"
+    sys.argv = ["train_ttt.py", *options.split(), "--report_to", "none", "--disable_tqdm", "true"]
+    train_ttt.main()
+    return {"script": {"left_the_group": not torch.distributed.is_initialized()}}
+
+
 def main(folder: Path, part: str) -> None:
     torch.set_num_threads(1)
-    results = {"plain": plain, "configured": configured, "deepspeed": deepspeed}[part](folder)
+    parts = {"plain": plain, "configured": configured, "deepspeed": deepspeed, "script": script}
+    results = parts[part](folder)
     (folder / f"{part}-{os.environ['RANK']}.json").write_text(json.dumps(results))
+    if torch.distributed.is_initialized():  # threads of the group must not outlive the interpreter
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

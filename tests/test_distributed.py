@@ -13,11 +13,13 @@ import distributed_training
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from builders import build_model, build_processor
 from conftest import make_model
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from transformers.integrations import is_deepspeed_available
 
 from modeling_ttt import TttForConditionalGeneration
+from pipelines import save_repository
 
 CONFIGS = Path(__file__).parent.parent / "training_examples" / "accelerate_configs"
 WORKER = Path(distributed_training.__file__)
@@ -144,6 +146,31 @@ def test_processes_share_the_data_and_draw_noise_of_their_own(runs, data):
     # All examples are alike but for their number, so that equal noise would mask the same positions.
     assert all(mine != other for mine, other in zip(first["masks"], second["masks"], strict=True) if mine or other)
     assert sum(map(bool, first["masks"] + second["masks"])) >= 8
+
+
+def test_the_script_trains_packed_rows_in_two_processes_and_leaves_their_group(tmp_path):
+    """A group that is left to the end of the interpreter may abort it."""
+    processor = build_processor()
+    save_repository(build_model(processor), processor, tmp_path / "model")
+    rng = random.Random(0)
+    rows = []
+    for _ in range(21):
+        codes = [rng.randrange(16) for _ in range(rng.randrange(12, 30))]
+        row = processor.build_example("hi", codes, text="hello", task="text_chat", system_prompt="talk")
+        rows.append(row | {"length": len(row["input_ids"]), "task": "text_chat"})
+    data = Dataset.from_list(rows)
+    DatasetDict({"train": data, "eval": data.select(range(5))}).save_to_disk(str(tmp_path / "examples"))
+    process = start(
+        tmp_path, "script", "torch.distributed.run", f"--nproc_per_node={PROCESSES}", port_option="--master_port"
+    )
+    (of_ranks,) = results_of(tmp_path, "script", process).values()
+    assert of_ranks == [{"left_the_group": True}] * PROCESSES
+    log = [json.loads(line) for line in (tmp_path / "script" / "log_history.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3]
+    (evaluation,) = (entry for entry in log if "eval_loss" in entry)
+    parts = evaluation["eval_text_loss"] + evaluation["eval_audio_loss"]
+    assert parts == pytest.approx(evaluation["eval_loss"], rel=1e-5)
+    assert (tmp_path / "script" / "pipeline_ttt.py").is_file()
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
