@@ -25,10 +25,21 @@ def encode_waveforms(
     batch_size: int,
     names: Sequence[str] | None = None,
 ) -> list[torch.Tensor]:
-    """Waveforms (samples,) at the feature extractor's rate to flat codes (codes,), long, on the CPU.
+    """
+    Turn waveforms into flat codes.
+
+    Args:
+        audio_tokenizer (`PreTrainedModel`): any Transformers codec with `encode`.
+        feature_extractor (`FeatureExtractionMixin`): prepares waveforms for it.
+        waveforms (`Sequence[np.ndarray]`, each of shape `(samples,)`): at the feature extractor's rate.
+        batch_size (`int`): waveforms encoded at once.
+        names (`Sequence[str]`, *optional*): how errors call them; "audio 0" and so on.
+
+    Returns:
+        `list[torch.Tensor]`, each of shape `(codes,)`, long, on the CPU.
 
     Raises:
-        ValueError: a waveform too short for a single code, or codes of a shape that is not (batch, codebooks, frames)
+        ValueError: if a waveform is too short for a single code, or the codes' shape is not (batch, codebooks, frames)
             with the codebooks of the configuration.
     """
     audio_format = TttAudioFormat.from_config(audio_tokenizer.config)
@@ -84,9 +95,17 @@ def decode_frames(audio_tokenizer: Any, codes: torch.Tensor, **options: Any) -> 
 
 
 def decode_codes(audio_tokenizer: Any, sequences: Sequence[Sequence[int]], batch_size: int) -> list[np.ndarray]:
-    """Flat codes to waveforms (samples,), float32; less than one frame gives an empty waveform.
+    """
+    Turn flat codes into waveforms; less than one frame gives an empty one. Streams that a model generated may hold
+    codes at another codebook's position: see `unflatten_codes`.
 
-    Streams that a model generated may hold codes at another codebook's position: see `unflatten_codes`.
+    Args:
+        audio_tokenizer (`PreTrainedModel`): any Transformers codec with `decode`.
+        sequences (`Sequence[Sequence[int]]`, each of shape `(codes,)`): flat codes.
+        batch_size (`int`): sequences decoded at once.
+
+    Returns:
+        `list[np.ndarray]`, each of shape `(samples,)`, float32.
     """
     audio_format = TttAudioFormat.from_config(audio_tokenizer.config)
     frames = [unflatten_codes(row, audio_format.num_codebooks, audio_format.codebook_size) for row in sequences]
@@ -110,7 +129,7 @@ def decode_codes(audio_tokenizer: Any, sequences: Sequence[Sequence[int]], batch
 
 
 def _batches(lengths: Sequence[int], batch_size: int, mixed: bool) -> Iterator[list[int]]:
-    """Positions of the rows that are decoded together, empty ones left out; unless `mixed`, of equal length."""
+    """Yield positions of the rows that are decoded together, empty ones left out; unless `mixed`, of equal length."""
     groups: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):
         if length:

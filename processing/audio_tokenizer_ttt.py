@@ -20,16 +20,18 @@ AUDIO_TOKENIZER_FOLDER = "audio_tokenizer"
 
 
 def check_audio_tokenizer(audio_tokenizer: Any, sampling_rate: int, num_audio_codes: int) -> TttAudioFormat:
-    """What an audio tokenizer's codes are.
+    """
+    Check that an audio tokenizer fits, and return what its codes are.
 
     Args:
-        sampling_rate: of the waveforms the processor gives it, Hz.
-        num_audio_codes: tokens `<|audio_N|>` of the tokenizer.
+        audio_tokenizer (`PreTrainedModel`): a Transformers audio codec.
+        sampling_rate (`int`): of the waveforms the processor gives it, Hz.
+        num_audio_codes (`int`): number of the tokenizer's tokens `<|audio_N|>`.
 
     Raises:
-        TypeError: it is no Transformers model with `encode` and `decode`.
-        ValueError: it takes another sampling rate or has more codes than there are tokens, or several codebooks whose
-            codes are not as many.
+        TypeError: if it is no Transformers model with `encode` and `decode`.
+        ValueError: if it takes another sampling rate or has more codes than there are tokens, or several codebooks
+            whose codes are not as many.
     """
     name = type(audio_tokenizer).__name__
     has_methods = hasattr(audio_tokenizer, "encode") and hasattr(audio_tokenizer, "decode")
@@ -54,7 +56,7 @@ def check_audio_tokenizer(audio_tokenizer: Any, sampling_rate: int, num_audio_co
 
 
 def write_audio_tokenizer(audio_tokenizer: Any, save_directory: str) -> None:
-    """Saves it in the subfolder `audio_tokenizer`, and its code, where it brings some, in `save_directory` itself."""
+    """Save it in the subfolder `audio_tokenizer`, and its code, where it brings some, in `save_directory` itself."""
     audio_tokenizer.save_pretrained(os.path.join(save_directory, AUDIO_TOKENIZER_FOLDER))
     if audio_tokenizer._auto_class is not None:
         # Transformers looks for the code of a subfolder's model at the root of the repository.
@@ -63,14 +65,17 @@ def write_audio_tokenizer(audio_tokenizer: Any, save_directory: str) -> None:
 
 
 def read_audio_tokenizer(name_or_path: str | os.PathLike, subfolder: str = "", **kwargs: Any) -> Any:
-    """Loads the audio tokenizer that lies beside a processor, in a folder or Hub repository.
+    """
+    Load the audio tokenizer that lies beside a processor, in a folder or Hub repository.
 
     Args:
-        subfolder: where in the repository the processor lies; the audio tokenizer lies in its `audio_tokenizer`.
-        kwargs: passed to `load_audio_codec`.
+        name_or_path (`str` or `os.PathLike`): the folder or Hub name.
+        subfolder (`str`, *optional*, defaults to `""`):
+            Where in the repository the processor lies; the audio tokenizer lies in its `audio_tokenizer`.
+        kwargs (`dict`, *optional*): passed to `load_audio_codec`.
 
     Raises:
-        OSError: the folder has none.
+        OSError: if the folder has none.
     """
     folder = f"{subfolder}/{AUDIO_TOKENIZER_FOLDER}".lstrip("/")
     if os.path.isdir(name_or_path) and not os.path.isfile(os.path.join(name_or_path, folder, "config.json")):
@@ -82,11 +87,15 @@ def read_audio_tokenizer(name_or_path: str | os.PathLike, subfolder: str = "", *
 
 
 def load_audio_codec(name_or_path: str | os.PathLike, subfolder: str = "", **kwargs: Any) -> Any:
-    """Loads any audio codec of Transformers, in eval mode: also those that it lists as plain models only (Mimi).
+    """
+    Load any audio codec of Transformers, in eval mode: also those that it lists as plain models only (Mimi).
 
     Args:
-        kwargs: passed to `from_pretrained`, settings of the configuration among them: `num_quantizers=8` loads Mimi
-            with its first eight codebooks.
+        name_or_path (`str` or `os.PathLike`): the folder or Hub name.
+        subfolder (`str`, *optional*, defaults to `""`): where in it the codec lies.
+        kwargs (`dict`, *optional*):
+            Passed to `from_pretrained`, settings of the configuration among them: `num_quantizers=8` loads Mimi or
+            EnCodec with its first eight codebooks.
     """
     located = {key: kwargs[key] for key in kwargs if key in ("revision", "trust_remote_code", *AUDIO_TOKENIZER_KWARGS)}
     for name in ("dtype", "device_map"):
@@ -102,14 +111,16 @@ def load_audio_codec(name_or_path: str | os.PathLike, subfolder: str = "", **kwa
 
 
 def load_feature_extractor(audio_tokenizer: Any, places: Sequence[tuple[str | os.PathLike, str]]) -> Any:
-    """Loads what prepares waveforms for an audio tokenizer: the first feature extractor found, or, for one that takes
-    plain waveforms, one that only pads them.
+    """
+    Load what prepares waveforms for an audio tokenizer: the first feature extractor found, or, for one that takes plain
+    waveforms, one that only pads them.
 
     Args:
-        places: where to look, in this order: a folder or Hub name and a subfolder of it, which may be "".
+        audio_tokenizer (`PreTrainedModel`): a Transformers audio codec.
+        places (`Sequence[tuple]`): where to look, in this order: a folder or Hub name and a subfolder, which may be "".
 
     Raises:
-        ValueError: none is found, and the audio tokenizer takes more than plain waveforms.
+        ValueError: if none is found, and the audio tokenizer takes more than plain waveforms.
     """
     for name, subfolder in places:
         try:

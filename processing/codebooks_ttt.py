@@ -15,18 +15,19 @@ PUBLISHED_FRAME_RATE = 12.5
 
 @dataclass(frozen=True)
 class TttAudioFormat:
-    """How an audio tokenizer writes sound: `frame_rate` frames a second, each one code of every codebook.
+    """
+    How an audio tokenizer writes sound: `frame_rate` frames a second, each one code of every codebook.
 
     TtT knows one stream of codes, so frames are written one after the other and codebook k's code c becomes
     `k * codebook_size + c`: a stream tells which codebook each of its codes is of, and the vocabulary needs
     `num_codes` tokens.
 
     Args:
-        num_codebooks: codes of one frame.
-        codebook_size: codes of one codebook.
-        frame_rate: frames a second; None where the configuration does not tell.
-        sampling_rate: of the waveforms that go in, Hz.
-        output_sampling_rate: of the waveforms that come out, Hz.
+        num_codebooks (`int`): codes of one frame.
+        codebook_size (`int`): codes of one codebook.
+        frame_rate (`float`, *optional*): frames a second; `None` where the configuration does not tell.
+        sampling_rate (`int`, *optional*): of the waveforms that go in, Hz.
+        output_sampling_rate (`int`, *optional*): of the waveforms that come out, Hz.
     """
 
     num_codebooks: int
@@ -37,10 +38,11 @@ class TttAudioFormat:
 
     @classmethod
     def from_config(cls, config: Any) -> TttAudioFormat:
-        """Reads the configuration of any Transformers audio codec; they do not agree on names.
+        """
+        Read the configuration of any Transformers audio codec; they do not agree on names.
 
         Raises:
-            ValueError: it names no codebook size, as that of a tokenizer without codes, or it is of an EnCodec that
+            ValueError: if it names no codebook size, as that of a tokenizer without codes, or is of an EnCodec that
                 writes more than codes.
         """
         size = getattr(config, "codebook_size", None)
@@ -91,17 +93,18 @@ def _first(config: Any, *names: str) -> Any:
 
 
 def flatten_codes(codes: Any, codebook_size: int) -> torch.Tensor:
-    """Codes of several codebooks as one stream, frame by frame.
+    """
+    Return codes of several codebooks as one stream, frame by frame.
 
     Args:
-        codes: (codebooks, frames), each in 0 .. codebook_size - 1.
-        codebook_size: the offset from one codebook to the next.
+        codes (`torch.Tensor` of shape `(codebooks, frames)`): 0 to codebook_size - 1.
+        codebook_size (`int`): the offset from one codebook to the next.
 
     Returns:
-        (frames * codebooks,) long; `unflatten_codes` is the exact inverse.
+        `torch.Tensor` of shape `(frames * codebooks,)`, long; `unflatten_codes` is the exact inverse.
 
     Raises:
-        ValueError: codes of another shape, or one outside its codebook.
+        ValueError: if the codes have another shape, or one is outside its codebook.
     """
     codes = torch.as_tensor(codes).long()
     if codes.ndim != 2:
@@ -116,18 +119,21 @@ def flatten_codes(codes: Any, codebook_size: int) -> torch.Tensor:
 def unflatten_codes(
     stream: Any, num_codebooks: int, codebook_size: int, previous: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """A stream of codes as frames: the inverse of `flatten_codes`, tolerant of what a model may generate.
+    """
+    Return a stream of codes as frames: the inverse of `flatten_codes`, tolerant of what a model may generate.
 
     Position decides: the stream's n-th code is read as codebook n % num_codebooks. A code of another codebook there is
     taken for missing, and its codebook keeps the code of the frame before (0 in the first frame). Time stays in step,
     since a denoised block has its codes at fixed positions. An incomplete last frame is left out.
 
     Args:
-        stream: (codes,), flat codes.
-        previous: (codebooks, 1), the frame before this part of a stream.
+        stream (`torch.Tensor` of shape `(codes,)`): flat codes.
+        num_codebooks (`int`): codes of a frame.
+        codebook_size (`int`): the offset from one codebook to the next.
+        previous (`torch.Tensor` of shape `(codebooks, 1)`, *optional*): the frame before this part of a stream.
 
     Returns:
-        (codebooks, frames) long.
+        `torch.Tensor` of shape `(codebooks, frames)`, long.
     """
     stream = torch.as_tensor(stream).long().reshape(-1)
     frames = len(stream) // num_codebooks

@@ -150,7 +150,7 @@ class TttProcessor(ProcessorMixin):
 
     @property
     def audio_format(self) -> TttAudioFormat:
-        """What the codes are. Without an audio tokenizer, what is known of them: rates are then None."""
+        """What the codes are. Without an audio tokenizer, what is known of them: rates are then `None`."""
         if self.audio_tokenizer is not None:
             return TttAudioFormat.from_config(self.audio_tokenizer.config)
         codebook_size = self.token_ids.num_audio_codes // self.num_codebooks
@@ -464,38 +464,40 @@ class TttProcessor(ProcessorMixin):
 
     # ------------------------------------------------------------------ audio and codes
 
-    def encode_audio(self, audio: Any, sampling_rate: int | None = None, batch_size: int = 16) -> list[torch.Tensor]:
-        """Audios to codes.
-
-        Codes of several codebooks come as one stream, frame by frame; `unflatten_codes` gives them back as the audio
-        tokenizer has them.
+    def encode_audio(self, audio: Any, sampling_rate: float | None = None, batch_size: int = 16) -> list[torch.Tensor]:
+        """
+        Turn audio into codes. Those of several codebooks come as one stream, frame by frame; `unflatten_codes` gives
+        them back as the audio tokenizer has them.
 
         Args:
-            audio: one audio or any iterable of them, each in any form `load_waveform` takes.
-            sampling_rate: of arrays that bring none of their own, Hz.
-            batch_size: audios encoded at once.
+            audio (`Any`): one audio or any iterable of them, each in any form `load_waveform` takes.
+            sampling_rate (`float`, *optional*): of samples that bring none of their own, Hz.
+            batch_size (`int`, *optional*, defaults to 16): audios encoded at once.
 
         Returns:
-            One (codes,) long tensor per audio, on the CPU.
+            `list[torch.Tensor]`, each of shape `(codes,)`, long, on the CPU.
 
         Raises:
-            ValueError: an audio that cannot be used; the message names it by its position.
+            ValueError: if an audio cannot be used; the message names it by its position.
         """
         return self._encode_items(audio, sampling_rate, batch_size)
 
     def decode_audio(self, audio_codes: Any, batch_size: int = 16) -> list[np.ndarray]:
-        """Codes to waveforms.
+        """
+        Turn codes into waveforms.
 
         Args:
-            audio_codes: one sequence of codes or a list of them; empty ones give empty waveforms. Of several codebooks,
-                an incomplete last frame is left out, and a code at another codebook's position is replaced by that of
-                the frame before, as a model may generate both; see `unflatten_codes`.
+            audio_codes (`Sequence[int]` of shape `(codes,)`, or a list of them):
+                Empty ones give empty waveforms. Of several codebooks, an incomplete last frame is left out, and a code
+                at another codebook's position is replaced by that of the frame before, as a model may generate both;
+                see `unflatten_codes`.
+            batch_size (`int`, *optional*, defaults to 16): sequences decoded at once.
 
         Returns:
-            One (samples,) float32 array per sequence, at `sampling_rate`.
+            `list[np.ndarray]`, each of shape `(samples,)`, float32, at `sampling_rate`.
 
         Raises:
-            ValueError: a code outside the codebook; the message names the sequence and position.
+            ValueError: if a code is outside the codebook; the message names the sequence and position.
         """
         single = len(audio_codes) > 0 and np.ndim(audio_codes[0]) == 0
         sequences = [to_list(codes) for codes in ([audio_codes] if single else audio_codes)]
@@ -506,11 +508,11 @@ class TttProcessor(ProcessorMixin):
         return decode_codes(self._require_audio_tokenizer(), sequences, batch_size)
 
     def flatten_codes(self, codes: Any) -> torch.Tensor:
-        """Codes as the audio tokenizer has them, (codebooks, frames), as one stream (codes,) long."""
+        """Return codes of shape `(codebooks, frames)`, as the audio tokenizer has them, as one stream `(codes,)`."""
         return flatten_codes(codes, self.audio_format.codebook_size)
 
     def unflatten_codes(self, audio_codes: Any) -> torch.Tensor:
-        """A stream of codes (codes,) as the audio tokenizer has them, (codebooks, frames) long; the exact inverse."""
+        """Return a stream of codes of shape `(codes,)` as `(codebooks, frames)`; the inverse of `flatten_codes`."""
         return unflatten_codes(audio_codes, self.num_codebooks, self.audio_format.codebook_size)
 
     def _require_audio_tokenizer(self) -> Any:
@@ -526,16 +528,19 @@ class TttProcessor(ProcessorMixin):
     def post_process(
         self, generated_ids: Any, prompt_length: int = 0, decode_audio: bool = True
     ) -> list[dict[str, Any]]:
-        """What `generate` returned, as text and speech. An answer cut off anywhere gives the whole frames it holds.
+        """
+        Return what `generate` gave, as text and speech. An answer cut off anywhere gives the whole frames it holds.
 
         Args:
-            generated_ids: (batch, length), (length,) or a list of rows, the prompt first.
-            prompt_length: ids of the prompt, padding included: `inputs["input_ids"].shape[1]`.
-            decode_audio: False leaves the waveforms out, for those who only want text and codes.
+            generated_ids (`torch.Tensor` of shape `(batch, length)` or `(length,)`, or a list of rows): prompt first.
+            prompt_length (`int`, *optional*, defaults to 0):
+                Ids of the prompt, padding included: `inputs["input_ids"].shape[1]`.
+            decode_audio (`bool`, *optional*, defaults to `True`):
+                Otherwise the waveforms are left out, for those who only want text and codes.
 
         Returns:
-            For each row `{"text": str, "audio_codes": (codes,) long tensor, "audio": (samples,) float32 array or None,
-            "sampling_rate": int}`; the waveform of an answer without speech is empty.
+            `list[dict]`: for each row `text`, `audio_codes` (a long tensor of shape `(codes,)`), `audio` (a float32
+            array of shape `(samples,)`, empty for an answer without speech, or `None`) and `sampling_rate` (Hz).
         """
         generated_ids = getattr(generated_ids, "sequences", generated_ids)
         if len(generated_ids) > 0 and np.ndim(generated_ids[0]) == 0:
@@ -552,7 +557,7 @@ class TttProcessor(ProcessorMixin):
         return [{**answer, "sampling_rate": self.sampling_rate} for answer in answers]
 
     def streamer(self, timeout: float | None = None) -> TttStreamer:
-        """A streamer for `generate(streamer=...)`, which yields pieces of text and waveform; see `TttStreamer`."""
+        """Return a streamer for `generate(streamer=...)`, which yields pieces of text and waveform: `TttStreamer`."""
         return TttStreamer(self.tokenizer, self.token_ids, self.audio_tokenizer, self.sampling_rate, timeout=timeout)
 
     # ------------------------------------------------------------------ saving and loading

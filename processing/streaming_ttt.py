@@ -21,7 +21,8 @@ class TttStreamCancelled(Exception):
 
 
 class TttStreamer(BaseStreamer):
-    """Passed to `generate(streamer=...)`, which runs in another thread, and iterated over in this one.
+    """
+    An answer in pieces: passed to `generate(streamer=...)`, which runs in another thread, and iterated over in this.
 
     Each item is `{"text": str}` or `{"audio": (samples,) float32, "sampling_rate": int}`. Texts joined are the answer's
     text, waveforms joined its speech. When a piece of waveform comes depends on the audio tokenizer: see
@@ -29,12 +30,13 @@ class TttStreamer(BaseStreamer):
     read by iterating again; after `cancel` it is of no more use.
 
     Args:
-        tokenizer: decodes text ids.
-        token_ids: tells text from audio.
-        audio_tokenizer: decodes codes; None to leave audio out.
-        sampling_rate: of the waveforms, Hz.
-        skip_prompt: `generate` hands the prompt in first; leave it out.
-        timeout: seconds to wait for the next piece before `queue.Empty` is raised; None waits for ever.
+        tokenizer (`PreTrainedTokenizerBase`): decodes text ids.
+        token_ids (`TttTokenIds`): tells text from audio.
+        audio_tokenizer (`PreTrainedModel`, *optional*): decodes codes; without one, audio is left out.
+        sampling_rate (`int`, *optional*, defaults to 16000): of the waveforms, Hz.
+        skip_prompt (`bool`, *optional*, defaults to `True`): leave out the prompt, which `generate` hands in first.
+        timeout (`float`, *optional*):
+            Seconds to wait for the next piece before `queue.Empty` is raised; for ever where not given.
     """
 
     def __init__(
@@ -64,11 +66,15 @@ class TttStreamer(BaseStreamer):
         self._reader = Deinterleaver(self.token_ids, self._audio.format.num_codebooks if self._audio else 1)
 
     def put(self, value: torch.Tensor) -> None:
-        """Takes ids, (length,) or (1, length); called by `generate`.
+        """
+        Take ids; called by `generate`.
+
+        Args:
+            value (`torch.Tensor` of shape `(length,)` or `(1, length)`): token ids.
 
         Raises:
-            ValueError: more than one row.
-            TttStreamCancelled: the reader has left.
+            ValueError: if there is more than one row.
+            TttStreamCancelled: if the reader has left.
         """
         if self._cancelled:
             raise TttStreamCancelled
@@ -80,11 +86,11 @@ class TttStreamer(BaseStreamer):
         self._queue.put(to_list(value.reshape(-1)))
 
     def end(self) -> None:
-        """Called by `generate` when the answer is complete."""
+        """End the stream; called by `generate` when the answer is complete."""
         self._end(None)
 
     def fail(self, error: BaseException) -> None:
-        """Ends the stream with an error, raised where it is read."""
+        """End the stream with an error, raised where it is read."""
         self._end(error)
 
     def _end(self, last: BaseException | None) -> None:
@@ -92,7 +98,7 @@ class TttStreamer(BaseStreamer):
         self._queue.put(last)
 
     def cancel(self) -> None:
-        """Stops the generation at its next token."""
+        """Stop the generation at its next token."""
         self._cancelled = True
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

@@ -15,6 +15,7 @@ import soundfile
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from processing.tasks_ttt import CHAT_TEMPLATE
 from training_examples.evaluation.recognisers import word_error_rate
 from training_examples.ttt_tiny.judge import domain_recognizer
 
@@ -107,6 +108,11 @@ def test_code_in_a_model_folder_is_the_packages_own(folder):
     assert drifted == []
     imported = {f"{module}.py" for path in folder.glob("*.py") for level, module in imports_of(path) if level == 1}
     assert [name for name in sorted(imported) if not (folder / name).exists()] == []
+
+
+@pytest.mark.parametrize("folder", MODEL_FOLDERS, ids=lambda folder: folder.name)
+def test_the_chat_template_in_a_model_folder_is_the_packages_own(folder):
+    assert (folder / "chat_template.jinja").read_text(encoding="utf-8") == CHAT_TEMPLATE
 
 
 @needs_tiny
