@@ -108,24 +108,21 @@ def open_span_ids(
     ends: Sequence[int],
     length: int,
     device: torch.device | str | None = None,
-    block_starts: Sequence[int] | None = None,
+    block_length: int | None = None,
 ) -> torch.Tensor:
     """
     Number the one span that each row is writing, which reaches from `starts` to `ends` (excluded; equal for no span).
 
     Args:
-        block_starts (`list[int]`, *optional*): with block-causal spans, where the block that is being written starts;
-            what stands before it from `starts` on is the finished block that is still to be cached.
+        block_length (`int`, *optional*): number its blocks of this many tokens (block-causal spans).
 
     Returns:
-        `torch.LongTensor` of shape `(rows, length)`: 0 inside, or 0 and 1 in the two blocks; -1 outside.
+        `torch.LongTensor` of shape `(rows, length)`: 0 inside, or 0, 1, ... in its blocks; -1 outside.
     """
     place = torch.arange(length, device=device)
     start, end = (torch.tensor(bounds, device=device)[:, None] for bounds in (starts, ends))
-    inside = (place >= start) & (place < end)
-    if block_starts is None:
-        return inside.long() - 1
-    return torch.where(inside, (place >= torch.tensor(block_starts, device=device)[:, None]).long(), NO_SPAN)
+    numbers = (place - start) // (block_length or length)
+    return torch.where((place >= start) & (place < end), numbers, NO_SPAN)
 
 
 def extend_span_ids(span_ids: torch.Tensor, num_new: int, num_cached: int) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """The key-value cache of TtT generation: rows of different lengths side by side, without gaps, cheap to cut back."""
 
+from collections.abc import Callable
+
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -124,6 +126,7 @@ class TttCache(Cache):
         super().__init__(layers=[TttCacheLayer() for _ in range(num_layers)])
         self.num_rows = num_rows
         self._token_ids: list[list[int]] = [[] for _ in range(num_rows)]
+        self.block_length: int | None = None  # in which block-causal spans were written, once `generate` has been there
         self._kept = list(range(num_rows))  # which rows the layers still hold; the others are in `_dropped`
         self._dropped: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
@@ -157,6 +160,12 @@ class TttCache(Cache):
         super().reset()
         self._token_ids = [[] for _ in range(self.num_rows)]
         self._kept, self._dropped = list(range(self.num_rows)), {}
+
+    def drop_spans(self, is_audio: Callable[[int], bool]) -> None:
+        """Forget everything from the first audio-side token of each row on, as `is_audio` tells of an id."""
+        for ids in self._token_ids:
+            first = next((place for place, token in enumerate(ids) if is_audio(token)), len(ids))
+            del ids[first:]
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep these rows, in this order: indices or a mask, of shape `(rows,)`."""

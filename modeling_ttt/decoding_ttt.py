@@ -115,6 +115,9 @@ class TttDecoder:
         self.scores: list[torch.Tensor] | None = [] if wants and generation_config.output_scores else None
         self.logits: list[torch.Tensor] | None = [] if wants and generation_config.output_logits else None
 
+        # With block-causal spans, blocks stand on a grid from the start of their span, and finished ones are final.
+        self.block_length = generation_config.audio_block_size if config.is_block_causal else None
+
         # Rows and cache.
         if attention_mask is None:
             prompts = input_ids.tolist()
@@ -125,9 +128,11 @@ class TttDecoder:
         self.prompt_span_ids = self._prompt_span_ids(model)
         if cache is None:
             cache = TttCache(config.get_text_config().num_hidden_layers, len(self.rows))
-        self.cache = cache
+        if self.block_length is not None and (cache.block_length or config.block_lengths[0]) != self.block_length:
+            cache.drop_spans(self.is_audio)
+        self.cache, cache.block_length = cache, self.block_length
         longest = max(row.prompt_length for row in self.rows) + self.max_new_tokens + 1
-        self.runner = TttRunner(model, cache, self.mask_token, longest)
+        self.runner = TttRunner(model, cache, self.mask_token, longest, self.block_length)
         self.unconditional_starts: dict[tuple[int, int], torch.Tensor] = {}
         # Rows do not see each other, so which go first changes no token, only the cost. A CPU pays for every position:
         # text, one position a row, is written first, and rows meet at the start of their spans. Accelerators pay for
@@ -159,9 +164,8 @@ class TttDecoder:
         for row, cached in zip(self.rows, self.cache.token_ids, strict=True):
             row.cached = self._reusable(row.ids, cached)
             row.span_start = self._find_open_span(row.ids)
-            if row.span_start is not None:
-                row.cached = min(row.cached, row.span_start)
-        targets = [len(row.ids) if row.span_start is None else row.span_start for row in self.rows]
+            row.cached = min(row.cached, self._num_final(row))
+        targets = [self._num_final(row) for row in self.rows]
         queries = [row.ids[row.cached : target] for row, target in zip(self.rows, targets, strict=True)]
         if any(queries):
             self._count(self.rows)
@@ -175,6 +179,13 @@ class TttDecoder:
             last = torch.tensor([len(queries[row.index]) - 1 for row in text], device=self.device)
             index = torch.tensor([row.index for row in text], device=self.device)
             self._append_text(text, hidden[index, last])
+
+    def _num_final(self, row: Row) -> int:
+        """How many tokens of a row see nothing that is still to be written: all, or those before its span or block."""
+        if row.span_start is None:
+            return len(row.ids)
+        written = len(row.ids) - row.span_start
+        return row.span_start + (0 if self.block_length is None else written // self.block_length * self.block_length)
 
     def _find_open_span(self, ids: list[int]) -> int | None:
         """Where the span starts in which a prompt stops, at its begin token or behind codes; it goes on there."""
@@ -201,7 +212,7 @@ class TttDecoder:
         denoising = [i for i, row in enumerate(rows) if row.block]
         writing = [i for i, row in enumerate(rows) if not row.block]
         for row in rows:
-            row.cached = len(row.ids) if row.span_start is None or not row.block else row.span_start
+            row.cached = self._num_final(row) if row.block else len(row.ids)
         if denoising:
             self._denoise([rows[i] for i in denoising], [hidden[i, : lengths[i]] for i in denoising])
         if writing:
@@ -323,6 +334,8 @@ class TttDecoder:
     def _start_block(self, row: Row) -> None:
         """Step 3a: mask tokens at the end of the span. A block never reaches past the model's last position."""
         size = self.options.audio_block_size
+        if self.block_length is not None and row.span_start is not None:
+            size -= (len(row.ids) - row.span_start) % self.block_length  # a prompt may stop within a block
         if self.max_positions is not None:
             size = max(1, min(size, self.max_positions - len(row.ids)))
         row.block, row.step = [UNDECIDED] * size, 0
@@ -401,7 +414,8 @@ class TttDecoder:
     def _unconditional(self, rows: list[Row], width: int) -> torch.Tensor:
         """
         Logits of the blocks when everything before them is masked, (rows, block, candidates): one bidirectional span
-        from the start of the sequence, without the cache. An untouched block's depend on the length alone.
+        from the start of the sequence, without the cache. An untouched block's depend on the length alone. With
+        block-causal spans what is masked does not see the block, and is computed once for a length.
         """
         results: dict[int, torch.Tensor] = {}
         owners: list[list[int]] = []  # which rows a sequence is for
@@ -416,14 +430,20 @@ class TttDecoder:
             else:
                 if row.step == 0:
                     starts[key] = len(sequences)
-                sequences.append([self.mask_token] * len(row.ids) + self._shown(row.block))
+                sequences.append(self._shown(row.block))
                 owners.append([i])
         if sequences:
-            hidden = self.runner.bidirectional(sequences)
-            for sequence, of_sequence, states in zip(sequences, owners, hidden, strict=True):
-                row = rows[of_sequence[0]]
-                block = states[len(row.ids) : len(sequence)]
-                logits = self.runner.project(block, self.first_candidate, self.last_candidate + 1)
+            of_first = [rows[of_sequence[0]] for of_sequence in owners]
+            masks = [len(row.ids) for row in of_first]
+            if self.block_length is None:
+                whole = [[self.mask_token] * n + block for n, block in zip(masks, sequences, strict=True)]
+                hidden: Sequence[torch.Tensor] = [
+                    states[n:] for n, states in zip(masks, self.runner.bidirectional(whole), strict=True)
+                ]
+            else:
+                hidden = list(self.runner.behind_masks([row.index for row in of_first], sequences, masks))
+            for row, of_sequence, states in zip(of_first, owners, hidden, strict=True):
+                logits = self.runner.project(states[: len(row.block)], self.first_candidate, self.last_candidate + 1)
                 results |= dict.fromkeys(of_sequence, logits)
                 self._count([rows[i] for i in of_sequence])
                 if row.step == 0:
@@ -441,7 +461,8 @@ class TttDecoder:
         ids = torch.tensor([row.ids + [0] * (longest - len(row.ids)) for row in self.rows], device=self.device)
         lengths = torch.tensor([row.prompt_length for row in self.rows], device=self.device)
         is_real = torch.arange(longest, device=self.device) < lengths[:, None]
-        return model.model.get_span_ids(ids, is_real.long()).masked_fill(~is_real, -1)
+        span_ids = model.model.get_span_ids(ids, is_real.long(), block_length=self.block_length)
+        return span_ids.masked_fill(~is_real, -1)
 
     def _reusable(self, ids: list[int], cached: list[int]) -> int:
         """

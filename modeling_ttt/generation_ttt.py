@@ -187,6 +187,10 @@ class TttGenerationMixin(GenerationMixin):
               published) and the rest is dropped; without one, the next block follows.
         4. Commit: a forward over the finished span stores its keys and values and gives the next text token's logits.
 
+        With block-causal spans (`config.span_attention`) a finished block is final: a step runs its block alone, the
+        first step of a block also stores the block before it, and the commit runs the last block. Blocks stand on a
+        grid from the start of their span, `audio_block_size` apart, in the prompt too.
+
         Steps 3 and 4 recompute the span because its tokens see each other; nothing before it changes, so the tokens are
         those of the uncached published sampler. Rows of a batch share forwards: on an accelerator each one advances
         every row; on a CPU rows that write text go first and wait at their next span, so that spans are run together.

@@ -19,10 +19,15 @@ class TttRunner:
     hidden_size).
     """
 
-    def __init__(self, model: Any, cache: TttCache, filling: int, expected_length: int):
+    def __init__(
+        self, model: Any, cache: TttCache, filling: int, expected_length: int, block_length: int | None = None
+    ):
+        self.block_length = block_length  # of block-causal spans
         self.backbone, self.lm_head, self.cache = model.model.language_model, model.get_output_embeddings(), cache
         self.device, self.filling, self.expected_length = model.device, filling, expected_length
         self.num_forwards = self.num_token_positions = 0
+        self.masks: TttCache | None = None  # of `behind_masks`, and how many there are in each row
+        self.num_masks: dict[int, int] = {}
 
     def prompt(self, queries: list[list[int]], starts: list[int], span_ids: torch.Tensor) -> torch.Tensor:
         """Run all rows' prompts; spans by their ids, (rows, longest prompt) and -1 outside, cached part included."""
@@ -33,11 +38,40 @@ class TttRunner:
     def step(
         self, rows: list[int], queries: list[list[int]], starts: list[int], span_starts: list[int | None]
     ) -> torch.Tensor:
-        """Run text tokens and open spans of some `rows`: from `span_starts` on, a row's queries all see each other."""
+        """
+        Run text tokens and open spans of some `rows`: from `span_starts` on, a row's queries all see each other; with
+        block-causal spans, those of their block.
+        """
         ends = [start + len(of_row) for start, of_row in zip(starts, queries, strict=True)]
         firsts = [end if first is None else first for end, first in zip(ends, span_starts, strict=True)]
-        span_ids = open_span_ids(firsts, ends, max(starts) + max(map(len, queries)), self.device)
-        return self._cached_forward(rows, queries, starts, span_ids)
+        length = max(starts) + max(map(len, queries))
+        return self._cached_forward(
+            rows, queries, starts, open_span_ids(firsts, ends, length, self.device, self.block_length)
+        )
+
+    def behind_masks(self, rows: list[int], blocks: list[list[int]], num_masks: list[int]) -> torch.Tensor:
+        """
+        Run the blocks of some `rows` behind as many mask tokens as are told, which see each other and not the block: so
+        their keys and values are computed once for a length, in a cache of their own.
+        """
+        if self.masks is None:
+            self.masks = TttCache(len(self.cache.layers), self.cache.num_rows)
+        new = [i for i, row in enumerate(rows) if self.num_masks.get(row) != num_masks[i]]
+        if new:
+            lengths, nothing = [num_masks[i] for i in new], [0] * len(new)
+            self._cached_forward(
+                [rows[i] for i in new],
+                [[self.filling] * length for length in lengths],
+                nothing,
+                open_span_ids(nothing, lengths, max(lengths), self.device),
+                self.masks,
+            )
+            self.num_masks |= {rows[i]: num_masks[i] for i in new}
+        ends = [start + len(block) for start, block in zip(num_masks, blocks, strict=True)]
+        length = max(num_masks) + max(map(len, blocks))
+        return self._cached_forward(
+            rows, blocks, num_masks, open_span_ids(num_masks, ends, length, self.device), self.masks
+        )
 
     def bidirectional(self, sequences: list[list[int]]) -> torch.Tensor:
         """Run whole sequences, each one bidirectional span, without the cache."""
@@ -56,12 +90,17 @@ class TttRunner:
         return logits.to(device=self.device, dtype=torch.float32)
 
     def _cached_forward(
-        self, rows: list[int], queries: list[list[int]], starts: list[int], span_ids: torch.Tensor
+        self,
+        rows: list[int],
+        queries: list[list[int]],
+        starts: list[int],
+        span_ids: torch.Tensor,
+        cache: TttCache | None = None,
     ) -> torch.Tensor:
-        ids = self._rectangle(queries)
+        ids, cache = self._rectangle(queries), cache or self.cache
         reserve = min(self.expected_length, span_ids.shape[1] + 512)
-        self.cache.write_at(rows, starts, ids.shape[1], self.device, reserve)
-        return self._forward(ids, starts, span_ids, past_key_values=self.cache, use_cache=True)
+        cache.write_at(rows, starts, ids.shape[1], self.device, reserve)
+        return self._forward(ids, starts, span_ids, past_key_values=cache, use_cache=True)
 
     def _forward(self, ids: torch.Tensor, starts: list[int], span_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         queries, config = ids.shape[1], self.backbone.config

@@ -81,10 +81,13 @@ def reference_generate(
     candidates = torch.full((config.vocab_size,), -torch.inf)
     candidates[[*codes, *ends]] = 0.0
 
-    def forward(sequence: list[int]) -> torch.Tensor:
+    def forward(sequence: list[int], span_ids: torch.Tensor | None = None) -> torch.Tensor:
         trace.forwards += 1
         trace.positions += len(sequence)
-        return model(torch.tensor([sequence]), use_cache=False).logits[0].float()
+        ids = torch.tensor([sequence])
+        if span_ids is None and config.is_block_causal:
+            span_ids = model.model.get_span_ids(ids, block_length=block_size)
+        return model(ids, span_ids=span_ids, use_cache=False).logits[0].float()
 
     def pick(logits: torch.Tensor) -> torch.Tensor:
         noise = torch.empty(logits.shape).exponential_(generator=generator)
@@ -114,7 +117,10 @@ def reference_generate(
             while config.mask_token_id in still_denoised(block):
                 logits = forward(ids + block)[start:]
                 if guidance:
-                    unconditional = forward([config.mask_token_id] * start + block)[start:]
+                    masks = [config.mask_token_id] * start
+                    # With block-causal spans what is masked before the block does not see it.
+                    apart = torch.tensor([[0] * start + [1] * len(block)]) if config.is_block_causal else None
+                    unconditional = forward(masks + block, apart)[start:]
                     logits = unconditional + (guidance + 1) * (logits - unconditional)
                 logits = logits + candidates
                 if temperature > 0:
