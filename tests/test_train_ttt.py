@@ -291,11 +291,21 @@ def test_each_model_of_the_papers_comparison_learns(workspace, tmp_path, objecti
 
 def test_a_run_keeps_the_settings_of_its_model_where_it_sets_none(workspace, tmp_path):
     """A twin goes on as a twin; what a run sets is written into the model it saves."""
-    train(workspace, tmp_path / "first", max_steps=1, audio_objective="autoregressive", noise_epsilon=0.05)
+    options = {"block_masking_probability": 0.5, "block_lengths": [4, 8]}
+    train(workspace, tmp_path / "first", max_steps=1, audio_objective="autoregressive", noise_epsilon=0.05, **options)
     train(workspace, tmp_path / "second", max_steps=1, model=tmp_path / "first", clean_batch_probability=0.1)
     config = TttConfig.from_pretrained(tmp_path / "second")
     assert (config.audio_objective, config.noise_epsilon) == ("autoregressive", 0.05)
     assert (config.clean_batch_probability, config.span_truncation_probability) == (0.1, 0.5)
+    assert (config.block_masking_probability, config.block_lengths) == (0.5, [4, 8])
+
+
+@pytest.mark.parametrize("options", [{"block_masking_probability": 1.0}, {"span_attention": "block_causal"}])
+def test_blocks_are_learned_when_asked_for(workspace, tmp_path, options):
+    options |= {"block_lengths": [4, 8], "packing": True, "max_length": 128, "clean_batch_probability": 0.0}
+    log = train(workspace, tmp_path, max_steps=24, per_device_train_batch_size=2, **options)
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_mixtures_with_weights_and_an_evaluation_set_elsewhere(workspace, tmp_path):
@@ -316,6 +326,7 @@ def test_mixtures_with_weights_and_an_evaluation_set_elsewhere(workspace, tmp_pa
         ({"clean_batch_probability": 1.5}, "--clean_batch_probability is 1.5; a probability lies between 0 and 1"),
         ({"span_truncation_probability": -1}, "--span_truncation_probability is -1"),
         ({"noise_epsilon": 0}, "--noise_epsilon is 0"),
+        ({"block_lengths": 0}, "`block_lengths` is"),
         ({"packing": True}, "--packing needs --max_length"),
         ({"max_length": 4096}, "--max_length is 4096, but the model has 128 positions"),
         ({"streaming": True, "max_steps": -1}, "--streaming needs --max_steps"),

@@ -16,6 +16,11 @@ CONFIG_OPTIONS = (
     "prefix_preservation_probability",
     "prefix_preservation_unit",
     "span_truncation_probability",
+    "span_attention",
+    "block_masking_probability",
+    "block_lengths",
+    "block_filling_weight",
+    "full_block_probability",
     "noise_epsilon",
     "stratified_noise",
 )
@@ -76,6 +81,30 @@ class ModelArguments:
     )
     span_truncation_probability: float | None = field(
         default=None, metadata={"help": "SST, the paper's p_trunc; 0 is off; by default the model's (a new one's 0.5)."}
+    )
+    span_attention: str | None = field(
+        default=None,
+        metadata={
+            "help": "Who sees whom in a span: all as published, or blocks only those before; by default the model's.",
+            "choices": ["bidirectional", "block_causal"],
+        },
+    )
+    block_masking_probability: float | None = field(
+        default=None,
+        metadata={
+            "help": "How often a sample is cut after a block, which alone is masked; by default the model's (0)."
+        },
+    )
+    block_lengths: list[int] | None = field(
+        default=None,
+        metadata={"help": "Tokens of a block in training, one of these at random; by default the model's."},
+    )
+    block_filling_weight: float | None = field(
+        default=None,
+        metadata={"help": "How much an end token that fills a block counts; by default the model's (0.2)."},
+    )
+    full_block_probability: float | None = field(
+        default=None, metadata={"help": "How often a block is masked as a whole; by default the model's (0)."}
     )
     noise_epsilon: float | None = field(
         default=None, metadata={"help": "Smallest noise level; by default the model's (a new one's 0.001)."}
