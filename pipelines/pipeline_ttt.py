@@ -147,8 +147,8 @@ class TttAudioToAudioPipeline(Pipeline):
         return preprocess_params, dict(generate_kwargs or {}), {}
 
     def _answer_all(self, inputs: Iterable[Any], batch_size: int, *params: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        requests, first = _rows(inputs, "text" if self._takes_text_alone(params[0]["task"]) else "audio"), 0
-        while batch := list(islice(requests, batch_size)):
+        column, first = "text" if self._takes_text_alone(params[0]["task"]) else "audio", 0
+        for batch in _batches(_rows(inputs, column), batch_size):
             yield from self._answer(batch, first, *params)
             first += len(batch)
 
@@ -303,6 +303,8 @@ def save_repository(
     if getattr(processor, "audio_tokenizer", None) is None:
         raise ValueError("`processor` has no audio tokenizer, so the folder could not talk. Load it with its own.")
     model.save_pretrained(folder, **kwargs)
+    if not kwargs.get("is_main_process", True):
+        return
     processor.save_pretrained(folder)
     readme = Path(folder) / "README.md"
     if card is not None and not readme.exists():
@@ -340,7 +342,8 @@ def _to_list(answers: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
     """All answers; an error brings those that came before it along."""
     results: list[dict[str, Any]] = []
     try:
-        results.extend(answers)
+        for answer in answers:
+            results.append(answer)
     except Exception as error:
         error.results = results  # type: ignore[attr-defined]
         if results:
@@ -364,6 +367,22 @@ def _rows(inputs: Any, column: str) -> Iterator[Any]:
         inputs = inputs.cast_column(column, type(feature)(decode=False))
     for row in inputs:
         yield row[column]
+
+
+def _batches(requests: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    """Yield lists of `size` requests; where they cannot be read on, what there is comes before the error."""
+    while True:
+        batch: list[Any] = []
+        try:
+            for request in islice(requests, size):
+                batch.append(request)
+        except Exception:
+            if batch:
+                yield batch
+            raise
+        if not batch:
+            return
+        yield batch
 
 
 __all__ = ["TttAudioToAudioPipeline", "save_repository"]

@@ -390,3 +390,15 @@ def test_the_folder_alone_is_enough(folder, tmp_path):
         "TttCodecModel",
         "TttCodecModel",
     ]
+
+
+def test_answers_before_requests_that_cannot_be_read_are_not_lost(pipe):
+    def requests():
+        yield from [tone(0.1)] * 5
+        raise OSError("disk gone")
+
+    answers = pipe(requests(), batch_size=3)
+    for _ in range(5):
+        assert_answer(pipe, next(answers))
+    with pytest.raises(OSError, match="disk gone"):
+        next(answers)
