@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -13,6 +13,8 @@ from .pipeline_code_ttt import save_pipeline_code
 TEXT_SIDE_IDS = ("begin_of_audio_token_id", "end_of_prompt_audio_token_id", "begin_of_last_audio_token_id")
 AUDIO_SIDE_IDS = ("mask_token_id", "end_of_audio_token_id", "end_of_last_audio_token_id")
 SHARED_WITH_BACKBONE = ("tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")
+# What some backbones do to the logits of their own heads, and where it does nothing.
+LOGIT_SETTINGS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
 PROBABILITIES = (
     "clean_batch_probability",
     "prefix_preservation_probability",
@@ -106,6 +108,7 @@ class TttConfig(PreTrainedConfig):
     """
 
     model_type = "ttt"
+    base_model_fsdp_plan: ClassVar[dict] = {}  # the backbone has its own
     # The `Trainer` gathers the other outputs row by row; these are of the whole batch.
     keys_to_ignore_at_inference = ["past_key_values", "text_loss", "audio_loss"]
     sub_configs_defaults = {
@@ -220,6 +223,13 @@ class TttConfig(PreTrainedConfig):
         """Raise a `ValueError` that names the first setting that cannot be."""
         super().validate()
         self.validate_ids()
+        for name, neutral in LOGIT_SETTINGS.items():
+            value = getattr(self.text_config, name, None)
+            if value is not None and value != neutral:
+                raise ValueError(
+                    f"`text_config.{name}` is {value}, but the head here is a plain projection, whose logits would not "
+                    f"be those of a {self.text_config.model_type}: set it to {neutral} and train, or choose another."
+                )
         self._validate_objective()
 
     def validate_ids(self) -> None:

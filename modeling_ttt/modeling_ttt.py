@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
-from transformers.utils import ModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
 from .attention_ttt import (
@@ -28,6 +29,11 @@ from .generation_ttt import TttGenerationMixin
 from .objective_ttt import Noise, Scores, draw_noise, noise_grid, sample_weights, score, truncate_last_spans
 from .pipeline_code_ttt import register_pipeline
 from .samples_ttt import IGNORE_INDEX, NO_PIECE, Batch, Samples, find_sample_starts
+
+logger = logging.get_logger(__name__)
+
+WITHOUT_MASKS = ("bloom", "opt")  # find positions in the padding mask, so that they take no other
+AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMultimodalLM")
 
 
 @dataclass
@@ -70,12 +76,24 @@ class TttPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True  # the twin; an instance that diffuses says otherwise
 
     def __init__(self, config: TttConfig, *inputs, **kwargs):
         config.validate()
+        self._can_compile_fullgraph = config.audio_objective == "autoregressive"
         for sub_config in (config, config.text_config):
             _refuse_flash_attention(sub_config._attn_implementation)
         super().__init__(config, *inputs, **kwargs)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes, also while accelerate keeps its weights on the CPU or on disk."""
+        device = super().device
+        if device.type != "meta":
+            return device
+        hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
+        places = (getattr(hook, "execution_device", None) for hook in hooks)
+        return next((torch.device(place) for place in places if place is not None), device)
 
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs) -> None:
         """
@@ -105,6 +123,12 @@ class TttModel(TttPreTrainedModel):
     def __init__(self, config: TttConfig):
         super().__init__(config)
         self.language_model = AutoModel.from_config(config.text_config)
+        kind = config.text_config.model_type
+        if self.language_model._is_stateful or kind in WITHOUT_MASKS:
+            raise ValueError(
+                f"`text_config` is a {kind}, whose layers take no mask of who sees whom: audio spans need a backbone "
+                "of attention layers whose mask comes from `transformers.masking_utils`, such as qwen2, qwen3 or llama."
+            )
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -152,7 +176,7 @@ class TttModel(TttPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         span_ids: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         r"""
         Args:
@@ -213,11 +237,17 @@ class TttForConditionalGeneration(TttPreTrainedModel, TttGenerationMixin):
 
     generation_config_class = TttGenerationConfig
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: TttConfig):
         super().__init__(config)
         self.model = TttModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        embeddings = self.get_input_embeddings()  # some backbones call them otherwise
+        name = next(name for name, module in self.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         register_pipeline(config)
         self.post_init()
 
@@ -234,7 +264,7 @@ class TttForConditionalGeneration(TttPreTrainedModel, TttGenerationMixin):
         original_class = next(cls for cls in current_class.__mro__ if not cls.__module__.startswith("torch."))
         reference = f"{original_class.__module__.split('.')[-1]}.{original_class.__name__}"
         auto_map = dict(getattr(self.config, "auto_map", None) or {})
-        self.config.auto_map = auto_map | {"AutoModel": reference, "AutoModelForCausalLM": reference}
+        self.config.auto_map = auto_map | dict.fromkeys(AUTO_CLASSES, reference)
         self.__class__ = original_class
         try:
             super().save_pretrained(save_directory, **kwargs)
@@ -255,7 +285,7 @@ class TttForConditionalGeneration(TttPreTrainedModel, TttGenerationMixin):
         generator: torch.Generator | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> TttCausalLMOutputWithPast:
         r"""
         Without `labels`: logits of the given tokens, mask tokens included. With `labels`: the loss, and no logits.
@@ -281,8 +311,14 @@ class TttForConditionalGeneration(TttPreTrainedModel, TttGenerationMixin):
             logits_to_keep (`int` or `torch.Tensor`): how many last positions (0: all), or which, get logits.
 
         Raises:
-            ValueError: if `labels` come without `input_ids` or differ in shape, or as [`TttModel`] does.
+            ValueError: if `labels` come without `input_ids` or differ in shape, if there are `shift_labels`, or as
+                [`TttModel`] does.
         """
+        if kwargs.get("shift_labels") is not None:
+            raise ValueError(
+                "`shift_labels` (sequence or context parallelism) cannot be scored: diffused tokens are predicted in "
+                "place, and spans lie in one piece. Pass whole rows with `labels`."
+            )
         if labels is not None:
             if input_ids is None or inputs_embeds is not None:
                 raise ValueError("The loss needs `input_ids`: noise is applied to tokens, not to `inputs_embeds`.")
@@ -298,6 +334,17 @@ class TttForConditionalGeneration(TttPreTrainedModel, TttGenerationMixin):
             **kwargs,
         }
         if labels is None:
+            if (
+                self.training
+                and torch.is_grad_enabled()
+                and self.config.audio_objective == "diffusion"
+                and not torch.compiler.is_compiling()
+            ):
+                logger.warning_once(
+                    "A forward in training mode without `labels` has no loss. If these logits are trained on as next "
+                    "tokens (`label_smoothing_factor`, or a loss of your own), audio learns nothing, since its tokens "
+                    "see each other. Pass `labels`."
+                )
             outputs = self.model(input_ids=input_ids, inputs_embeds=inputs_embeds, span_ids=span_ids, **backbone_inputs)
             logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
             return TttCausalLMOutputWithPast(
@@ -397,7 +444,7 @@ def _refuse_flash_attention(attn_implementation: str | dict | None) -> None:
 
 TttForConditionalGeneration.register_for_auto_class("AutoModel")
 AutoConfig.register("ttt", TttConfig, exist_ok=True)
-AutoModel.register(TttConfig, TttForConditionalGeneration, exist_ok=True)
-AutoModelForCausalLM.register(TttConfig, TttForConditionalGeneration, exist_ok=True)
+for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM):
+    auto_class.register(TttConfig, TttForConditionalGeneration, exist_ok=True)
 
 __all__ = ["TttCausalLMOutputWithPast", "TttForConditionalGeneration", "TttModel", "TttPreTrainedModel"]

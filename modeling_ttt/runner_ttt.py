@@ -82,10 +82,11 @@ class TttRunner:
     def project(self, hidden: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Return the logits of the vocabulary rows start to stop, in float32. hidden: (..., hidden_size)."""
         head = self.lm_head
-        if type(head) is nn.Linear and not hasattr(head, "_hf_hook") and not head._forward_hooks:
+        hooks = hasattr(head, "_hf_hook") or head._forward_hooks or head._forward_pre_hooks
+        if type(head) is nn.Linear and type(head.weight) is nn.Parameter and not hooks:
             bias = None if head.bias is None else head.bias[start:stop]
             logits = nn.functional.linear(hidden.to(head.weight.device), head.weight[start:stop], bias)
-        else:  # quantised, offloaded, adapted: only the module itself knows its weight
+        else:  # quantised, offloaded, sharded, adapted: only the module itself knows its weight
             logits = head(hidden)[..., start:stop]
         return logits.to(device=self.device, dtype=torch.float32)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import make_config, make_model
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache
 
 from modeling_ttt import TttForConditionalGeneration
 
@@ -250,3 +250,56 @@ def test_bfloat16_runs_and_stays_close():
     logits = logits_of(model.to(torch.bfloat16))
     assert logits.dtype == torch.bfloat16
     torch.testing.assert_close(logits.float(), expected, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model_type", ["gpt_neox", "gpt2"])
+def test_backbones_whose_embeddings_have_another_name(model_type, tied, tmp_path):
+    sizes = {"n_embd": 32, "n_head": 4, "n_layer": 2} if model_type == "gpt2" else {}
+    model = make_model(backbone(model_type, tie_word_embeddings=tied, **sizes))
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+    assert changed_positions(model, 5) == set(range(3, IDS.shape[1]))
+    model.save_pretrained(tmp_path)
+    loaded = TttForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(logits_of(loaded), logits_of(model))
+    assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) == tied
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "opt"])
+def test_backbones_that_take_no_mask_are_refused(model_type):
+    with pytest.raises(ValueError, match=f"`text_config` is a {model_type}, whose layers take no mask"):
+        make_model(backbone(model_type))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "neutral"),
+    [("gemma2", "final_logit_softcapping", None), ("granite", "logits_scaling", 1.0), ("cohere", "logit_scale", 1.0)],
+)
+def test_backbones_that_change_their_logits_are_refused_unless_they_do_nothing(model_type, name, neutral):
+    with pytest.raises(ValueError, match=f"`text_config.{name}` is 30.0"):
+        make_model(backbone(model_type, head_dim=8, **{name: 30.0}))
+    assert changed_positions(make_model(backbone(model_type, head_dim=8, **{name: neutral})), 5) == set(range(3, 13))
+
+
+@pytest.mark.parametrize("objective", ["diffusion", "autoregressive"])
+def test_the_forward_is_one_graph_compiled_and_exported(objective):
+    """Logits of one model; the twin also decodes on a static cache."""
+    model = make_model(audio_objective=objective)
+    assert model._can_compile_fullgraph == (objective == "autoregressive")
+    expected = logits_of(model)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(logits_of(compiled), expected)
+    exported = torch.export.export(model, (IDS,), {"use_cache": False}, strict=False).module()
+    with torch.no_grad():
+        torch.testing.assert_close(exported(IDS, use_cache=False).logits, expected)
+
+
+def test_the_twin_generates_on_a_static_cache_with_compiled_steps():
+    model = make_model(audio_objective="autoregressive")
+    dynamic = model.generate(IDS, max_new_tokens=6, eos_token_id=[109])
+    options = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    options._compile_all_devices = True
+    static = model.generate(
+        IDS, max_new_tokens=6, eos_token_id=[109], cache_implementation="static", compile_config=options
+    )
+    assert torch.equal(static, dynamic)

@@ -1,6 +1,7 @@
 """The loss of the model: noise while training, a fixed bound in evaluation, and gradients that fit the Trainer."""
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from conftest import make_model
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
+from modeling_ttt.modeling_ttt import logger
 from modeling_ttt.objective_ttt import diffusion_targets, draw_noise, next_token_targets, sample_weights
 from modeling_ttt.samples_ttt import Samples
 
@@ -365,3 +367,32 @@ def test_bad_labels_are_refused(batch):
         model(batch["input_ids"], labels=batch["labels"][:, 1:])
     with pytest.raises(ValueError, match="needs `input_ids`"):
         model(inputs_embeds=model.get_input_embeddings()(batch["input_ids"]), labels=batch["labels"])
+
+
+@pytest.mark.parametrize("objective", ["diffusion", "autoregressive"])
+def test_a_training_forward_without_labels_warns_once(batch, objective, caplog, monkeypatch):
+    """As `label_smoothing_factor` makes it: the Trainer takes the labels out and scores the logits itself."""
+    monkeypatch.setattr(logging.getLogger("modeling_ttt"), "propagate", True)
+    model = make_model(audio_objective=objective).train()
+    logger.warning_once.cache_clear()
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    for _ in range(2):
+        model(**inputs)
+    with torch.no_grad():
+        model(**inputs)
+    found = [record for record in caplog.records if "without `labels`" in record.getMessage()]
+    assert len(found) == (objective == "diffusion")
+    assert not found or "`label_smoothing_factor`" in found[0].getMessage()
+
+
+def test_neither_evaluation_nor_generation_warns_of_missing_labels(batch, caplog):
+    logger.warning_once.cache_clear()
+    model = make_model()
+    model(batch["input_ids"])
+    model.train().generate(batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=1)
+    assert not [record for record in caplog.records if "without `labels`" in record.getMessage()]
+
+
+def test_labels_shifted_by_others_are_refused(batch):
+    with pytest.raises(ValueError, match="`shift_labels`.*cannot be scored"):
+        make_model()(**batch, shift_labels=batch["labels"])

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from conftest import make_model
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from modeling_ttt import TttForConditionalGeneration, TttModel
 
@@ -36,9 +37,29 @@ def test_saved_models_load_the_same(tied, max_shard_size, tmp_path):
 def test_importing_the_package_registers_the_auto_classes(tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path)
-    for auto_class in (AutoModel, AutoModelForCausalLM):
+    for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM):
         assert type(auto_class.from_pretrained(tmp_path)) is TttForConditionalGeneration
     assert type(AutoModel.from_config(AutoConfig.from_pretrained(tmp_path))) is TttForConditionalGeneration
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("place", ["cpu_offload", "disk_offload", "device_map"])
+def test_a_model_whose_weights_are_all_elsewhere_scores_and_answers(place, tied, tmp_path):
+    model = make_model({"tie_word_embeddings": tied})
+    options = {"max_new_tokens": 12, "audio_block_size": 4, "audio_guidance_scale": 0.5}
+    expected, loss = model.generate(IDS, **options), model(IDS, labels=IDS).loss
+    model.save_pretrained(tmp_path / "model")
+    if place == "device_map":
+        model = TttForConditionalGeneration.from_pretrained(
+            tmp_path / "model", device_map={"": "disk"}, offload_folder=tmp_path / "weights"
+        )
+    elif place == "cpu_offload":
+        cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        disk_offload(model, tmp_path / "weights", execution_device=torch.device("cpu"))
+    assert next(model.parameters()).device.type == "meta" and model.device.type == "cpu"
+    assert torch.equal(model.generate(IDS, **options), expected)
+    torch.testing.assert_close(model(IDS, labels=IDS).loss, loss)
 
 
 def test_the_backbone_alone_loads_from_a_full_checkpoint(tmp_path):
@@ -89,15 +110,17 @@ def test_push_to_hub_uploads_a_folder_that_loads(tmp_path, monkeypatch):
         "AutoConfig": "configuration_ttt.TttConfig",
         "AutoModel": "modeling_ttt.TttForConditionalGeneration",
         "AutoModelForCausalLM": "modeling_ttt.TttForConditionalGeneration",
+        "AutoModelForMultimodalLM": "modeling_ttt.TttForConditionalGeneration",
     }
     assert torch.equal(logits_of(AutoModel.from_pretrained(pushed / "someone/tiny")), logits_of(model))
 
 
 REMOTE = """
 import json, sys, torch
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM
 folder, ids = sys.argv[1], torch.tensor(json.loads(sys.argv[2]))
-models = [c.from_pretrained(folder, trust_remote_code=True) for c in (AutoModel, AutoModelForCausalLM)]
+classes = (AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM)
+models = [c.from_pretrained(folder, trust_remote_code=True) for c in classes]
 assert "modeling_ttt" not in sys.modules, "the installed package was used"
 assert {type(model).__name__ for model in models} == {"TttForConditionalGeneration"}
 torch.save(models[0](ids).logits, folder + "/logits.pt")
