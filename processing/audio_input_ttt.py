@@ -39,6 +39,11 @@ def is_single_audio(audio: Any) -> bool:
     return isinstance(audio, Sequence) and len(audio) > 0 and isinstance(audio[0], (int, float, np.number))
 
 
+def list_audio(audio: Any) -> list[Any]:
+    """Return one audio or any iterable of them as a list; `None` is none."""
+    return [] if audio is None else [audio] if is_single_audio(audio) else list(audio)
+
+
 def load_waveform(audio: Any, sampling_rate: int, source_rate: float | None = None, name: str = "audio") -> np.ndarray:
     """
     Return one audio, in any accepted form, as a waveform.

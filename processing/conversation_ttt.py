@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from .audio_input_ttt import AUDIO_KEYS, RATE_KEYS, is_single_audio, load_waveform
+from .audio_input_ttt import AUDIO_KEYS, RATE_KEYS, list_audio, load_waveform
 from .interleaving_ttt import interleave
-from .tasks_ttt import RESPONSE_AUDIO, audio_parts
+from .tasks_ttt import RESPONSE_AUDIO
 from .vocabulary_ttt import AUDIO_PLACEHOLDER, END_OF_TURN, START_OF_TURN, TttTokenIds, to_list
 
 # Transformers' `sanitize_control_tokens` puts this before what looks like a token and was written by a user.
@@ -25,46 +25,44 @@ CACHED_TEXTS, CACHED_LENGTH = 10_000, 1000
 
 
 def read_audio_parts(
-    conversations: Sequence[Sequence[Mapping[str, Any]]],
-    names: Sequence[str],
+    parts: Sequence[tuple[Mapping[str, Any], str]],
     target_rate: int,
     audio: Any | None = None,
     sampling_rate: float | None = None,
-) -> tuple[list[Any], dict[int, tuple[str, np.ndarray]]]:
+) -> tuple[list[Any], dict[int, np.ndarray]]:
     """
-    Read every audio part of `conversations` in order, as its codes or as a waveform that is still to be encoded.
+    Read audio parts, in order, as their codes or as waveforms that are still to be encoded.
 
     Args:
-        conversations (`Sequence`): conversations, each a list of messages.
-        names (`Sequence[str]`): how errors call the conversations.
+        parts (`Sequence[tuple[Mapping, str]]`): audio parts of messages, and how errors call each.
         target_rate (`int`): of the waveforms, Hz.
         audio (`Any`, *optional*): taken in order by the parts that bring neither audio nor codes of their own.
         sampling_rate (`float`, *optional*): of samples that bring none of their own, Hz.
 
     Returns:
-        `tuple`: the codes of each part, `None` where it has none yet; by its position, the name and the waveform of
-        shape `(samples,)` of each of those.
+        `tuple`: the codes of each part, `None` where it has none yet; the waveforms of shape `(samples,)` of those, by
+        position.
 
     Raises:
         ValueError: if there are more parts than audios or the reverse, or an audio cannot be used.
     """
-    given = iter([] if audio is None else [audio] if is_single_audio(audio) else list(audio))
+    given = iter(list_audio(audio))
     codes: list[Any] = []
-    waveforms: dict[int, tuple[str, np.ndarray]] = {}
-    for messages, name in zip(conversations, names, strict=True):
-        for index, part in enumerate(audio_parts(messages)):
-            where = f"audio part {index} of {name}"
-            brings_one = any(part.get(key) is not None for key in ("audio_codes", *AUDIO_KEYS))
-            source = part if brings_one else next(given, None)
-            if source is None:
+    waveforms: dict[int, np.ndarray] = {}
+    for position, (part, name) in enumerate(parts):
+        source: Any = part
+        if all(part.get(key) is None for key in ("audio_codes", *AUDIO_KEYS)):
+            try:
+                source = next(given)
+            except StopIteration:
                 raise ValueError(
-                    f"{where} has no audio; there are more audio parts than audios. Put each audio under its part's "
+                    f"{name} has no audio; there are more audio parts than audios. Put each audio under its part's "
                     "`audio`, or pass one in `audio` for every part without."
-                )
-            codes.append(source.get("audio_codes") if isinstance(source, Mapping) else None)
-            if codes[-1] is None:
-                rate = next((part[key] for key in RATE_KEYS if part.get(key) is not None), sampling_rate)
-                waveforms[len(codes) - 1] = where, load_waveform(source, target_rate, rate, where)
+                ) from None
+        codes.append(source.get("audio_codes") if isinstance(source, Mapping) else None)
+        if codes[-1] is None:
+            rate = next((part[key] for key in RATE_KEYS if part.get(key) is not None), sampling_rate)
+            waveforms[position] = load_waveform(source, target_rate, rate, name)
     left = sum(1 for _ in given)
     if left:
         raise ValueError(f"`audio` holds {left} more audios than there are audio parts without one of their own.")

@@ -4,9 +4,10 @@ conversation_ttt.py, audio in audio_input_ttt.py and audio_codes_ttt.py, streams
 import copy
 import dataclasses
 import difflib
+import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
@@ -17,7 +18,7 @@ from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils import PROCESSOR_NAME, cached_file
 
 from .audio_codes_ttt import decode_codes, encode_waveforms
-from .audio_input_ttt import is_single_audio, load_waveform
+from .audio_input_ttt import is_single_audio, list_audio
 from .audio_tokenizer_ttt import (
     AUDIO_TOKENIZER_FOLDER,
     check_audio_tokenizer,
@@ -28,7 +29,16 @@ from .codebooks_ttt import TttAudioFormat, flatten_codes, unflatten_codes
 from .conversation_ttt import ConversationEncoder, Encoding, check_all_used, read_audio_parts
 from .interleaving_ttt import deinterleave
 from .streaming_ttt import TttStreamer
-from .tasks_ttt import CHAT_TEMPLATE, TttTask, audio_parts, check_messages, default_tasks, resolve_task, texts_of
+from .tasks_ttt import (
+    CHAT_TEMPLATE,
+    TttTask,
+    audio_parts,
+    check_messages,
+    default_tasks,
+    name_audio_parts,
+    replace_audio_parts,
+    resolve_task,
+)
 from .vocabulary_ttt import AUDIO_PLACEHOLDER, TttTokenIds, to_list
 
 # What a tokenizer's call can be asked for and a prompt with audio cannot give.
@@ -247,7 +257,7 @@ class TttProcessor(ProcessorMixin):
         # Its padding side is a tokenizer's own affair: a batch of prompts is padded on the left.
         init_kwargs = {name: value for name, value in self.tokenizer.init_kwargs.items() if name != "padding_side"}
         options = self._merge_kwargs(tokenizer_init_kwargs=init_kwargs, **kwargs)
-        codes = iter(self._encode_items(audio, options["audio_kwargs"].get("sampling_rate")))
+        codes = iter(self._encode_list(audio, options["audio_kwargs"].get("sampling_rate")))
         encodings = [
             self._encoder.encode(
                 rendered,
@@ -284,8 +294,6 @@ class TttProcessor(ProcessorMixin):
             ValueError: if the task is unknown, or input it needs is missing or one it cannot use is given.
         """
         settings = self.get_task(task)
-        if isinstance(audio, Mapping) and audio.get("audio_codes") is not None:
-            audio, audio_codes = None, audio["audio_codes"]
         has_audio = audio is not None or audio_codes is not None
         text = text if text is not None else settings.default_text
         if settings.needs_audio and not has_audio:
@@ -356,45 +364,27 @@ class TttProcessor(ProcessorMixin):
         batched = len(conversation) > 0 and isinstance(conversation[0], (list, tuple))
         conversations = [list(messages) for messages in (conversation if batched else [conversation])]
         names = names or [f"conversation {index}" for index in range(len(conversations))]
-        for index, messages in enumerate(conversations):
-            check_messages(messages, names[index])
+        for index, (messages, name) in enumerate(zip(conversations, names, strict=True)):
+            check_messages(
+                messages, name, allow_placeholders=not tokenize or bool(kwargs.get("sanitize_control_tokens"))
+            )
             if (task is not None or system_prompt is not None) and messages[0]["role"] != "system":
                 conversations[index] = [*self._system_turn(task or "spoken_chat", system_prompt), *messages]
-            if tokenize and not kwargs.get("sanitize_control_tokens"):
-                if any(AUDIO_PLACEHOLDER in text for text in texts_of(messages)):
-                    raise ValueError(
-                        f"{names[index]} has more `{AUDIO_PLACEHOLDER}` placeholders than audio parts: one stands in a "
-                        "text. Write audio as a part, or leave the token out."
-                    )
         for name in ("tools", "documents"):
             if kwargs.get(name) and name not in self._resolve_chat_template(chat_template):
                 raise ValueError(f"`{name}` is given, but the chat template does not know it; leave it out.")
         if kwargs.get("load_audio_from_video"):
             raise ValueError("`load_audio_from_video` is True, but TttProcessor takes no video; pass it as audio.")
-        processor_kwargs = copy.copy(processor_kwargs or {})
-        if tokenize:
-            rate = self._pop_sampling_rate(processor_kwargs) if sampling_rate is None else sampling_rate
-            codes = iter(self._encode_parts(conversations, names, audio, rate))
-        elif audio is not None:
+        if audio is not None and not tokenize:
             raise ValueError("`audio` is encoded where `tokenize=True`; without, the text has only its placeholders.")
-        # Templates see that a part is audio, not the audio.
-        conversations = [
-            [
-                message
-                if isinstance(message["content"], str)
-                else {
-                    **message,
-                    "content": [
-                        part
-                        if part["type"] == "text"
-                        else {"type": "audio", **({"audio": {"audio_codes": next(codes)}} if tokenize else {})}
-                        for part in message["content"]
-                    ],
-                }
-                for message in messages
-            ]
-            for messages in conversations
-        ]
+        processor_kwargs = processor_kwargs or {}
+        parts: Iterator[dict[str, Any]] = itertools.repeat({"type": "audio"})  # all that a template sees of them
+        if tokenize:
+            given = {**processor_kwargs, **processor_kwargs.get("audio_kwargs", {})}
+            rate = given.get("sampling_rate") if sampling_rate is None else sampling_rate
+            codes = self._encode(name_audio_parts(conversations, names), audio, rate)
+            parts = iter([{"type": "audio", "audio": {"audio_codes": row}} for row in codes])
+        conversations = [replace_audio_parts(messages, parts) for messages in conversations]
         return super().apply_chat_template(
             conversations if batched else conversations[0],
             chat_template,
@@ -454,7 +444,7 @@ class TttProcessor(ProcessorMixin):
             `dict[str, list[int]]`: `input_ids`, and `labels` that are -100 on what others than the assistant say.
         """
         rendered = self.apply_chat_template(messages)
-        codes = self._encode_parts([messages], ["conversation"])
+        codes = self._encode(name_audio_parts([messages], ["conversation"]), None, None)
         encoding = self._encoder.encode(rendered, iter(codes), "conversation")
         ids, scored = encoding.ids, encoding.scored
         while scored and not scored[-1] and messages[-1]["role"] == "assistant":
@@ -480,7 +470,7 @@ class TttProcessor(ProcessorMixin):
         Raises:
             ValueError: if an audio cannot be used; the message names it by its position.
         """
-        return self._encode_items(audio, sampling_rate, batch_size)
+        return self._encode_list(audio, sampling_rate, batch_size)
 
     def decode_audio(self, audio_codes: Any, batch_size: int = 16) -> list[np.ndarray]:
         """
@@ -660,7 +650,7 @@ class TttProcessor(ProcessorMixin):
         self, task: str, texts: list[str] | None, audio: Any | None, system_prompt: str | None
     ) -> list[list[dict[str, Any]]]:
         """Return the messages of each request; one text or audio goes with all of several of the other."""
-        audios = None if audio is None else [audio] if is_single_audio(audio) else list(audio)
+        audios = None if audio is None else list_audio(audio)
         size = max(len(texts or []), len(audios or []))
         if size == 0:
             raise ValueError("`audio` is an empty list. Pass an audio or more.")
@@ -709,15 +699,6 @@ class TttProcessor(ProcessorMixin):
         self._check_options(processor_kwargs)
         return processor_kwargs
 
-    @staticmethod
-    def _pop_sampling_rate(kwargs: dict[str, Any]) -> Any:
-        """Take the rate out of the options: parts are encoded before the call."""
-        audio_kwargs = dict(kwargs.pop("audio_kwargs", None) or {})
-        nested, flat = audio_kwargs.pop("sampling_rate", None), kwargs.pop("sampling_rate", None)
-        if audio_kwargs:
-            kwargs["audio_kwargs"] = audio_kwargs
-        return flat if nested is None else nested
-
     # ------------------------------------------------------------------ from messages to ids
 
     @property
@@ -730,38 +711,23 @@ class TttProcessor(ProcessorMixin):
             cached = self._cached_encoder = (made_of, encoder)
         return cached[1]
 
-    def _encode_parts(
-        self,
-        conversations: list[list[dict[str, Any]]],
-        names: Sequence[str],
-        audio: Any | None = None,
-        sampling_rate: Any = None,
+    def _encode(
+        self, parts: Sequence[tuple[Mapping[str, Any], str]], audio: Any, sampling_rate: Any, batch_size: int = 16
     ) -> list[Any]:
-        """Return the codes of every audio part, in order; those that come as audio are encoded together."""
-        rate = self.feature_extractor.sampling_rate
-        return self._encode(*read_audio_parts(conversations, names, rate, audio, sampling_rate))
-
-    def _encode_items(self, audio: Any | None, sampling_rate: Any, batch_size: int = 16) -> list[Any]:
-        """Return the codes of every audio of one or a list, of which some may be codes already."""
-        items = [] if audio is None else [audio] if is_single_audio(audio) else list(audio)
-        rate = self.feature_extractor.sampling_rate
-        codes: list[Any] = [item.get("audio_codes") if isinstance(item, Mapping) else None for item in items]
-        waveforms = {
-            index: (f"audio {index}", load_waveform(item, rate, sampling_rate, f"audio {index}"))
-            for index, item in enumerate(items)
-            if codes[index] is None
-        }
-        return self._encode(codes, waveforms, batch_size)
-
-    def _encode(self, codes: list[Any], waveforms: Mapping[int, tuple[str, np.ndarray]], batch_size: int = 16) -> list:
-        """Put the codes of named waveforms where they are missing."""
+        """Return the codes of every named audio part, in order; those that come as audio are encoded together."""
+        codes, waveforms = read_audio_parts(parts, self.feature_extractor.sampling_rate, audio, sampling_rate)
         if waveforms:
-            names, arrays = zip(*waveforms.values(), strict=True)
+            names, arrays = [parts[position][1] for position in waveforms], list(waveforms.values())
             audio_tokenizer = self._require_audio_tokenizer()
             rows = encode_waveforms(audio_tokenizer, self.feature_extractor, arrays, batch_size, names)
             for position, row in zip(waveforms, rows, strict=True):
                 codes[position] = row
         return codes
+
+    def _encode_list(self, audio: Any, sampling_rate: Any, batch_size: int = 16) -> list[Any]:
+        """Return the codes of one audio or several."""
+        audios = list_audio(audio)
+        return self._encode([({}, f"audio {i}") for i in range(len(audios))], audios, sampling_rate, batch_size)
 
     def _multimodal_inputs_from_conversations(self, conversations: list, *args: Any) -> tuple[list, list, list, dict]:
         """Called by `ProcessorMixin.apply_chat_template`; the parts hold codes by then."""
@@ -787,28 +753,26 @@ class TttProcessor(ProcessorMixin):
         if truncation != TruncationStrategy.DO_NOT_TRUNCATE:
             kept = slice(max_length) if self.tokenizer.truncation_side == "right" else slice(-max_length, None)
         side = text_kwargs.get("padding_side") or self.text_kwargs["padding_side"]
-        features = self.tokenizer.pad(
-            {"input_ids": [encoding.ids[kept] for encoding in encodings]},
-            padding=padding,
-            max_length=max_length,
-            padding_side=side,
-            pad_to_multiple_of=text_kwargs.get("pad_to_multiple_of"),
-            return_attention_mask=text_kwargs.get("return_attention_mask") is not False,
-        )
-        data = dict(features)
-        rows = data["input_ids"]
-
-        def padded(columns: list[list[Any]], filling: Any) -> list[list[Any]]:
-            fillings = [[filling] * (len(row) - len(column)) for row, column in zip(rows, columns, strict=True)]
-            pairs = zip(fillings, columns, strict=True)
-            return [filling + column if side == "left" else column + filling for filling, column in pairs]
-
-        if text_kwargs.get("return_offsets_mapping"):
-            data["offset_mapping"] = padded([encoding.offsets[kept] for encoding in encodings], (0, 0))
+        columns = {"input_ids": [encoding.ids[kept] for encoding in encodings]}
         if text_kwargs.get("return_special_tokens_mask"):
             special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-            columns = [[int(i in special) for i in encoding.ids[kept]] for encoding in encodings]
-            data["special_tokens_mask"] = padded(columns, 1)
+            columns["special_tokens_mask"] = [[int(i in special) for i in row] for row in columns["input_ids"]]
+        data = dict(
+            self.tokenizer.pad(
+                columns,
+                padding=padding,
+                max_length=max_length,
+                padding_side=side,
+                pad_to_multiple_of=text_kwargs.get("pad_to_multiple_of"),
+                return_attention_mask=text_kwargs.get("return_attention_mask") is not False,
+            )
+        )
+        rows = data["input_ids"]
+        if text_kwargs.get("return_offsets_mapping"):
+            offsets = [encoding.offsets[kept] for encoding in encodings]
+            fillings = [[(0, 0)] * (len(row) - len(places)) for row, places in zip(rows, offsets, strict=True)]
+            pairs = zip(*((fillings, offsets) if side == "left" else (offsets, fillings)), strict=True)
+            data["offset_mapping"] = [first + second for first, second in pairs]
         if text_kwargs.get("return_length"):
             data["length"] = [len(row) for row in rows]
         if options.get("return_mm_token_type_ids"):

@@ -147,13 +147,14 @@ def resolve_task(name: str, settings: Any, default: TttTask | None = None) -> Tt
     return dataclasses.replace(default or TttTask(""), **given)
 
 
-def check_messages(messages: Sequence[Any], name: str) -> None:
+def check_messages(messages: Sequence[Any], name: str, allow_placeholders: bool = True) -> None:
     """
     Check that a conversation has the form of one.
 
     Args:
         messages (`Sequence`): mappings with `role` and `content`, a string or a list of parts.
         name (`str`): how errors call the conversation.
+        allow_placeholders (`bool`, *optional*, defaults to `True`): whether a text may hold `<|audio|>`.
 
     Raises:
         ValueError: naming the first message that is not one, and what is wrong with it.
@@ -165,14 +166,15 @@ def check_messages(messages: Sequence[Any], name: str) -> None:
         if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
             raise ValueError(f"{where} must be a mapping with `role` and `content`, got {shorten(message)}.")
         content = message["content"]
-        if isinstance(content, str):
-            continue
-        if not isinstance(content, (list, tuple)):
+        if not isinstance(content, (str, list, tuple)):
             raise ValueError(f"{where} has `content` {shorten(content)}; it must be a string or a list of parts.")
-        for part in content:
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        for part in parts:
             _check_part(part, where)
-        audio_positions = [index for index, part in enumerate(content) if part["type"] == "audio"]
-        if message["role"] == "assistant" and audio_positions not in ([], [len(content) - 1]):
+            if not allow_placeholders and AUDIO_PLACEHOLDER in part.get("text", ""):
+                raise ValueError(f"{where} has `{AUDIO_PLACEHOLDER}` in a text. Write audio as a part.")
+        audio_positions = [index for index, part in enumerate(parts) if part["type"] == "audio"]
+        if message["role"] == "assistant" and audio_positions not in ([], [len(parts) - 1]):
             raise ValueError(f"{where}: an assistant's turn holds its text and then at most one audio.")
 
 
@@ -191,15 +193,31 @@ def _check_part(part: Any, where: str) -> None:
         raise ValueError(f"{where} has a text part without a string under `text`.")
 
 
-def texts_of(messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield the texts of a conversation, in order."""
-    for message in messages:
-        content = message["content"]
-        yield from [content] if isinstance(content, str) else (p["text"] for p in content if p["type"] == "text")
-
-
 def audio_parts(messages: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
     """Yield the audio parts of a conversation, in order."""
     for message in messages:
         if not isinstance(message["content"], str):
             yield from (part for part in message["content"] if part["type"] == "audio")
+
+
+def name_audio_parts(
+    conversations: Sequence[Sequence[Mapping[str, Any]]], names: Sequence[str]
+) -> list[tuple[Mapping[str, Any], str]]:
+    """Return the audio parts of all conversations, in order, and how errors call each."""
+    return [
+        (part, f"audio part {index} of {name}")
+        for messages, name in zip(conversations, names, strict=True)
+        for index, part in enumerate(audio_parts(messages))
+    ]
+
+
+def replace_audio_parts(
+    messages: Sequence[Mapping[str, Any]], parts: Iterator[dict[str, Any]]
+) -> list[Mapping[str, Any]]:
+    """Return a conversation with the next of `parts` in place of each of its audio parts."""
+    return [
+        message
+        if isinstance(message["content"], str)
+        else {**message, "content": [part if part["type"] == "text" else next(parts) for part in message["content"]]}
+        for message in messages
+    ]
