@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from training_examples.ttt_tiny import domain, other_sentences
+from training_examples.ttt_tiny.augmentation import NO_SPEECH
 from training_examples.ttt_tiny.speech import speak_list, speak_row, to_int16, write_shard
 from training_examples.ttt_tiny.synthesis import (
     ASSISTANT_VOICE,
@@ -149,7 +150,9 @@ def plan_evaluation(args: BuildArguments) -> dict[str, list[dict]]:
         "development_asr_seen": _dictations(rng, count, None, taken["asr_seen"]),
         "development_other_seen": _others(rng, count, None, False, taken["other_seen"]),
         "development_tts": _texts_to_read(rng, count, taken["tts"]),
+        "development_not_heard": _sounds(args.seed + 4, count),
         **plan,
+        "not_heard": _sounds(args.seed + 3, args.eval_items),
     }
 
 
@@ -188,6 +191,16 @@ def _others(
         {"task": "spoken_qa", "question": text, "answer": domain.NOT_KNOWN, "kind": "other"}
         | {"seen_voice": voices is None, **asdict(random_delivery(rng, voices))}
         for text in sentences
+    ]
+
+
+def _sounds(seed: int, count: int) -> list[dict]:
+    """Sounds in which nobody speaks, of every kind equally often; their seeds are no numbers that training draws."""
+    rng = random.Random(seed)
+    return [
+        {"task": "spoken_qa", "question": "", "answer": domain.NOT_HEARD, "kind": NO_SPEECH[index % len(NO_SPEECH)]}
+        | {"seen_voice": False, "sound_seed": rng.getrandbits(62) + 2**32, "seconds": round(rng.uniform(0.5, 5.0), 2)}
+        for index in range(count)
     ]
 
 

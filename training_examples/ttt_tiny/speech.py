@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from training_examples.files import whole_file, write_text
+from training_examples.ttt_tiny.augmentation import no_speech
 from training_examples.ttt_tiny.synthesis import ASSISTANT_VOICE, SAMPLING_RATE, Delivery, speak
 
 
@@ -63,6 +64,18 @@ def speak_row(row: dict) -> np.ndarray:
 
 
 @cache
+def _crowd() -> list[np.ndarray]:
+    texts = ("what is seven plus eight", "monday tuesday wednesday", "a bird lives in a tree", "please count to ten")
+    return [speak(text, voice) for text in texts for voice in ("flite:awb", "espeak:en-us+f1", "espeak:gmw/en+m3")]
+
+
+def make_sound(row: dict) -> np.ndarray:
+    """Return the sound of a row in which nobody speaks: float32 of shape `(samples,)`, 24 kHz."""
+    rng, length = np.random.default_rng(row["sound_seed"]), int(row["seconds"] * SAMPLING_RATE)
+    return no_speech(row["kind"], length, SAMPLING_RATE, rng, _crowd() if row["kind"] == "babble" else ())
+
+
+@cache
 def speak_answer(text: str) -> np.ndarray:
     """Return `text` in the assistant's voice: float32 of shape `(samples,)`, 24 kHz. Many questions share an answer."""
     return speak(text, ASSISTANT_VOICE)
@@ -77,9 +90,10 @@ def speak_list(folder: Path, name: str, rows: Sequence[dict]) -> Path:
     lines = []
     for index, row in enumerate(rows):
         row = {"id": f"{name}-{index:04d}", **row, "audio": None, "answer_audio": None}
-        if "voice" in row:
+        if "voice" in row or "sound_seed" in row:
             row["audio"] = f"{name}/{index:04d}.flac"
-            soundfile.write(folder / row["audio"], speak_row(row), SAMPLING_RATE)
+            wave = speak_row(row) if "voice" in row else make_sound(row)
+            soundfile.write(folder / row["audio"], wave, SAMPLING_RATE)
         if row["task"] != "asr":
             row["answer_audio"] = f"{name}/{index:04d}-answer.flac"
             soundfile.write(folder / row["answer_audio"], speak_answer(row["answer"]), SAMPLING_RATE)
