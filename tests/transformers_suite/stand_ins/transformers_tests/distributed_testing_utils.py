@@ -1,0 +1,33 @@
+"""In place of a file that the archive leaves out: runs a function in several processes that form a gloo group."""
+
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def run_distributed(world_size: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return what calls `function(rank, *arguments)` in `world_size` processes, and raises what any of them raises."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        def run(*arguments: Any) -> None:
+            with tempfile.TemporaryDirectory() as folder:
+                store = Path(folder, "store").as_uri()
+                torch.multiprocessing.spawn(_run_rank, (world_size, store, function, arguments), nprocs=world_size)
+
+        return run
+
+    return decorate
+
+
+def _run_rank(rank: int, world_size: int, store: str, function: Callable[..., None], arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store, timedelta(minutes=2), world_size, rank)
+    try:
+        function(rank, *arguments)
+    finally:
+        dist.destroy_process_group()
