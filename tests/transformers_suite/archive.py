@@ -1,6 +1,8 @@
 """Where Transformers' own test mixins are imported from, as if this repository's classes were part of the library."""
 
+import os
 import sys
+import unittest.mock
 from pathlib import Path
 
 import transformers.utils
@@ -15,18 +17,40 @@ for folder in (STAND_INS, unpacked_folder()):
         sys.path.append(str(folder))
 # Its files import the library once more, from the source tree around them; the installed one is the same.
 transformers.utils.direct_transformers_import = lambda *args, **kwargs: transformers
+# Its pipeline tests read a list of the Hub's tiny models when they are imported; ours is empty.
+with unittest.mock.patch.dict(os.environ, {"TRANSFORMERS_TINY_MODEL_PATH": str(STAND_INS)}):
+    from transformers_tests import test_pipeline_mixin as pipeline_mixin
 
-from transformers_tests import test_modeling_common as modeling_common  # noqa: E402
-from transformers_tests.test_configuration_common import ConfigTester  # noqa: E402
-from transformers_tests.generation.test_utils import GenerationTesterMixin  # noqa: E402
-from transformers_tests.test_feature_extraction_common import FeatureExtractionSavingTestMixin  # noqa: E402
-from transformers_tests.test_modeling_common import ModelTesterMixin  # noqa: E402
-from transformers_tests.test_processing_common import ProcessorTesterMixin  # noqa: E402
-from transformers_tests import test_tensor_parallel_mixin as tensor_parallel  # noqa: E402
-from transformers_tests.test_tensor_parallel_mixin import TensorParallelTesterMixin  # noqa: E402
-from transformers_tests.test_training_mixin import TrainingTesterMixin  # noqa: E402
+# ruff: noqa: E402
+from transformers_tests import test_fsdp_mixin as fsdp_mixin
+from transformers_tests import test_modeling_common as modeling_common
+from transformers_tests import test_tensor_parallel_mixin as tensor_parallel_mixin
+from transformers_tests.generation.test_utils import GenerationTesterMixin
+from transformers_tests.test_configuration_common import ConfigTester
+from transformers_tests.test_fsdp_mixin import FSDPTesterMixin
+from transformers_tests.test_modeling_common import ModelTesterMixin
+from transformers_tests.test_pipeline_mixin import PipelineTesterMixin
+from transformers_tests.test_processing_common import ProcessorTesterMixin
+from transformers_tests.test_tensor_parallel_mixin import TensorParallelTesterMixin
+from transformers_tests.test_training_mixin import TrainingTesterMixin
 
-# Its tables by class name say which classes have which head.
-tensor_parallel.TP_DISTRIBUTED_TEST_MODEL_TYPES = None  # all
-modeling_common.MODEL_MAPPING_NAMES = modeling_common.MODEL_MAPPING_NAMES | {"ttt": "TttModel"}
-modeling_common.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = modeling_common.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES | {"ttt": "TttForConditionalGeneration"}
+__all__ = [
+    "ConfigTester",
+    "FSDPTesterMixin",
+    "GenerationTesterMixin",
+    "ModelTesterMixin",
+    "PipelineTesterMixin",
+    "ProcessorTesterMixin",
+    "TensorParallelTesterMixin",
+    "TrainingTesterMixin",
+    "pipeline_mixin",
+]
+
+# Tables by the names of classes say what their heads are for, lists of model types which are run in several processes.
+modeling_common.MODEL_MAPPING_NAMES = {**modeling_common.MODEL_MAPPING_NAMES, "ttt": "TttModel"}
+modeling_common.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = {
+    **modeling_common.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "ttt": "TttForConditionalGeneration",
+}
+fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = {"ttt"}
+tensor_parallel_mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES = {"ttt"}

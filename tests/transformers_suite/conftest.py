@@ -18,6 +18,8 @@ TRANSFORMERS_MARKS = (
     "flash_attn_3_test",
     "flash_attn_4_test",
     "generate",
+    "is_fsdp_test",
+    "is_pipeline_test",
     "is_tensor_parallel_test",
     "is_training_test",
     "order",

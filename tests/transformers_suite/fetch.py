@@ -16,10 +16,10 @@ CACHE_VARIABLE = "TTT_TRANSFORMERS_SUITE"
 CHECKSUMS = {"5.23.0": "19d647a4d5d903a7c644ca5cde2d86efc3dde7d8c687ae7988806ff2205efa71"}
 FILES = (
     "test_configuration_common",
-    "test_feature_extraction_common",
+    "test_fsdp_mixin",
     "test_modeling_common",
+    "test_pipeline_mixin",
     "test_processing_common",
-    "test_sequence_feature_extraction_common",
     "test_tensor_parallel_mixin",
     "test_training_mixin",
 )

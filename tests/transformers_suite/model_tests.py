@@ -3,11 +3,16 @@
 from typing import Any
 
 import torch
-from transformers import set_seed
 
 from modeling_ttt import TttConfig, TttForConditionalGeneration, TttModel
 
-from .archive import ConfigTester, GenerationTesterMixin, ModelTesterMixin, TensorParallelTesterMixin, TrainingTesterMixin
+from .archive import (
+    ConfigTester,
+    GenerationTesterMixin,
+    ModelTesterMixin,
+    TensorParallelTesterMixin,
+    TrainingTesterMixin,
+)
 
 # Text below 60, codes from 61 to 92. Tests cut vocabularies to 128 or by 15 tokens: these ids survive.
 VOCABULARY = {
@@ -66,17 +71,19 @@ class TttModelTester:
         return self.get_config(), {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
 
-class TttModelTestMixin(ModelTesterMixin, GenerationTesterMixin, TensorParallelTesterMixin, TrainingTesterMixin):
+class TttModelTestMixin(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
     """The library's mixins; a class that inherits it says which model by `model_tester`."""
 
     model_tester = TttModelTester()
     all_model_classes = (TttModel, TttForConditionalGeneration)
     test_can_init_all_missing_weights_before_2023 = True
     _is_composite = True
+    training_overfit_learning_rate = 3e-3
+    training_grad_norm_reduction_threshold = 0.5  # of a single step, whose noise may be any
 
     def test_config(self) -> None:
-        tester = ConfigTester(self, TttConfig, has_text_modality=True, **self.model_tester.arguments)
-        tester.run_common_tests()
+        settings = {name: value for name, value in self.model_tester.arguments.items() if name != "text_config"}
+        ConfigTester(self, TttConfig, has_text_modality=True, **settings).run_common_tests()
 
     def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
         """As the library's, with the answer's own tokens as labels, audio among them."""
@@ -103,9 +110,32 @@ class TttModelTestMixin(ModelTesterMixin, GenerationTesterMixin, TensorParallelT
             torch.testing.assert_close(given, expected)
 
     def _create_text_training_batch(self, batch_size: int, seq_length: int, vocab_size: int) -> dict[str, torch.Tensor]:
-        """Text with spans of audio in it, the first token a prompt."""
-        tokens = []
-        while len(tokens) < seq_length:
-            tokens += [*range(1, 14), 50, *range(61, 81), 94]
-        input_ids = torch.tensor([tokens[:seq_length]] * batch_size)
+        """Text, a span and text, of which the first token is the prompt."""
+        tokens = [*range(1, 14), 50, *range(61, 81), 94, *range(14, seq_length - 21)]
+        input_ids = torch.tensor([tokens] * batch_size)
         return {"input_ids": input_ids, "labels": input_ids.clone()}
+
+    def _get_trainable_model_class(self) -> type[TttForConditionalGeneration]:
+        return OneBlock
+
+
+class OneBlock(TttForConditionalGeneration):
+    """Writes spans as they are trained here, in one block of 20 codes and the end token."""
+
+    def __init__(self, config: TttConfig):
+        super().__init__(config)
+        self.generation_config.audio_block_size = 21
+
+
+class FixedNoise(TttForConditionalGeneration):
+    """Every training loss has the same noise, so that two models can be compared by their losses."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, generator=torch.Generator().manual_seed(0), **kwargs)
+
+
+class TttTensorParallelTestMixin(TensorParallelTesterMixin):
+    """The library's mixin, with the same noise in the sharded model as in the whole one."""
+
+    def _get_tp_model_class(self) -> type[TttForConditionalGeneration]:
+        return FixedNoise

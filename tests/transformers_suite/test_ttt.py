@@ -1,11 +1,11 @@
-"""The diffusion model under Transformers' tests of models: with its head and without."""
+"""The diffusion model under Transformers' tests of models, with each backbone that DESIGN.md names."""
 
 import unittest
 
-from .model_tests import TttModelTester, TttModelTestMixin
+from .model_tests import TttModelTester, TttModelTestMixin, TttTensorParallelTestMixin
 
 
-class TttTest(TttModelTestMixin, unittest.TestCase):
+class TttTest(TttModelTestMixin, TttTensorParallelTestMixin, unittest.TestCase):
     pass
 
 

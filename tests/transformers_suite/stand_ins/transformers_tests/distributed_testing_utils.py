@@ -31,3 +31,23 @@ def _run_rank(rank: int, world_size: int, store: str, function: Callable[..., No
         function(rank, *arguments)
     finally:
         dist.destroy_process_group()
+
+
+def _start_rank_processes(function: Callable[..., None], args: tuple, nprocs: int) -> None:
+    torch.multiprocessing.spawn(function, args, nprocs=nprocs)
+
+
+def _get_distributed_backend() -> str:
+    return "gloo"
+
+
+def _get_distributed_device_type() -> str:
+    return "cpu"
+
+
+def _get_rank_device(rank: int) -> torch.device:
+    return torch.device("cpu")
+
+
+def _set_rank_device(rank: int) -> None:
+    """Nothing to set on CPUs."""
