@@ -1,6 +1,8 @@
 """What the tests of all TtT models share: configurations, inputs, and the library's mixins adapted to audio spans."""
 
+import tempfile
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -71,6 +73,20 @@ class TttModelTester:
         return self.get_config(), {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
 
+class TttConfigTester(ConfigTester):
+    def create_and_test_config_from_pretrained_custom_kwargs(self) -> None:
+        """As the library's, which changes the vocabulary alone, but to a size that has room for the audio tokens."""
+        config = self.parent.model_tester.get_config()
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            changed = TttConfig.from_pretrained(folder, text_config={"vocab_size": 100})
+            self.parent.assertDictEqual(
+                changed.text_config.to_dict(), {**config.text_config.to_dict(), "vocab_size": 100}
+            )
+            with self.parent.assertRaisesRegex(ValueError, "`text_config.vocab_size` is 20"):
+                TttConfig.from_pretrained(folder, text_config={"vocab_size": 20})
+
+
 class TttModelTestMixin(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
     """The library's mixins; a class that inherits it says which model by `model_tester`."""
 
@@ -83,7 +99,7 @@ class TttModelTestMixin(ModelTesterMixin, GenerationTesterMixin, TrainingTesterM
 
     def test_config(self) -> None:
         settings = {name: value for name, value in self.model_tester.arguments.items() if name != "text_config"}
-        ConfigTester(self, TttConfig, has_text_modality=True, **settings).run_common_tests()
+        TttConfigTester(self, TttConfig, has_text_modality=True, **settings).run_common_tests()
 
     def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
         """As the library's, with the answer's own tokens as labels, audio among them."""
@@ -92,6 +108,22 @@ class TttModelTestMixin(ModelTesterMixin, GenerationTesterMixin, TrainingTesterM
             is_prompt = torch.arange(self.model_tester.seq_length) < PROMPT_LENGTH
             inputs["labels"] = inputs["input_ids"].masked_fill(is_prompt, -100)
         return inputs
+
+    def test_causal_lm_loss_honors_shift_labels(self) -> None:
+        """Labels that are shifted already are refused: absorbed tokens are predicted in place."""
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        labels = inputs["input_ids"]
+        with self.assertRaisesRegex(ValueError, "shift_labels"):
+            TttForConditionalGeneration(config)(**inputs, labels=labels, shift_labels=labels)
+
+    def test_resize_tokens_embeddings(self) -> None:
+        """As the library's until its end: a vocabulary of 4 tokens has no room for audio and is refused."""
+        for model_class in self.all_model_classes:
+            with (
+                patch.object(type(self), "all_model_classes", (model_class,)),
+                self.assertRaisesRegex(ValueError, "`text_config.vocab_size` is 4"),
+            ):
+                super().test_resize_tokens_embeddings()
 
     def test_inputs_embeds(self) -> None:
         """As the library's, with the spans that embeddings cannot tell."""
@@ -120,11 +152,11 @@ class TttModelTestMixin(ModelTesterMixin, GenerationTesterMixin, TrainingTesterM
 
 
 class OneBlock(TttForConditionalGeneration):
-    """Writes spans as they are trained here, in one block of 20 codes and the end token."""
+    """Writes as it is trained here: a span in one block of 20 codes and the end token, a diffused response in one."""
 
     def __init__(self, config: TttConfig):
         super().__init__(config)
-        self.generation_config.audio_block_size = 21
+        self.generation_config.audio_block_size = 21 if config.text_objective == "autoregressive" else 63
 
 
 class FixedNoise(TttForConditionalGeneration):

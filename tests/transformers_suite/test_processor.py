@@ -1,10 +1,11 @@
-"""The processor under Transformers' tests of processors, and its feature extractor's saving."""
+"""The processor under Transformers' tests of processors."""
 
 import unittest
 from typing import Any
+from unittest.mock import patch
 
 from builders import build_codec, build_tokenizer
-from transformers import EncodecFeatureExtractor
+from transformers import EncodecFeatureExtractor, PreTrainedTokenizerFast
 
 from processing import TttProcessor
 
@@ -13,15 +14,30 @@ from .archive import ProcessorTesterMixin
 
 class TttProcessorTest(ProcessorTesterMixin, unittest.TestCase):
     processor_class = TttProcessor
+    audio_token = "<|audio|>"
+    # Audio becomes codes, and codes are tokens.
+    audio_input_name = audio_input_name_values = "input_ids"
+    settings = {"text_chunk_size": 7, "audio_chunk_size": 14}
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        """A class with code of its own to save names it in its settings; the library's have none."""
+        cls.enterClassContext(patch.object(TttProcessor, "_auto_class", None))
+        super().setUpClass()
 
     @classmethod
     def _setup_feature_extractor(cls) -> EncodecFeatureExtractor:
         return EncodecFeatureExtractor(feature_size=1, sampling_rate=16_000)
 
     @classmethod
-    def _setup_tokenizer(cls) -> Any:
+    def _setup_tokenizer(cls) -> PreTrainedTokenizerFast:
         return build_tokenizer()
 
-    @staticmethod
-    def prepare_processor_dict() -> dict[str, Any]:
-        return {"audio_tokenizer": build_codec()}
+    @classmethod
+    def prepare_processor_dict(cls) -> dict[str, Any]:
+        return {"audio_tokenizer": build_codec(), **cls.settings}
+
+    def test_processor_to_json_string(self) -> None:
+        """As the library's, but for the audio tokenizer, which is saved beside the settings."""
+        with patch.object(type(self), "prepare_processor_dict", lambda *_: self.settings):
+            super().test_processor_to_json_string()

@@ -1,4 +1,4 @@
-"""In place of a file that the archive leaves out: generation is tested by this repository's own tests."""
+"""In place of a file that the archive leaves out: README.md says where generation is tested."""
 
 
 class GenerationTesterMixin:
