@@ -16,12 +16,11 @@ from training_examples.ttt_tiny.evaluate_codec import reconstruct
 from training_examples.ttt_tiny.evaluate_ttt import (
     Evaluation,
     EvaluationArguments,
-    Talker,
-    figures_of_list,
     plot,
     report,
 )
 from training_examples.ttt_tiny.speech import read_audio, read_list
+from training_examples.ttt_tiny.talker import HeldOutLists, Talker, figures_of_list
 
 
 def row(**values):
@@ -189,11 +188,11 @@ def test_the_development_split_reads_and_writes_files_of_its_own(arguments):
     assert "development lists" in report(arguments, evaluation.figures, evaluation.kinds)
     parts = list(arguments.output_dir.rglob("*.json"))
     assert parts and all(path.name.startswith("development_") for path in parts)
-    assert EvaluationArguments().in_split("tts") == "tts"
+    assert HeldOutLists(arguments.data_dir).name("tts") == "tts"
 
 
 def test_an_answer_has_ended_when_its_turn_is_over_and_no_span_hit_its_limit(arguments):
-    talker = Talker(arguments.model, arguments)
+    talker = arguments.talker(arguments.model)
     end = talker.processor.token_ids.end_of_turn_token_id
     limit = talker.model.generation_config.max_audio_codes_per_span
     assert talker.has_ended([1, 2, end], 5)

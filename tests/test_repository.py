@@ -88,6 +88,24 @@ def test_imports_run_one_way(package):
     assert wrong == []
 
 
+def test_no_script_is_a_library_and_nothing_imports_how_ttt_tiny_was_made():
+    folder = ROOT / "training_examples"
+    scripts = {path for path in folder.rglob("*.py") if '__name__ == "__main__"' in path.read_text(encoding="utf-8")}
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in scripts}
+    assert "training_examples.train_ttt" in names and "training_examples.ttt_tiny.build_speech" in names
+    wrong = []
+    for path in folder.rglob("*.py"):
+        is_tiny = "ttt_tiny" in path.relative_to(folder).parts
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                module = "." * node.level + (node.module or "")
+                modules = {module, *(f"{module}.{name.name}" for name in node.names)}
+                of_tiny = module.startswith(".") or (module.startswith("training_examples.ttt_tiny") and not is_tiny)
+                if of_tiny or modules & names:
+                    wrong.append((path.name, module))
+    assert wrong == []
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_remote_code_imports_only_flat_siblings_and_public_packages(package):
     wrong = []

@@ -1,4 +1,4 @@
-"""Measures what an adapter has taught and what it has cost: held-out questions of the new skill and of the old domain,
+"""Measure what an adapter has taught and what it has cost: held-out questions of the new skill and of the old domain,
 answered with and without it.
 
     python training_examples/ttt_tiny/evaluate_skill.py --adapter runs/skill
@@ -17,12 +17,12 @@ from typing import Literal
 import torch
 from transformers import HfArgumentParser
 
-from training_examples.evaluation.figures import Figure, fingerprint, markdown_table, remember
+from training_examples.evaluation.figures import Figure, markdown_table, remember
 from training_examples.evaluation.recognisers import Recognizer
 from training_examples.ttt_tiny import domain
-from training_examples.ttt_tiny.evaluate_ttt import EvaluationArguments, Talker, figures_of_list, measure_list
 from training_examples.ttt_tiny.judge import VOICE_MEAN, VOICE_WARP
 from training_examples.ttt_tiny.skill import new_words, skill_items, split_of
+from training_examples.ttt_tiny.talker import HeldOutLists, Talker, figures_of_list, measure_list
 
 # Rows of the table: data, figure, title.
 ROWS = [
@@ -51,7 +51,7 @@ class SkillEvaluationArguments:
 
 
 def recognizer(num_workers: int) -> Recognizer:
-    """The domain's recogniser with the words and the training sentences of the skill added."""
+    """Return the domain's recogniser with the words and the training sentences of the skill added."""
     sentences = [
         text for item in skill_items() if split_of(item.question) == "training" for text in (item.question, item.answer)
     ]
@@ -70,22 +70,19 @@ def main() -> None:
     figures: dict[tuple[str, str, str], Figure] = {}
     with recognizer(args.num_workers) if args.listen else nullcontext() as listener:
         for data, folder in (("new", args.skill_dir), ("old", args.old_dir)):
-            settings = EvaluationArguments(
-                model=args.model, split=args.split, data_dir=folder, batch_size=args.batch_size
-            )
-            before = Talker(args.model, settings)
-            after = Talker(args.adapter, settings, before)
+            lists, name = HeldOutLists(folder, args.split), "spoken_qa_seen"
+            before = Talker(args.model, lists)
+            after = Talker(args.adapter, lists, before)
             for when, talker in (("before", before), ("after", after)):
-                name = settings.in_split("spoken_qa_seen")
                 rows = remember(
-                    args.output_dir / "parts" / f"{data}-{name}-{when}.json",
+                    args.output_dir / "parts" / f"{data}-{lists.name(name)}-{when}.json",
                     {
                         "model": talker.fingerprint,
-                        "list": fingerprint(folder / f"{name}.jsonl"),
+                        "list": lists.fingerprint(name),
                         "limit": args.limit,
                         "listen": args.listen,
                     },
-                    partial(measure_list, talker, "spoken_qa_seen", args.limit, listener, {}),
+                    partial(measure_list, talker, name, args.limit, args.batch_size, listener, {}),
                 )["rows"]
                 figures |= {(data, key, when): figure for key, figure in figures_of_list(rows).items()}
     table = markdown_table(

@@ -1,4 +1,4 @@
-"""Measures a TtT model on held-out speech and text: answers, transcripts, the speech it says, and its speed.
+"""Measure a TtT model on held-out speech and text: answers, transcripts, the speech it says, and its speed.
 
     python training_examples/ttt_tiny/evaluate_ttt.py --model model_cards/ttt-tiny
     python training_examples/ttt_tiny/evaluate_ttt.py --model model_cards/ttt-tiny --twin runs/autoregressive_twin
@@ -26,13 +26,10 @@ from typing import Any, Literal
 import soundfile
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModel, AutoProcessor, HfArgumentParser
+from transformers import HfArgumentParser
 
-import modeling_ttt  # noqa: F401  (registers the models, so that no remote code is needed)
-import processing  # noqa: F401
 from training_examples.evaluation.figures import (
     Figure,
-    fingerprint,
     markdown_table,
     normalized,
     remember,
@@ -41,9 +38,9 @@ from training_examples.evaluation.figures import (
 )
 from training_examples.evaluation.recognisers import SAMPLING_RATE, Recognizer, word_error_rate
 from training_examples.ttt_tiny.judge import domain_recognizer
-from training_examples.ttt_tiny.speech import read_audio, read_list
+from training_examples.ttt_tiny.speech import read_audio
+from training_examples.ttt_tiny.talker import HeldOutLists, Talker, figures_of_list, measure_list
 
-PROCESSOR_TASKS = {"spoken_qa": "spoken_qa", "asr": "asr", "tts": "tts", "text_qa": "text_chat"}
 VOICES = ("seen", "unheard", "unheard_natural")
 SPLITS = {
     "evaluation": [
@@ -113,92 +110,19 @@ class EvaluationArguments:
     num_threads: int = field(default=2, metadata={"help": "Threads of PyTorch."})
     num_workers: int = field(default=2, metadata={"help": "Processes of the recogniser."})
 
-    def in_split(self, name: str) -> str:
-        """The name of a list or a part in the chosen split."""
-        return name if self.split == "evaluation" else f"{self.split}_{name}"
+    @property
+    def lists(self) -> HeldOutLists:
+        """The lists of the chosen split."""
+        return HeldOutLists(self.data_dir, self.split)
 
-    def read_list(self, name: str, limit: int | None = None) -> list[dict[str, Any]]:
-        """The first `limit` rows of a list of the chosen split."""
-        return read_list(self.data_dir, self.in_split(name), limit)
-
-
-class Talker:
-    """A model folder that answers rows of the held-out lists, with its own processor or that of `other`."""
-
-    def __init__(self, folder: str, args: EvaluationArguments, other: "Talker | None" = None):
-        self.folder, self.args = folder, args
-        self.fingerprint: str = fingerprint(folder) + (f" with {other.fingerprint}" if other else "")
-        self.model = AutoModel.from_pretrained(folder, dtype=torch.float32).to(args.device).eval()
-        self.processor: Any = other.processor if other else AutoProcessor.from_pretrained(folder)
-        self.processor.audio_tokenizer.to(args.device)
-
-    def answer(self, rows: Sequence[dict[str, Any]], **options: Any) -> list[dict[str, Any]]:
-        """Answers `rows`, all of one task, as one batch.
-
-        Returns:
-            What `TttProcessor.post_process` gives for each row, and under `ended` whether its speech ended by itself.
-        """
-        task = PROCESSOR_TASKS[rows[0]["task"]]
-        if rows[0]["audio"] is None:
-            text = [row["question"] or row["answer"] for row in rows]
-            inputs = self.processor(text=text, task=task)
-        else:
-            audio = [read_audio(self.args.data_dir, row["audio"], SAMPLING_RATE) for row in rows]
-            inputs = self.processor(audio=audio, sampling_rate=SAMPLING_RATE, task=task)
-        prompt_length = inputs["input_ids"].shape[1]
-        if self.args.max_new_tokens is not None:
-            options = options | {"max_new_tokens": self.args.max_new_tokens}
-        sequences = self.model.generate(**inputs.to(self.args.device), do_sample=False, **options)
-        answers = self.processor.post_process(sequences, prompt_length)
-        for ids, answer in zip(sequences[:, prompt_length:].tolist(), answers, strict=True):
-            answer["ended"] = self.has_ended(ids, len(answer["audio_codes"]))
-        return answers
-
-    def has_ended(self, ids: list[int], num_codes: int) -> bool:
-        """Whether an answer ended its turn after at least one code and no span ran into its limit."""
-        limit = getattr(self.model.generation_config, "max_audio_codes_per_span", math.inf)
-        return self.processor.token_ids.end_of_turn_token_id in ids and 0 < num_codes < limit
+    def talker(self, folder: str, other: Talker | None = None) -> Talker:
+        """Return the model of a folder, with the processor of `other` if given."""
+        return Talker(folder, self.lists, other, self.device, self.max_new_tokens)
 
 
-def measure_list(
-    talker: Talker, name: str, limit: int | None, recognizer: Recognizer | None, options: dict[str, Any]
-) -> dict[str, Any]:
-    """Answers a list's first `limit` rows in batches; with `recognizer`, also listens to the answers.
-
-    Returns:
-        Per row `id`, `kind`, `expected`, `text`, `ended`, `seconds` of speech and `heard` (None if not listened to).
-    """
-    args = talker.args
-    rows = args.read_list(name, limit)
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]["question"] + rows[index]["answer"]))
-    answers: list[dict[str, Any]] = [{} for _ in rows]
-    title = " ".join([Path(talker.folder).name, name, *(f"{key}={value}" for key, value in options.items())])
-    for start in tqdm(range(0, len(rows), args.batch_size), desc=title):
-        chosen = order[start : start + args.batch_size]
-        for index, answer in zip(chosen, talker.answer([rows[i] for i in chosen], **options), strict=True):
-            answers[index] = answer
-    heard: list[str | None] = [None] * len(rows)
-    if recognizer is not None:
-        heard = list(recognizer.transcribe([answer["audio"] for answer in answers], progress=True))
-    return {
-        "rows": [
-            {
-                "id": row["id"],
-                "kind": row["kind"],
-                "expected": normalized(row["answer"]),
-                "text": normalized(answer["text"]),
-                "ended": answer["ended"],
-                "seconds": len(answer["audio"]) / SAMPLING_RATE,
-                "heard": words,
-            }
-            for row, answer, words in zip(rows, answers, heard, strict=True)
-        ]
-    }
-
-
-def measure_speed(talker: Talker, options: dict[str, Any]) -> dict[str, Any]:
-    """Answers questions one at a time, from the question's waveform to the reply's; the first is not counted."""
-    rows = talker.args.read_list("spoken_qa_seen", talker.args.timed + 1)
+def measure_speed(talker: Talker, count: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Answer `count` questions one at a time, from the question's waveform to the reply's; the first is not counted."""
+    rows = talker.lists.read("spoken_qa_seen", count + 1)
     timed = []
     for row in tqdm(rows, desc=f"{Path(talker.folder).name} one at a time {options}"):
         begin = time.perf_counter()
@@ -207,17 +131,18 @@ def measure_speed(talker: Talker, options: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": [seconds for seconds, _ in timed[1:]], "durations": [duration for _, duration in timed[1:]]}
 
 
-def measure_cold_command(talker: Talker) -> dict[str, Any]:
-    """Seconds from starting `ttt-talk` to its exit, with a question of about 3 s, in processes of their own."""
-    rows = talker.args.read_list("spoken_qa_seen")
-    questions = [read_audio(talker.args.data_dir, row["audio"], SAMPLING_RATE) for row in rows]
+def measure_cold_command(talker: Talker, count: int) -> dict[str, Any]:
+    """Measure `count` times how many seconds `ttt-talk` takes from its start to its exit, with a question of about 3 s,
+    in processes of their own."""
+    rows = talker.lists.read("spoken_qa_seen")
+    questions = [read_audio(talker.lists.folder, row["audio"], SAMPLING_RATE) for row in rows]
     question = min(questions, key=lambda samples: abs(len(samples) - 3 * SAMPLING_RATE))
     command = str(Path(sys.executable).with_name("ttt-talk"))
     seconds = []
     with tempfile.TemporaryDirectory() as folder:
         source, reply = str(Path(folder, "question.wav")), str(Path(folder, "reply.wav"))
         soundfile.write(source, question, SAMPLING_RATE)
-        for _ in range(talker.args.cold_runs):
+        for _ in range(count):
             begin = time.perf_counter()
             subprocess.run([command, source, reply, "--model", talker.folder], check=True, capture_output=True)
             seconds.append(time.perf_counter() - begin)
@@ -225,30 +150,15 @@ def measure_cold_command(talker: Talker) -> dict[str, Any]:
 
 
 def measure_originals(args: EvaluationArguments, name: str, recognizer: Recognizer) -> dict[str, Any]:
-    """What the recogniser hears in the reference answers' own speech."""
-    rows = args.read_list(name, args.limit)
+    """Return what the recogniser hears in the reference answers' own speech."""
+    rows = args.lists.read(name, args.limit)
     spoken = [read_audio(args.data_dir, row["answer_audio"], SAMPLING_RATE) for row in rows]
     heard = recognizer.transcribe(spoken, progress=True)
     return {"expected": [normalized(row["answer"]) for row in rows], "heard": heard}
 
 
-def figures_of_list(rows: list[dict[str, Any]]) -> dict[str, Figure]:
-    """Exact answers and word error rate of the text; where it was listened to, of the speech too, and its ends."""
-    figures = {
-        "exact": share(row["text"] == row["expected"] for row in rows),
-        "wer": Figure(word_error_rate([row["expected"] for row in rows], [row["text"] for row in rows]), len(rows)),
-    }
-    if rows[0]["heard"] is not None:
-        figures["ended"] = share(row["ended"] for row in rows)
-        # Against the model's own text: a wrong answer that is said well is no fault of the speech.
-        own, heard = [row["text"] for row in rows], [row["heard"] for row in rows]
-        figures["speech_wer"] = Figure(word_error_rate(own, heard) if any(own) else math.nan, len(rows))
-        figures["spoken_wer"] = Figure(word_error_rate([row["expected"] for row in rows], heard), len(rows))
-    return figures
-
-
 def figures_of_speed(result: dict[str, Any]) -> dict[str, Figure]:
-    """Time by reply duration over all answers, and the median seconds an answer takes."""
+    """Return time by reply duration over all answers, and the median seconds an answer takes."""
     count, duration = len(result["seconds"]), sum(result["durations"])
     return {
         "time_by_duration": Figure(sum(result["seconds"]) / duration if duration else math.nan, count, ""),
@@ -257,19 +167,19 @@ def figures_of_speed(result: dict[str, Any]) -> dict[str, Figure]:
 
 
 class Evaluation:
-    """Runs the parts in order and remembers each."""
+    """The parts of an evaluation, run in order; each is remembered."""
 
     def __init__(self, args: EvaluationArguments, recognizer: Recognizer):
         self.args, self.recognizer = args, recognizer
         self.names = SPLITS[args.split]
-        self.lists_fingerprint = fingerprint(*(args.data_dir / f"{args.in_split(name)}.jsonl" for name in self.names))
+        self.lists_fingerprint = args.lists.fingerprint(*self.names)
         self.figures: dict[str, Figure] = {}
         self.kinds: dict[str, Figure] = {}
 
     def part(
         self, talker: Talker | None, name: str, count: int | None, compute: Callable[[], Any], options: Any
     ) -> Any:
-        """The result of `compute` on `count` samples, measured or remembered."""
+        """Return the result of `compute` on `count` samples, measured or remembered."""
         settings = {
             "model": talker.fingerprint if talker else None,
             "lists": self.lists_fingerprint,
@@ -279,22 +189,22 @@ class Evaluation:
         }
         folder = Path(talker.folder).name if talker else "originals"
         suffix = "".join(f"-{key.removeprefix('audio_')}-{value}" for key, value in options.items())
-        path = self.args.output_dir / "parts" / folder / f"{self.args.in_split(name)}{suffix}.json"
+        path = self.args.output_dir / "parts" / folder / f"{self.args.lists.name(name)}{suffix}.json"
         return remember(path, settings, compute)
 
     def lists(
         self, talker: Talker, names: Sequence[str], limit: int | None, options: dict[str, Any]
     ) -> dict[str, list[dict[str, Any]]]:
-        """The answers to the first `limit` rows of each list; those that are to be spoken are listened to."""
+        """Return the answers to the first `limit` rows of each list; those that are to be spoken are listened to."""
         answers = {}
         for name in names:
             recognizer = self.recognizer if name in SPEECH_LISTS else None
-            compute = partial(measure_list, talker, name, limit, recognizer, options)
+            compute = partial(measure_list, talker, name, limit, self.args.batch_size, recognizer, options)
             answers[name] = self.part(talker, name, limit, compute, options)["rows"]
         return answers
 
     def file(self, prefix: str, answers: dict[str, list[dict[str, Any]]]) -> None:
-        """Keeps the figures of `answers` under `prefix`."""
+        """Keep the figures of `answers` under `prefix`."""
         for name, rows in answers.items():
             for key, figure in figures_of_list(rows).items():
                 self.figures[f"{prefix}{name}/{key}"] = figure
@@ -302,14 +212,15 @@ class Evaluation:
         self.figures[f"{prefix}end_of_audio"] = share(ended)
 
     def speed(self, talker: Talker, prefix: str, options: dict[str, Any]) -> None:
-        """Keeps the figures of answers one at a time under `prefix`."""
+        """Keep the figures of answers one at a time under `prefix`."""
         if self.args.timed:
-            result = self.part(talker, "speed", self.args.timed, partial(measure_speed, talker, options), options)
+            count = self.args.timed
+            result = self.part(talker, "speed", count, partial(measure_speed, talker, count, options), options)
             for key, figure in figures_of_speed(result).items():
                 self.figures[f"{prefix}speed/{key}"] = figure
 
     def run(self) -> None:
-        """Every part, in order. What is measured at the default steps serves both tables."""
+        """Run every part, in order. What is measured at the default steps serves both tables."""
         args = self.args
         limit = args.comparison_limit if args.limit is None else min(args.limit, args.comparison_limit)
         for name in SPEECH_LISTS:
@@ -321,7 +232,7 @@ class Evaluation:
             ):
                 self.figures[key] = Figure(word_error_rate(said, heard), len(heard))
 
-        talker = Talker(args.model, args)
+        talker = args.talker(args.model)
         default = {
             "audio_block_size": talker.model.generation_config.audio_block_size or args.steps_block_size,
             "audio_steps_per_block": args.default_steps,
@@ -333,7 +244,8 @@ class Evaluation:
         for kind in sorted({row["kind"] for row in questions}):
             self.kinds[kind] = share(row["text"] == row["expected"] for row in questions if row["kind"] == kind)
         if args.cold_runs:
-            result = self.part(talker, "cold", args.cold_runs, partial(measure_cold_command, talker), {})
+            compute = partial(measure_cold_command, talker, args.cold_runs)
+            result = self.part(talker, "cold", args.cold_runs, compute, {})
             self.figures["cold_command"] = Figure(statistics.median(result["seconds"]), len(result["seconds"]), "s")
 
         for prefix, options in comparison_settings(args):
@@ -344,7 +256,7 @@ class Evaluation:
             self.speed(talker, prefix, options)
         if args.twin:
             # The twin speaks with the model's audio tokenizer, so that only the language models are compared.
-            twin = Talker(args.twin, args, talker)
+            twin = args.talker(args.twin, talker)
             answers = self.lists(twin, self.names, args.limit, {})
             self.file("twin/", answers)
             self.file("compared twin/", {name: answers[name][:limit] for name in SPEECH_LISTS})
@@ -353,7 +265,7 @@ class Evaluation:
 
 
 def comparison_settings(args: EvaluationArguments) -> list[tuple[str, dict[str, Any]]]:
-    """Prefix and generation options of each row of the comparison."""
+    """Return prefix and generation options of each row of the comparison."""
     settings: list[tuple[str, dict[str, Any]]] = []
     block = {"audio_block_size": args.steps_block_size}
     settings += [(f"{steps} steps/", {**block, "audio_steps_per_block": steps}) for steps in args.steps]
@@ -369,7 +281,7 @@ def comparison_settings(args: EvaluationArguments) -> list[tuple[str, dict[str, 
 
 
 def report(args: EvaluationArguments, figures: dict[str, Figure], kinds: dict[str, Figure]) -> str:
-    """The report in Markdown."""
+    """Return the report in Markdown."""
     header = ["", "at least", "aim", "measured", "samples", *(["autoregressive twin", "samples"] if args.twin else [])]
     main_rows = []
     for key, title, least, aim in GOALS:
@@ -404,7 +316,7 @@ def report(args: EvaluationArguments, figures: dict[str, Figure], kinds: dict[st
 
 
 def plot(args: EvaluationArguments, figures: dict[str, Figure], path: Path) -> None:
-    """The recogniser's WER by denoising steps a block, with the originals and the twin as lines."""
+    """Draw the recogniser's WER by denoising steps a block, with the originals and the twin as lines."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -446,7 +358,7 @@ def main() -> None:
         args.output_dir / f"{args.split}.json", {"figures": evaluation.figures, "exact_by_kind": evaluation.kinds}
     )
     (args.output_dir / f"{args.split}.md").write_text(text + "\n", encoding="utf-8")
-    plot(args, evaluation.figures, args.output_dir / f"{args.in_split('steps')}.png")
+    plot(args, evaluation.figures, args.output_dir / f"{args.lists.name('steps')}.png")
     print(text)
 
 
