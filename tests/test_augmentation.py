@@ -179,3 +179,15 @@ def test_words_are_spliced_with_gaps_between_them_only():
 def test_silence_is_put_on_both_sides():
     padded = augmentation.pad_silence(np.ones(10, np.float32), 100, 0.2, 0.05)
     assert padded.tolist() == [0] * 20 + [1] * 10 + [0] * 5
+
+
+def test_what_can_be_said_is_spliced_of_the_words_that_are_there():
+    words = {"one": np.full(10, 0.1, np.float32), "two": np.full(20, 0.2, np.float32)}
+    for seed in range(5):
+        text, wave = augmentation.splice_at_random(words, ["one two", "two three", "two"], 100, random(seed))
+        assert text in ("one two", "two") and np.unique(wave[wave > 0]).tolist() == sorted(
+            words[word][0] for word in text.split()
+        )
+        assert len(wave) <= 30 + 25
+    with pytest.raises(ValueError, match="none of 1"):
+        augmentation.splice_at_random(words, ["three"], 100, random())

@@ -69,6 +69,11 @@ def test_training_speech_is_planned_in_an_order_that_may_be_cut_anywhere(tmp_pat
     assert {answers[answer] for answer in needed} == set(range(len(needed)))
     half = {row["kind"] for row in plan["questions"][:1750]}
     assert half == {row["kind"] for row in plan["questions"]} >= {"word", "digits", "dictation", "other", "repeat"}
+    voices: dict[tuple, list[str]] = {}
+    for row in plan["questions"]:
+        if row["kind"] == "word":
+            voices.setdefault((row["voice"], row["rate"], row["pitch"]), []).append(row["text"])
+    assert sum(set(words) >= set(build_speech.LONE_WORDS) for words in voices.values()) == SMALL.words // 15
     for row in plan["questions"]:
         assert (row["answer"] == domain.NOT_KNOWN) == (row["kind"] == "other")
     jobs = [path.stem for path, _ in build_speech.training_jobs(dataclasses.replace(SMALL, output_dir=tmp_path))]

@@ -5,7 +5,7 @@ All functions are pure: float32 waveforms of shape `(samples,)`, their rate in H
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -371,3 +371,26 @@ def _background(length: int, rate: int, rng: np.random.Generator, others: Sequen
     if draw < 0.4 and len(others):
         return babble(length, others, rng)
     return colored_noise(length, rng.uniform(0, 2), rng)
+
+
+def splice_at_random(
+    words: Mapping[str, np.ndarray], texts: Sequence[str], rate: int, rng: np.random.Generator
+) -> tuple[str, np.ndarray]:
+    """
+    Return something said word by word: one of `texts`, spliced of single words with gaps of up to 0.25 s.
+
+    Args:
+        words (`Mapping[str, np.ndarray]`): recordings of single words by one voice, each of shape `(samples,)`.
+        texts (`Sequence[str]`): what may be said; those with a word that is not there are passed over.
+        rate (`int`): sampling rate in Hz.
+        rng (`np.random.Generator`): the source of chance.
+
+    Raises:
+        ValueError: If there is no text whose words are all there.
+    """
+    possible = [text for text in texts if all(word in words for word in text.split())]
+    if not possible:
+        raise ValueError(f"none of {len(texts)} `texts` is made of the {len(words)} `words` alone")
+    text = possible[int(rng.integers(len(possible)))]
+    # The gaps of one speaker are alike; what a word is left with at its ends is a gap, too.
+    return text, splice([words[word] for word in text.split()], rate, float(rng.uniform(0.0, 0.25)))

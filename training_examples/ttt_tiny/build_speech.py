@@ -12,7 +12,7 @@ speeds and pitches are drawn from `--seed`; the synthesisers add noise of their 
 import random
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -29,7 +29,9 @@ from training_examples.ttt_tiny.synthesis import (
     random_delivery,
 )
 
-HEARD_NUMBERS = domain.NUMBERS[:13]
+DIGITS = domain.NUMBERS[:10]
+# What one voice says word by word, so that strings and sums can be spliced of it; some other words come with them.
+LONE_WORDS, OTHER_LONE_WORDS = [*DIGITS, "plus", "minus"], 3
 
 
 @dataclass
@@ -37,9 +39,9 @@ class BuildArguments:
     output_dir: Path = field(default=Path("data/ttt_tiny"), metadata={"help": "Where the speech goes."})
     assistant: int = field(default=20_000, metadata={"help": "Texts in the assistant's voice, fixed answers included."})
     questions: int = field(default=12_500, metadata={"help": "Spoken questions of the domain in many voices."})
-    dictations: int = field(default=6_000, metadata={"help": "Random word sequences in many voices, for recognition."})
+    dictations: int = field(default=5_250, metadata={"help": "Random word sequences in many voices, for recognition."})
     digits: int = field(default=1_500, metadata={"help": "Strings of digits in many voices."})
-    words: int = field(default=1_500, metadata={"help": "Words said alone in many voices, half of them numbers."})
+    words: int = field(default=2_250, metadata={"help": "Words said alone: digits, signs and 3 others in each voice."})
     others: int = field(default=3_500, metadata={"help": "Sentences outside the domain in many voices."})
     eval_items: int = field(default=300, metadata={"help": "Held-out items per evaluation list."})
     development_items: int = field(default=100, metadata={"help": "Held-out items per development list."})
@@ -62,21 +64,32 @@ def plan_training(args: BuildArguments) -> dict[str, list[dict]]:
     heard: list[tuple[str, str, str | None]] = [(item.kind, item.question, item.answer) for item in items]
     heard += [("dictation", text, None) for text in _random_dictations(rng, args.dictations, held_out=False)]
     heard += [("digits", text, None) for text in _digit_strings(rng, args.digits, held_out=False)]
-    words = [*HEARD_NUMBERS, "plus", "minus", "times"] * 21 + domain.vocabulary()
-    heard += [("word", words[index % len(words)], None) for index in range(args.words)]
     known = {item.question for item in domain.fixed_items()}
     others = other_sentences.sample_sentences(rng, args.others, unseen_patterns=False, held_out=False, excluded=known)
     heard += [("other", text, domain.NOT_KNOWN) for text in others]
-    rng.shuffle(heard)
+    questions = [
+        {"text": text, "answer": answer, "kind": kind, **asdict(random_delivery(rng, kind=kind))}
+        for kind, text, answer in heard
+    ]
+    questions += _lone_words(rng, args.words)
+    rng.shuffle(questions)
     return {
-        "questions": [
-            {"text": text, "answer": answer, "kind": kind, **asdict(random_delivery(rng, kind=kind))}
-            for kind, text, answer in heard
-        ],
+        "questions": questions,
         "assistant": [
             {"text": text, **asdict(Delivery(ASSISTANT_VOICE))} for text in _assistant_texts(rng, args.assistant, items)
         ],
     }
+
+
+def _lone_words(rng: random.Random, count: int) -> list[dict]:
+    """Single words, group after group in one voice and delivery."""
+    others = [word for word in domain.vocabulary() if word not in LONE_WORDS]
+    rows: list[dict] = []
+    while len(rows) < count:
+        delivery = asdict(replace(random_delivery(rng), phrasing="statement"))
+        for text in [*LONE_WORDS, *rng.sample(others, OTHER_LONE_WORDS)]:
+            rows.append({"text": text, "answer": None, "kind": "word", **delivery})
+    return rows[:count]
 
 
 def _assistant_texts(rng: random.Random, count: int, asked: Sequence[domain.Item]) -> list[str]:
@@ -89,7 +102,7 @@ def _assistant_texts(rng: random.Random, count: int, asked: Sequence[domain.Item
         if draw < 0.75:
             text = domain.random_words(rng, 1, 9, domain.CONTENT)
         elif draw < 0.85:
-            text = domain.random_words(rng, 2, 8, domain.NUMBERS[:10])
+            text = domain.random_words(rng, 2, 8, DIGITS)
         else:
             text = domain.recombined_answer(rng)
         if not domain.is_held_out(text) and text not in fixed | repeated:
@@ -109,7 +122,7 @@ def _random_dictations(
 
 
 def _digit_strings(rng: random.Random, count: int, held_out: bool, excluded: Collection[str] = ()) -> list[str]:
-    return domain.sample_sequences(rng, count, held_out, 2, 7, excluded, words=domain.NUMBERS[:10])
+    return domain.sample_sequences(rng, count, held_out, 2, 7, excluded, words=DIGITS)
 
 
 def plan_evaluation(args: BuildArguments) -> dict[str, list[dict]]:
