@@ -12,8 +12,9 @@ from typing import Any, TypedDict
 
 import numpy as np
 import torch
+from huggingface_hub.dataclasses import validate_typed_dict
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.processing_utils import AUDIO_TOKENIZER_KWARGS, ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.processing_utils import AUDIO_TOKENIZER_KWARGS, ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
 from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils import PROCESSOR_NAME, cached_file
 
@@ -555,7 +556,7 @@ class TttProcessor(ProcessorMixin):
     def to_dict(self) -> dict[str, Any]:
         """Return the processor's own settings; the audio tokenizer is saved beside them, not in them."""
         settings = copy.copy(self)
-        for name in ("audio_tokenizer", "token_ids", "_cached_encoder"):
+        for name in ("audio_tokenizer", "token_ids"):
             settings.__dict__.pop(name, None)
         folder = None if self.audio_tokenizer is None else AUDIO_TOKENIZER_FOLDER
         return super(TttProcessor, settings).to_dict() | {"audio_tokenizer_folder": folder}
@@ -679,6 +680,7 @@ class TttProcessor(ProcessorMixin):
         Raises:
             TypeError: if there is no option of that name.
             ValueError: if it cannot be met.
+            StrictDataclassFieldValidationError: if it has another type.
         """
         for name, value in kwargs.items():
             if name in ("images", "videos") and value is None:
@@ -692,6 +694,8 @@ class TttProcessor(ProcessorMixin):
                 raise ValueError(
                     f"`{name}` is {text_kwargs[name]!r}, which a prompt with audio cannot give; leave it out."
                 )
+        known = NESTED_OPTIONS["text_kwargs"]
+        validate_typed_dict(TextKwargs, {name: value for name, value in text_kwargs.items() if name in known})
 
     def _prepare_processor_kwargs(self, chat_template: str, processor_kwargs: dict, kwargs: dict, **flags: Any) -> dict:
         """Called by `ProcessorMixin.apply_chat_template`, whether or not it goes on to tokenize."""
@@ -700,6 +704,10 @@ class TttProcessor(ProcessorMixin):
         return processor_kwargs
 
     # ------------------------------------------------------------------ from messages to ids
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what makes a copy: all but the texts that were tokenised."""
+        return {name: value for name, value in self.__dict__.items() if name != "_cached_encoder"}
 
     @property
     def _encoder(self) -> ConversationEncoder:

@@ -187,7 +187,7 @@ def _check_part(part: Any, where: str) -> None:
     if unknown:
         raise ValueError(
             f"{where} has {'an' if part['type'] == 'audio' else 'a'} {part['type']} part with `{unknown[0]}`; it may "
-            f"have {', '.join(f'`{key}`' for key in known)}."
+            f"have {', '.join(f'`{key}`' for key in known[1:])}."
         )
     if part["type"] == "text" and not isinstance(part.get("text"), str):
         raise ValueError(f"{where} has a text part without a string under `text`.")

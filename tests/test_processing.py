@@ -2,7 +2,9 @@
 
 import json
 import os
+import pickle
 import shutil
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -293,6 +295,9 @@ def test_examples_are_written_with_the_tokens_there_are():
     fresh = build_processor(audio_tokenizer=None)
     fresh.tokenizer.add_tokens(["<mood>"])
     assert after == fresh.build_conversation_example(messages) != before
+    for copy in (pickle.loads(pickle.dumps(processor)), deepcopy(processor)):  # as for the workers of a dataset's map
+        assert copy.build_conversation_example(messages) == after
+    assert pickle.dumps(copy) == pickle.dumps(deepcopy(copy))
 
 
 def test_an_answer_comes_back_as_its_text_codes_and_speech(processor):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from builders import build_processor, build_tokenizer, tone
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import EncodecFeatureExtractor
 
 from processing import TttProcessor
@@ -234,6 +235,16 @@ def test_an_option_that_there_is_not_is_an_error(processor, call, options, messa
 def test_an_option_that_cannot_be_met_is_an_error(processor, options):
     with pytest.raises(ValueError, match="which a prompt with audio cannot give; leave it out"):
         processor(text="a", **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_length", "10"), ("padding_side", "middle"), ("truncation", 3), ("return_length", 2)],
+)
+def test_an_option_of_a_wrong_type_is_named(processor, name, value):
+    for options in ({name: value}, {"text_kwargs": {name: value}}):
+        with pytest.raises(StrictDataclassFieldValidationError, match=f"'{name}'"):
+            processor(text="a", **options)
 
 
 def test_options_of_other_kinds_are_errors(processor):
