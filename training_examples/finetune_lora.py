@@ -1,4 +1,4 @@
-"""Adapts a TtT checkpoint with LoRA: PEFT and the plain Transformers Trainer.
+"""Adapt a TtT checkpoint with LoRA: PEFT and the plain Transformers Trainer.
 
     python training_examples/finetune_lora.py --model model_cards/ttt-tiny --dataset data/skill/examples/dataset \
         --output_dir runs/skill --max_steps 400 --learning_rate 1e-3 --new_words kitten puppy

@@ -1,4 +1,4 @@
-"""Makes a TtT checkpoint of a text language model and an audio tokenizer, ready to be trained.
+"""Make a TtT checkpoint of a text language model and an audio tokenizer, ready to be trained.
 
     python training_examples/init_from_llm.py --llm Qwen/Qwen2.5-1.5B --audio_tokenizer model_cards/ttt-tiny \
         --output_dir runs/qwen/initial
@@ -112,18 +112,19 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, num_codes: int) -> None
 @torch.no_grad()
 def draw_rows(rows: torch.Tensor, count: int, spread: float, generator: torch.Generator) -> torch.Tensor:
     """
-    New rows around the old ones: drawn from the normal distribution with their mean m and covariance spread² Σ.
+    Draw new rows around the old ones, from the normal distribution with their mean m and covariance spread² Σ.
 
-    What `resize_token_embeddings(mean_resizing=True)` does, but estimated in slices: that makes several float32 copies
-    of the embedding, here there is none.
+    It is what `resize_token_embeddings(mean_resizing=True)` does, but estimated in slices: that makes several float32
+    copies of the embedding, here there is none.
 
     Args:
-        rows: (old, hidden).
-        count: how many to draw.
-        spread: multiplies the standard deviation; 0 gives the mean.
+        rows (`torch.Tensor` of shape `(old, hidden)`): the old rows.
+        count (`int`): how many to draw.
+        spread (`float`): multiplies the standard deviation; 0 gives the mean.
+        generator (`torch.Generator`): draws them.
 
     Returns:
-        (count, hidden), float32.
+        `torch.Tensor` of shape `(count, hidden)`, float32.
     """
     slices = rows.split(8192)
     mean = torch.stack([part.double().sum(0) for part in slices]).sum(0) / len(rows)
@@ -138,8 +139,10 @@ def draw_rows(rows: torch.Tensor, count: int, spread: float, generator: torch.Ge
 
 
 def extend_embeddings(llm: PreTrainedModel, old_size: int, new_size: int, spread: float, seed: int) -> None:
-    """Gives the input embedding and, where it is not the same, the head `new_size` rows. Rows from `old_size` up, which
-    no text token has (padding rows of the language model among them), are drawn by `draw_rows` from the others."""
+    """
+    Give the input embedding and, where it is not the same, the head `new_size` rows. Rows from `old_size` up, which no
+    text token has (padding rows of the language model among them), are drawn by `draw_rows` from the others.
+    """
     llm.resize_token_embeddings(new_size, mean_resizing=False)
     generator = torch.Generator().manual_seed(seed)
     weights = [llm.get_input_embeddings().weight, llm.get_output_embeddings().weight]
@@ -156,17 +159,18 @@ def build_model(
     seed: int = 0,
 ) -> TttForConditionalGeneration:
     """
-    The language model as a TtT model.
+    Return the language model as a TtT model.
 
     Args:
-        name: folder or Hub name of a Qwen2, Qwen3 or Llama model.
-        tokenizer: its tokenizer, extended.
-        old_size: number of ids the tokenizer had before.
-        dtype: as `from_pretrained` takes it.
-        spread, seed: of the new rows.
+        name (`str`): folder or Hub name of a Qwen2, Qwen3 or Llama model.
+        tokenizer (`PreTrainedTokenizerBase`): its tokenizer, extended.
+        old_size (`int`): number of ids the tokenizer had before.
+        dtype (`str`, *optional*, defaults to `"auto"`): as `from_pretrained` takes it.
+        spread (`float`, *optional*): of the new rows, see `draw_rows`.
+        seed (`int`, *optional*, defaults to 0): of the new rows.
 
     Raises:
-        ValueError: another architecture, or weights that are not those of its language model.
+        ValueError: If the architecture is another, or the weights are not those of its language model.
     """
     config = AutoConfig.from_pretrained(name)
     if config.model_type not in BACKBONES:
@@ -201,8 +205,10 @@ def build_model(
 
 
 def load_audio_tokenizer(args: InitArguments) -> tuple[Any, Any]:
-    """The audio tokenizer, in float32, and its feature extractor: the one beside it or in the root of its repository,
-    or, for one that takes plain waveforms, one that only pads them."""
+    """
+    Load the audio tokenizer, in float32, and its feature extractor: the one beside it or in the root of its repository,
+    or, for one that takes plain waveforms, one that only pads them.
+    """
     name, subfolder = args.audio_tokenizer, args.audio_tokenizer_subfolder
     if not subfolder and (Path(name) / AUDIO_TOKENIZER_FOLDER / "config.json").is_file():
         subfolder = AUDIO_TOKENIZER_FOLDER
@@ -216,7 +222,9 @@ def load_audio_tokenizer(args: InitArguments) -> tuple[Any, Any]:
 
 
 def build_processor(args: InitArguments, tokenizer: PreTrainedTokenizerBase, audio_tokenizer: Any, extractor: Any):
-    """The processor, with its chat template set for the tokenizer too, after a try that the audio tokenizer fits."""
+    """
+    Return the processor, with its chat template set for the tokenizer too, after a try that the audio tokenizer fits.
+    """
     prompts = json.loads(args.system_prompts.read_text(encoding="utf-8")) if args.system_prompts else None
     processor = TttProcessor(
         extractor,

@@ -1,4 +1,4 @@
-"""Turns any speech or text dataset into tokenised training examples: `input_ids`, `labels`, `length` and `task`.
+"""Turn any speech or text dataset into tokenised training examples: `input_ids`, `labels`, `length` and `task`.
 
     python training_examples/prepare_dataset.py --model model_cards/ttt-tiny --output_dir data/questions \
         --source data/ttt_tiny/eval/spoken_qa_seen.jsonl --tasks spoken_chat asr --columns text=question
@@ -101,7 +101,7 @@ class PrepareArguments:
             raise ValueError(f"`--output_split` is {self.output_split!r}; use letters, digits and underscores.")
 
     def pairs(self, name: str) -> dict[str, str]:
-        """The KEY=VALUE items of an argument."""
+        """Return the KEY=VALUE items of an argument."""
         items = getattr(self, name)
         if not all("=" in item for item in items):
             raise ValueError(f"`--{name}` {' '.join(items)}: every item needs the form KEY=VALUE.")
@@ -109,8 +109,10 @@ class PrepareArguments:
 
 
 def load_processor(args: PrepareArguments) -> TttProcessor:
-    """The checkpoint's processor. Records in a published form hold codes already, so there the audio tokenizer may be
-    missing."""
+    """
+    Load the checkpoint's processor. Records in a published form hold codes already, so there the audio tokenizer may be
+    missing.
+    """
     try:
         return TttProcessor.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
     except OSError:
@@ -145,7 +147,10 @@ def open_sources(args: PrepareArguments) -> list[Source]:
 
 
 def fingerprint(processor: TttProcessor) -> str:
-    """Of everything that decides which ids a record gets: the processor's settings, text and audio tokenizer."""
+    """
+    Return a short hash of everything that decides which ids a record gets: the processor's settings, text and audio
+    tokenizer.
+    """
     digest = hashlib.sha256(json.dumps(processor.to_dict(), sort_keys=True, default=str).encode())
     digest.update(processor.chat_template.encode())
     digest.update(processor.tokenizer.backend_tokenizer.to_str().encode())
@@ -160,7 +165,7 @@ _work: tuple[ExampleBuilder, ShardFolder]
 
 
 def start_worker(args: PrepareArguments, folder: ShardFolder, roots: Sequence[Path], ranks: Any) -> None:
-    """Readies a process: one thread, and the GPUs dealt out in turn."""
+    """Ready a process: one thread, and the GPUs dealt out in turn."""
     global _work
     torch.set_num_threads(1)
     device = f"cuda:{ranks.get() % torch.cuda.device_count()}" if args.device == "cuda" else args.device
@@ -175,7 +180,7 @@ def finish_in_worker(chunk: Chunk) -> dict[str, Any]:
 
 
 def finish(builder: ExampleBuilder, folder: ShardFolder, chunk: Chunk) -> dict[str, Any]:
-    """Makes and writes the shard of a chunk; returns its report."""
+    """Make and write the shard of a chunk; return its report."""
     examples, report = builder(chunk)
     folder.write(chunk, examples, report)
     return report
@@ -184,7 +189,7 @@ def finish(builder: ExampleBuilder, folder: ShardFolder, chunk: Chunk) -> dict[s
 def finish_all(
     args: PrepareArguments, folder: ShardFolder, roots: Sequence[Path], chunks: Iterable[Chunk]
 ) -> Iterator[dict[str, Any]]:
-    """Reports of the chunks, as they are finished by `num_proc` processes."""
+    """Yield the reports of the chunks, as they are finished by `num_proc` processes."""
     context = get_context("spawn")  # a fork would inherit threads and an initialised GPU
     ranks = context.Queue()
     for rank in range(args.num_proc):
@@ -203,7 +208,7 @@ def finish_all(
 
 
 def prepare(args: PrepareArguments) -> dict[str, Any]:
-    """Makes the shards that are missing; returns the summary."""
+    """Make the shards that are missing; return the summary."""
     processor = load_processor(args)
     sources = open_sources(args)
     builder = make_builder(args, processor, [args.audio_root or source.root for source in sources])

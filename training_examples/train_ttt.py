@@ -1,4 +1,4 @@
-"""Trains TtT, or one of its baselines, with the plain Transformers Trainer.
+"""Train TtT, or one of its baselines, with the plain Transformers Trainer.
 
     python training_examples/train_ttt.py --model runs/tiny/initial --dataset data/ttt_tiny/examples/dataset \
         --output_dir runs/tiny/ttt --max_steps 10000

@@ -26,12 +26,14 @@ class Figure:
 
 
 def normalized(text: str) -> str:
-    """Lower case, single blanks: the form in which texts are compared."""
+    """Return a text in lower case with single blanks, the form in which texts are compared."""
     return " ".join(text.lower().split())
 
 
 def fingerprint(*paths: str | Path) -> str:
-    """A short hash of folders' weights, settings and lists, or of files, so that no result is taken for another's."""
+    """
+    Return a short hash of folders' weights, settings and lists, or of files, so that no result is taken for another's.
+    """
     digest = hashlib.sha256()
     for root in map(Path, paths):
         for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
@@ -42,7 +44,7 @@ def fingerprint(*paths: str | Path) -> str:
 
 
 def remember(path: Path, settings: dict[str, Any], compute: Callable[[], Any]) -> Any:
-    """The result of `compute`, from `path` if it was computed there before with the same settings."""
+    """Return the result of `compute`, from `path` if it was computed there before with the same settings."""
     settings = json.loads(json.dumps(settings))
     if path.exists():
         stored = read_json(path)
@@ -67,13 +69,13 @@ def _plain(value: Any) -> Any:
 
 
 def share(flags: Iterable[bool]) -> Figure:
-    """How many of `flags` are true, with the count; NaN of none."""
+    """Return how many of `flags` are true, with the count; NaN of none."""
     flags = list(flags)
     return Figure(sum(flags) / len(flags) if flags else math.nan, len(flags))
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table; the first column is text, the others are right-aligned."""
+    """Return a Markdown table; the first column is text, the others are right-aligned."""
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
     lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
     return "\n".join(lines)

@@ -30,19 +30,20 @@ NOISE_RMS = 1e-5
 
 
 def bigram_arpa(sentences: Iterable[str], vocabulary: Sequence[str], uniform_weight: float = 0.5) -> str:
-    """A bigram language model in ARPA format: the sentences' bigrams mixed with the uniform distribution.
+    """
+    Return a bigram language model in ARPA format: the sentences' bigrams mixed with the uniform distribution.
 
-    p(w | h) = (1 - u) count(h, w) / count(h) + u q(w), where q gives every word of the vocabulary the same
-    probability and the end of the sentence 1 / (MEAN_SEQUENCE_LENGTH + 1). The mixture is exact: a bigram that never
-    occurred backs off to q with weight u, or with weight 1 after a word that never occurred.
+    p(w | h) = (1 - u) count(h, w) / count(h) + u q(w), where q gives every word of the vocabulary the same probability
+    and the end of the sentence 1 / (MEAN_SEQUENCE_LENGTH + 1). The mixture is exact: a bigram that never occurred backs
+    off to q with weight u, or with weight 1 after a word that never occurred.
 
     Args:
-        sentences: Sentences of words separated by blanks; each word must be in the vocabulary.
-        vocabulary: All words, each once.
-        uniform_weight: u, from 0 (exclusive) to 1.
+        sentences (`Iterable[str]`): sentences of words separated by blanks; each word must be in the vocabulary.
+        vocabulary (`Sequence[str]`): all words, each once.
+        uniform_weight (`float`, *optional*, defaults to 0.5): u, from 0 (exclusive) to 1.
 
     Returns:
-        The text of the ARPA file.
+        `str`: the text of the ARPA file.
     """
     words = set(vocabulary)
     bigrams: Counter[tuple[str, str]] = Counter()
@@ -74,11 +75,13 @@ def _log10(probability: float) -> str:
 
 
 def pronouncing_dictionary(vocabulary: Sequence[str], extra: dict[str, Sequence[str]] | None = None) -> str:
-    """The pronunciations of the vocabulary's words from PocketSphinx's copy of CMUdict, in its format.
+    """
+    Return the pronunciations of the vocabulary's words from PocketSphinx's copy of CMUdict, in its format.
 
     Args:
-        vocabulary: The words.
-        extra: Pronunciations (ARPAbet phones separated by blanks) of words that CMUdict lacks.
+        vocabulary (`Sequence[str]`): the words.
+        extra (`dict[str, Sequence[str]]`, *optional*): pronunciations (ARPAbet phones separated by blanks) of words
+            that CMUdict lacks.
 
     Raises:
         ValueError: Names the words that have no pronunciation.
@@ -101,18 +104,23 @@ def pronouncing_dictionary(vocabulary: Sequence[str], extra: dict[str, Sequence[
 
 
 class Recognizer:
-    """PocketSphinx over a closed vocabulary. With several workers, a context manager that ends their processes.
+    """
+    PocketSphinx over a closed vocabulary. With several workers, a context manager that ends their processes.
 
     A waveform's transcript does not depend on the ones before it: the decoder is set back for each.
 
     Args:
-        vocabulary: The words it knows.
-        sentences: Typical sentences, for the language model's bigrams (never the sentences under test).
-        uniform_weight: Share of the uniform distribution in the language model.
-        num_workers: Processes that decode side by side; 1 decodes in this one.
-        pronunciations: Pronunciations of words that CMUdict lacks.
-        frequency_warp: Stretches the frequency axis to make up for a voice's vocal tract; 1.0 leaves it.
-        cepstral_mean: The voice's mean cepstrum, which PocketSphinx subtracts; None takes each waveform's own.
+        vocabulary (`Sequence[str]`): the words it knows.
+        sentences (`Iterable[str]`, *optional*): typical sentences, for the language model's bigrams (never the
+            sentences under test).
+        uniform_weight (`float`, *optional*, defaults to 0.5): share of the uniform distribution in the language model.
+        num_workers (`int`, *optional*, defaults to 1): processes that decode side by side; 1 decodes in this one.
+        pronunciations (`dict[str, Sequence[str]]`, *optional*): pronunciations of words that CMUdict lacks.
+        frequency_warp (`float`, *optional*, defaults to 1.0): stretches the frequency axis to make up for a voice's
+            vocal tract; 1.0 leaves it.
+        cepstral_mean (`Sequence[float]`, *optional*): the voice's mean cepstrum, which PocketSphinx subtracts; `None`
+            takes each waveform's own.
+        decoding: further settings of PocketSphinx's decoder.
     """
 
     def __init__(
@@ -146,22 +154,23 @@ class Recognizer:
         self.close()
 
     def close(self) -> None:
-        """Ends the worker processes."""
+        """End the worker processes."""
         if self._pool is not None:
             self._pool.shutdown()
 
     def transcribe(
         self, waveforms: Sequence[np.ndarray], sampling_rate: int = SAMPLING_RATE, progress: bool = False
     ) -> list[str]:
-        """What is said in each waveform.
+        """
+        Return what is said in each waveform.
 
         Args:
-            waveforms: Mono waveforms, each `(samples,)`, floats in [-1, 1].
-            sampling_rate: Of all of them, in Hz; other rates than 16,000 are resampled.
-            progress: Whether to show a progress bar.
+            waveforms (`Sequence[np.ndarray]`): mono waveforms, each of shape `(samples,)`, floats in [-1, 1].
+            sampling_rate (`int`, *optional*, defaults to 16000): of all of them, in Hz; other rates are resampled.
+            progress (`bool`, *optional*, defaults to `False`): whether to show a progress bar.
 
         Returns:
-            One lower-case sentence a waveform; empty where nothing was recognised.
+            `list[str]`: one lower-case sentence a waveform; empty where nothing was recognised.
         """
         samples = (prepare_waveform(waveform, sampling_rate) for waveform in waveforms)
         texts: Iterator[str]
@@ -206,7 +215,7 @@ class _Decoder:
             )
 
     def decode(self, samples: np.ndarray | None) -> str:
-        """The words in 16 kHz 16-bit samples, empty for None."""
+        """Return the words in 16 kHz 16-bit samples, empty for None."""
         if samples is None:
             return ""
         if self._mean is not None:
@@ -231,7 +240,8 @@ _worker_decoder: _Decoder
 
 
 def prepare_waveform(waveform: np.ndarray, sampling_rate: int) -> np.ndarray | None:
-    """16 kHz 16-bit samples at a fixed level with a little quiet at both ends; None where there is only silence.
+    """
+    Return 16 kHz 16-bit samples at a fixed level with a little quiet at both ends; `None` where there is only silence.
 
     The quiet is faint noise, always the same: PocketSphinx's logarithms do not like digital zero.
 
@@ -252,7 +262,8 @@ def prepare_waveform(waveform: np.ndarray, sampling_rate: int) -> np.ndarray | N
 
 
 def word_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:
-    """Substitutions, deletions and insertions over all pairs, divided by the number of reference words.
+    """
+    Return substitutions, deletions and insertions over all pairs, divided by the number of reference words.
 
     Raises:
         ValueError: If the lists differ in length, are empty, or hold no reference word at all.

@@ -43,7 +43,7 @@ class ShardReport:
         self._counts(task)["rejected"] += 1
 
     def accept(self, example: dict[str, Any], token_ids: TttTokenIds, seconds: float) -> None:
-        """Counts an example, which holds so many `seconds` of audio."""
+        """Count an example, which holds so many `seconds` of audio."""
         counts, ids = self._counts(example["task"]), np.array(example["input_ids"])
         counts["examples"] += 1
         is_audio = _is_audio(ids, token_ids)
@@ -62,14 +62,15 @@ class ExampleBuilder:
     Makes the examples of a chunk of records.
 
     Args:
-        processor: with its audio tokenizer on the device to encode on; without one, records with audio are an error.
-        reader: what to make of each record.
-        roots: for each source, the folder that relative audio paths start from.
-        max_length: longer examples are rejected, in tokens.
-        max_audio_seconds: longer audio is rejected.
-        batch_size: audios encoded at once.
-        sampling_rate: of audio given as bare numbers, Hz.
-        seed: draws which utterances of a recording are spoken.
+        processor (`TttProcessor`): with its audio tokenizer on the device to encode on; without one, records with audio
+            are an error.
+        reader (`RecordReader`): says what to make of each record.
+        roots (`Sequence[Path]`): for each source, the folder that relative audio paths start from.
+        max_length (`int`, *optional*, defaults to 2048): longer examples are rejected, in tokens.
+        max_audio_seconds (`float`, *optional*, defaults to 30.0): longer audio is rejected.
+        batch_size (`int`, *optional*, defaults to 16): audios encoded at once.
+        sampling_rate (`int`, *optional*): of audio given as bare numbers, in Hz.
+        seed (`int`, *optional*, defaults to 0): draws which utterances of a recording are spoken.
     """
 
     processor: TttProcessor
@@ -82,7 +83,10 @@ class ExampleBuilder:
     seed: int = 0
 
     def __call__(self, chunk: Chunk) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Examples (`input_ids`, `labels`, `length`, `task`), and a report of what became of the records."""
+        """
+        Return the examples of a chunk (`input_ids`, `labels`, `length`, `task`), and a report of what became of its
+        records.
+        """
         report = ShardReport(chunk)
         drafts: list[tuple[int, Draft]] = []
         for record, values in enumerate(chunk.records, chunk.first_record):
@@ -123,8 +127,10 @@ class ExampleBuilder:
     def _encode(
         self, audios: dict[Key, Any], root: Path
     ) -> tuple[dict[Key, list[int] | RejectedError], dict[Key, float]]:
-        """Codes, or why there are none, and seconds of every audio. Batches hold audios of similar length; only a few
-        batches of waveforms are in memory at once."""
+        """
+        Return codes, or why there are none, and seconds of every audio. Batches hold audios of similar length; only a
+        few batches of waveforms are in memory at once.
+        """
         codes: dict[Key, list[int] | RejectedError] = {}
         seconds: dict[Key, float] = {}
         keys = list(audios)
@@ -143,7 +149,7 @@ class ExampleBuilder:
         return codes, seconds
 
     def _load(self, audio: Any, root: Path) -> np.ndarray:
-        """A waveform at the audio tokenizer's rate."""
+        """Return a waveform at the audio tokenizer's rate."""
         try:
             if isinstance(audio, list) and self.sampling_rate is None:
                 raise ValueError("audio of bare numbers needs their `--sampling_rate`")
@@ -158,7 +164,9 @@ class ExampleBuilder:
         return waveform
 
     def _encode_batch(self, waveforms: list[np.ndarray]) -> list[list[int] | RejectedError]:
-        """Codes of a batch; one by one where the audio tokenizer fails on it (on audio too short for it, say)."""
+        """
+        Return the codes of a batch; one by one where the audio tokenizer fails on it (on audio too short for it, say).
+        """
         if self.processor.audio_tokenizer is None:
             raise ValueError("The checkpoint has no audio tokenizer, which records with audio need.")
         try:
@@ -178,8 +186,10 @@ class ExampleBuilder:
     # ------------------------------------------------------------------ token sequences
 
     def _examples_of(self, drafts: list[tuple[int, Draft]], codes: dict[Key, Any]) -> Iterator[list[tuple[int, Draft]]]:
-        """Drafts that make one example together: utterances that follow each other in one recording, as many as fit
-        into `max_length`; every other draft alone."""
+        """
+        Yield drafts that make one example together: utterances that follow each other in one recording, as many as fit
+        into `max_length`; every other draft alone.
+        """
         members: list[tuple[int, Draft]] = []
         size = 0
         for record, draft in drafts:
@@ -198,10 +208,11 @@ class ExampleBuilder:
             yield members
 
     def _example(self, members: list[tuple[int, Draft]], codes: dict[Key, Any]) -> dict[str, Any]:
-        """Ids and labels of one example.
+        """
+        Return ids and labels of one example.
 
         Raises:
-            ValueError: it is too long, or its audio is not in spans as the model reads and writes them.
+            ValueError: If it is too long, or its audio is not in spans as the model reads and writes them.
         """
         record, draft = members[0]
         if draft.messages is not None:
@@ -224,7 +235,7 @@ class ExampleBuilder:
         return {**example, "length": length, "task": draft.task}
 
     def _recording(self, members: list[tuple[int, Draft]], codes: dict[Key, Any]) -> str:
-        """Utterances as a document in the published form: each either written or spoken, at random."""
+        """Return utterances as a document in the published form: each either written or spoken, at random."""
         spoken = [random.Random(f"{self.seed} {record}").random() < 0.5 for record, _ in members]
         last = max((index for index, is_spoken in enumerate(spoken) if is_spoken), default=None)
         pieces = []
@@ -242,8 +253,10 @@ class ExampleBuilder:
 
 
 def read_path(audio: Any, root: Path) -> Any:
-    """Audio as `load_waveform` takes it: relative paths start at `root`, addresses of other file systems (`hf://`,
-    `zip://`) are read."""
+    """
+    Return audio as `load_waveform` takes it: relative paths start at `root`, addresses of other file systems (`hf://`,
+    `zip://`) are read.
+    """
     path = audio.get("path") if isinstance(audio, dict) and audio.get("bytes") is None else audio
     if not isinstance(path, str):
         return audio
@@ -256,7 +269,7 @@ def read_path(audio: Any, root: Path) -> Any:
 
 
 def fill(content: Any, record: int, codes: dict[Key, Any]) -> Any:
-    """A turn's content with the codes of its audio parts."""
+    """Return a turn's content with the codes of its audio parts."""
     if isinstance(content, str):
         return content
     return [
@@ -272,8 +285,10 @@ def _is_audio(ids: np.ndarray, token_ids: TttTokenIds) -> np.ndarray:
 
 
 def check_spans(input_ids: Sequence[int], labels: Sequence[int], token_ids: TttTokenIds) -> None:
-    """Raises a RejectedError unless every run of audio-side ids follows a begin token, holds codes alone, and ends
-    with an end token where it is scored (the last one of the sequence may be cut off)."""
+    """
+    Raise a RejectedError unless every run of audio-side ids follows a begin token, holds codes alone, and ends with an
+    end token where it is scored (the last one of the sequence may be cut off).
+    """
     ids, scored = np.array(input_ids), np.array(labels) != -100
     audio = _is_audio(ids, token_ids)
     codes = audio & (ids >= token_ids.audio_code_id_start)

@@ -30,26 +30,30 @@ def load_mixture(
     shuffle_buffer_size: int = 0,
 ) -> Dataset | IterableDataset:
     """
+    Load prepared examples as one dataset.
+
     Args:
-        sources: each "PATH" or "PATH:WEIGHT". A path is a folder that prepare_dataset.py wrote, or a `DatasetDict` or
-            `Dataset` saved to disk. Without any weight, every example occurs once, source after source. With weights
-            (1 where a source has none), each next example is drawn from a source with a probability in proportion to
-            its weight.
-        streaming: read the files as they are needed, instead of building a cache first.
-        seed: of the draws between sources and of the shuffling.
-        split: which split of each source.
-        stopping_strategy: of a weighted mixture, as `datasets.interleave_datasets` takes it. "all_exhausted" begins
-            small sources again until every example of every source has been seen; "first_exhausted" stops at the end
-            of the first source; "all_exhausted_without_replacement" goes on without the sources that have ended.
-        shuffle_buffer_size: shuffles a stream: the order of its files, and examples in a buffer of so many. The
-            Trainer shuffles datasets that are not streamed by itself.
+        sources (`list[str]`): each "PATH" or "PATH:WEIGHT". A path is a folder that prepare_dataset.py wrote, or a
+            `DatasetDict` or `Dataset` saved to disk. Without any weight, every example occurs once, source after
+            source. With weights (1 where a source has none), each next example is drawn from a source with a
+            probability in proportion to its weight.
+        streaming (`bool`, *optional*, defaults to `False`): read the files as they are needed, instead of building a
+            cache first.
+        seed (`int`, *optional*, defaults to 0): of the draws between sources and of the shuffling.
+        split (`str`, *optional*, defaults to `"train"`): which split of each source.
+        stopping_strategy (`str`, *optional*, defaults to `"all_exhausted"`): of a weighted mixture, as
+            `datasets.interleave_datasets` takes it. "all_exhausted" begins small sources again until every example of
+            every source has been seen; "first_exhausted" stops at the end of the first source;
+            "all_exhausted_without_replacement" goes on without the sources that have ended.
+        shuffle_buffer_size (`int`, *optional*, defaults to 0): shuffles a stream: the order of its files, and examples
+            in a buffer of so many. The Trainer shuffles datasets that are not streamed by itself.
 
     Returns:
-        Rows of `input_ids`, `labels`, `length` and `task`.
+        `Dataset` or `IterableDataset`: rows of `input_ids`, `labels`, `length` and `task`.
 
     Raises:
-        FileNotFoundError: a path is no folder of examples.
-        ValueError: no sources, a split that is not there, a weight that is not positive, an unknown strategy.
+        FileNotFoundError: If a path is no folder of examples.
+        ValueError: If there are no sources, a split is not there, a weight is not positive, or the strategy is unknown.
     """
     if not sources:
         raise ValueError("`sources` is empty; give at least one folder of prepared examples.")
@@ -69,7 +73,7 @@ def load_mixture(
 
 
 def parse_source(source: str) -> tuple[Path, float | None]:
-    """ "PATH" or "PATH:WEIGHT" as path and weight; a colon that no number follows belongs to the path."""
+    """Return "PATH" or "PATH:WEIGHT" as path and weight; a colon that no number follows belongs to the path."""
     path, separator, weight = source.rpartition(":")
     try:
         value = float(weight) if separator else None

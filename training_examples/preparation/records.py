@@ -72,14 +72,16 @@ class Draft:
 
 class RecordReader:
     """
-    Records to drafts.
+    Turns records into drafts.
 
     Args:
-        processor: knows the system prompts and which strings are tokens.
-        tasks: of `TASK_NAMES`; empty for records in a published form.
-        columns: column by field (`FIELDS`) or `task.field`; a field's own name where none is given.
-        questions: instruction by task, replacing the recipes' own.
-        asr_speech: answer speech recognition with the heard codes after the text, as published.
+        processor (`TttProcessor`): knows the system prompts and which strings are tokens.
+        tasks (`Sequence[str]`): of `TASK_NAMES`; empty for records in a published form.
+        columns (`Mapping[str, str]`, *optional*): column by field (`FIELDS`) or `task.field`; a field's own name where
+            none is given.
+        questions (`Mapping[str, str]`, *optional*): instruction by task, replacing the recipes' own.
+        asr_speech (`bool`, *optional*, defaults to `True`): answer speech recognition with the heard codes after the
+            text, as published.
     """
 
     def __init__(
@@ -111,7 +113,7 @@ class RecordReader:
                 raise ValueError(f"`--questions` {task}=...: this is none of the chosen tasks that ask a question.")
 
     def check_columns(self, source: str, available: Sequence[str]) -> None:
-        """Raises a ValueError that names a column which is needed and not there."""
+        """Raise a ValueError that names a column which is needed and not there."""
         if not self.tasks:
             if not set(PUBLISHED_COLUMNS) & set(available):
                 raise ValueError(
@@ -131,7 +133,7 @@ class RecordReader:
                     )
 
     def drafts(self, record: Mapping[str, Any]) -> Iterator[tuple[str, Draft | RejectedError]]:
-        """For each task its name, and the draft or why there is none."""
+        """Yield for each task its name, and the draft or why there is none."""
         for task in self.tasks or (PUBLISHED,):
             try:
                 draft = self._published(record) if task == PUBLISHED else self._draft(record, task)
@@ -182,7 +184,7 @@ class RecordReader:
         return draft
 
     def _add_audio(self, draft: Draft, record: Mapping[str, Any], name: str) -> str:
-        """Puts a field's audio into the draft; returns its column."""
+        """Put a field's audio into the draft; return its column."""
         column = self._column(draft.task, name)
         if record.get(column) is None:
             raise RejectedError("no audio", f"`{column}` is empty")
@@ -223,7 +225,9 @@ class RecordReader:
         return Draft(task or "document", document=text)
 
     def _message(self, message: Any, draft: Draft, column: str) -> dict[str, Any]:
-        """One turn, whose content is a string with `<|audio_N|>` tokens or a list of parts with audio to encode."""
+        """
+        Return one turn, whose content is a string with `<|audio_N|>` tokens or a list of parts with audio to encode.
+        """
         if not isinstance(message, Mapping):
             raise RejectedError("malformed", f"`{column}` holds {message!r}, not a turn")
         role = message.get("role") or message.get("from")
@@ -248,7 +252,7 @@ class RecordReader:
         return {"role": ROLES[role], "content": parts}
 
     def _check_codes(self, text: str, column: str) -> None:
-        """Codes beyond the codebook are no tokens: the tokenizer would read them as text."""
+        """Reject codes beyond the codebook, which are no tokens: the tokenizer would read them as text."""
         number = max(map(int, _CODE.findall(text)), default=0)
         if number >= self.processor.token_ids.num_audio_codes:
             raise RejectedError(
@@ -259,7 +263,7 @@ class RecordReader:
 
 
 def _parsed(value: Any, column: str) -> list[Any]:
-    """Turns, which Parquet files may hold as JSON text."""
+    """Return turns, which Parquet files may hold as JSON text."""
     if isinstance(value, str):
         try:
             value = json.loads(value)

@@ -44,15 +44,15 @@ class ShardFolder:
         return self.folder / f".{self.split}"
 
     def shards(self) -> list[Path]:
-        """The Parquet files, in the order of the records."""
+        """Return the Parquet files, in the order of the records."""
         return sorted(self.data.glob(f"{self.split}-*.parquet"))
 
     def begin(self, arguments: Mapping[str, Any]) -> None:
         """
-        Keeps what the examples depend on beside them.
+        Keep what the examples depend on beside them.
 
         Raises:
-            ValueError: the folder was begun with other arguments; the message names them.
+            ValueError: If the folder was begun with other arguments; the message names them.
         """
         self.data.mkdir(parents=True, exist_ok=True)
         self.reports.mkdir(exist_ok=True)
@@ -70,7 +70,7 @@ class ShardFolder:
         write_json(file, now)
 
     def write(self, chunk: Chunk, examples: Sequence[dict[str, Any]], report: dict[str, Any]) -> None:
-        """Writes the examples of a chunk and then its report, which marks the chunk as finished."""
+        """Write the examples of a chunk and then its report, which marks the chunk as finished."""
         name = f"{chunk.source:04d}-{chunk.number:06d}"
         if examples:
             target = self.data / f"{self.split}-{name}.parquet"
@@ -79,12 +79,12 @@ class ShardFolder:
         write_json(self.reports / f"{name}.json", report)
 
     def finished(self) -> dict[tuple[int, int], dict[str, Any]]:
-        """The reports, by source and chunk."""
+        """Return the reports, by source and chunk."""
         names = sorted(self.reports.glob("[0-9]*-[0-9]*.json"))
         return {tuple(map(int, file.stem.split("-"))): read_json(file) for file in names}  # type: ignore[misc]
 
     def summarise(self, source_names: Sequence[str]) -> dict[str, Any]:
-        """Writes `rejected-SPLIT.jsonl` and `summary-SPLIT.json`; returns the summary."""
+        """Write `rejected-SPLIT.jsonl` and `summary-SPLIT.json`; return the summary."""
         tasks: dict[str, dict[str, float]] = {}
         kinds: dict[str, int] = {}
         lines, records, seconds = [], 0, 0.0

@@ -33,11 +33,12 @@ class Source:
     One opened source.
 
     Args:
-        name: how errors call it.
-        dataset: its records.
-        root: the folder that relative audio paths start from.
-        is_audio_folder: it lists files as the `audiofolder` builder expects: `file_name` is read as `audio`,
-            `X_file_name` as `X`. (That builder itself needs torchcodec even where audio is only read.)
+        name (`str`): how errors call it.
+        dataset (`Dataset` or `IterableDataset`): its records.
+        root (`Path`): the folder that relative audio paths start from.
+        is_audio_folder (`bool`, *optional*, defaults to `False`): it lists files as the `audiofolder` builder expects:
+            `file_name` is read as `audio`, `X_file_name` as `X`. (That builder itself needs torchcodec even where audio
+            is only read.)
     """
 
     name: str
@@ -54,12 +55,12 @@ class Source:
 
     @property
     def num_records(self) -> int | None:
-        """None where only reading to the end tells."""
+        """Number of records; `None` where only reading to the end tells."""
         return None if isinstance(self.dataset, IterableDataset) else len(self.dataset)
 
     @property
     def column_names(self) -> list[str]:
-        """Of the first record, where a stream does not know them beforehand."""
+        """Names of the columns, of the first record where a stream does not know them beforehand."""
         names = self.dataset.column_names
         if names is None:
             names = list(next(iter(self.dataset.take(1)), {}))
@@ -67,8 +68,8 @@ class Source:
 
     def chunks(self, index: int, size: int, finished: Mapping[int, dict[str, Any] | None]) -> Iterator[Chunk]:
         """
-        Records in chunks of `size`, without those that are `finished` (chunk number to the state after it). A stream
-        is read from the state after its first unbroken run of finished chunks.
+        Yield records in chunks of `size`, without those that are `finished` (chunk number to the state after it). A
+        stream is read from the state after its first unbroken run of finished chunks.
         """
         if isinstance(self.dataset, IterableDataset):
             yield from self._stream(index, size, finished)
@@ -92,7 +93,7 @@ class Source:
                 yield Chunk(index, number, number * size, records, self.dataset.state_dict())
 
     def _plain(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A record with the names of its class labels."""
+        """Return a record with the names of its class labels."""
         named = {c: name_of(row[c]) for c, name_of in self._labels.items() if row[c] is not None}
         return {self._column(name): value for name, value in {**row, **named}.items()}
 
@@ -106,22 +107,22 @@ def open_source(
     location: str, split: str = "train", name: str | None = None, revision: str | None = None, streaming: bool = False
 ) -> list[Source]:
     """
-    Opens one source.
+    Open one source.
 
     Args:
-        location: a JSON, JSONL, CSV, Parquet or Arrow file (wildcards allowed), a folder saved by `save_to_disk`, a
-            folder with `metadata.csv`, `.jsonl` or `.parquet` files whose `file_name` names the audio, any other
-            folder that `load_dataset` reads, or a dataset on the Hub.
-        split: of a dataset that has splits; single files have none.
-        name, revision: configuration and revision of a dataset on the Hub.
-        streaming: read record by record, without building a cache.
+        location (`str`): a JSON, JSONL, CSV, Parquet or Arrow file (wildcards allowed), a folder saved by
+            `save_to_disk`, a folder with `metadata.csv`, `.jsonl` or `.parquet` files whose `file_name` names the
+            audio, any other folder that `load_dataset` reads, or a dataset on the Hub.
+        split (`str`, *optional*, defaults to `"train"`): of a dataset that has splits; single files have none.
+        name, revision (`str`, *optional*): configuration and revision of a dataset on the Hub.
+        streaming (`bool`, *optional*, defaults to `False`): read record by record, without building a cache.
 
     Returns:
-        One source per file, otherwise one.
+        `list[Source]`: one per file, otherwise one.
 
     Raises:
-        FileNotFoundError: no file matches.
-        ValueError: a file of another type, or a split that is not there.
+        FileNotFoundError: If no file matches.
+        ValueError: If a file is of another type, or the split is not there.
     """
     path = Path(location)
     if path.is_dir():
@@ -139,11 +140,11 @@ def open_source(
 
 def open_data_config(file: Path, streaming: bool = False, seed: int = 0) -> list[Source]:
     """
-    Opens the files of a published data_config: a JSON list of `{"path": ..., "sample_ratio": ...}`, each of which gives
+    Open the files of a published data_config: a JSON list of `{"path": ..., "sample_ratio": ...}`, each of which gives
     that share of its records, drawn at random without repetition. Relative paths start at the list's own folder.
 
     Raises:
-        ValueError: not such a list, a ratio outside [0, 1], or one other than 0 and 1 for a stream.
+        ValueError: If it is no such list, a ratio is outside [0, 1], or a stream has one other than 0 and 1.
     """
     entries = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(entries, list) or not all(isinstance(entry, dict) and "path" in entry for entry in entries):

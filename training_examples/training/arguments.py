@@ -138,7 +138,7 @@ class ModelArguments:
                 raise ValueError(f"--{name} {folder} is no folder; init_from_llm.py and create_tiny.py make one.")
 
     def config_options(self) -> dict[str, Any]:
-        """The options of the configuration that the run sets."""
+        """Return the options of the configuration that the run sets."""
         return {name: getattr(self, name) for name in CONFIG_OPTIONS if getattr(self, name) is not None}
 
 

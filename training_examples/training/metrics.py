@@ -18,7 +18,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 def accuracies(counts: np.ndarray) -> dict[str, float]:
     """
-    Accuracy of text, of audio, and of audio by its noise level λ. Groups without a scored position are left out.
+    Return the accuracy of text, of audio, and of audio by its noise level λ. Groups without a scored position are left
+    out.
 
     Args:
         counts (`np.ndarray` of shape `(groups, 2)`): right and scored positions, in the groups of the `score_table` of
@@ -32,7 +33,7 @@ def accuracies(counts: np.ndarray) -> dict[str, float]:
 
 
 def share_loss(loss: float, by_group: np.ndarray) -> dict[str, float]:
-    """Text's and audio's share of a loss, in proportion to the losses of the groups, (groups,)."""
+    """Return text's and audio's share of a loss, in proportion to the losses of the groups, (groups,)."""
     text = float(loss * by_group[0] / by_group.sum()) if by_group.any() else 0.0
     return {"text_loss": text, "audio_loss": float(loss) - text}
 
@@ -78,7 +79,7 @@ class TrainingScores(TrainerCallback):
 
     @classmethod
     def attach_to(cls, trainer: Trainer) -> None:
-        """First in line, so that every reporter is handed the added values."""
+        """Put these scores first in line, so that every reporter is handed the added values."""
         trainer.callback_handler.callbacks.insert(0, cls())
 
     def on_train_begin(self, args, state, control, model: nn.Module | None = None, **kwargs):
@@ -106,12 +107,12 @@ class TrainingScores(TrainerCallback):
 
 
 def write_log(log_history: list[dict[str, Any]], path: Path) -> None:
-    """One JSON object a line, as the Trainer logged them."""
+    """Write one JSON object a line, as the Trainer logged them."""
     path.write_text("".join(json.dumps(entry) + "\n" for entry in log_history), encoding="utf-8")
 
 
 def plot_curves(log_history: list[dict[str, Any]], path: Path) -> None:
-    """A picture of losses, accuracies and speed over the steps, of training and, dashed, of evaluation."""
+    """Draw losses, accuracies and speed over the steps, of training and, dashed, of evaluation."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
     names = sorted({name for entry in log_history for name in entry if name.startswith("audio_accuracy_")})
     panels: list[tuple[str, list[str]]] = [

@@ -40,8 +40,8 @@ class DataOrder(TrainerCallback):
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     """
-    The newest checkpoint that was written to its end, or `None`: the Trainer writes its state last, so a checkpoint
-    that a kill cut short has none that can be read.
+    Return the newest checkpoint that was written to its end, or `None`: the Trainer writes its state last, so a
+    checkpoint that a kill cut short has none that can be read.
     """
     folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     by_step = {int(step): folder for folder in folders if (step := folder.name.rpartition("-")[2]).isdigit()}

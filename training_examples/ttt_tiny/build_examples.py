@@ -1,4 +1,4 @@
-"""Turns the speech of build_speech.py into training examples for ttt-tiny: codes first, then token sequences.
+"""Turn the speech of build_speech.py into training examples for ttt-tiny: codes first, then token sequences.
 
     python training_examples/ttt_tiny/build_examples.py --model runs/tiny/initial
 
@@ -43,7 +43,10 @@ class ExampleArguments:
 
 @torch.no_grad()
 def encode(codec: TttCodecModel, waves: list[np.ndarray], noisy: bool = False) -> list[list[int]]:
-    """Codes of int16 waveforms, in batches of similar length; `noisy` adds the augmentation of the training."""
+    """
+    Return the codes of int16 waveforms, encoded in batches of similar length; `noisy` adds the augmentation of the
+    training.
+    """
     order = sorted(range(len(waves)), key=lambda index: len(waves[index]))
     codes: list[list[int]] = [[]] * len(waves)
     for start in range(0, len(order), 32):
@@ -57,7 +60,7 @@ def encode(codec: TttCodecModel, waves: list[np.ndarray], noisy: bool = False) -
 
 
 def encode_shard(codec_dir: Path, shard: Path, target: Path, seed: int) -> Path:
-    """Writes the rows of one shard with their `codes` and, for questions, `noisy_codes`, as Parquet."""
+    """Write the rows of one shard with their `codes` and, for questions, `noisy_codes`, as Parquet."""
     torch.set_num_threads(1)
     set_seed(seed)
     codec = TttCodecModel.from_pretrained(codec_dir).eval()
@@ -71,7 +74,7 @@ def encode_shard(codec_dir: Path, shard: Path, target: Path, seed: int) -> Path:
 
 
 def encode_all(args: ExampleArguments) -> dict[str, list[dict]]:
-    """Encodes every shard that is not yet encoded; returns the rows by kind."""
+    """Encode every shard that is not yet encoded; return the rows by kind."""
     folder = args.output_dir / "codes"
     folder.mkdir(parents=True, exist_ok=True)
     shards = sorted((args.data_dir / "speech").glob("*.safetensors"))
@@ -90,7 +93,7 @@ def encode_all(args: ExampleArguments) -> dict[str, list[dict]]:
 
 
 def mixture(rows: dict[str, list[dict]], args: ExampleArguments) -> list[tuple[str, list[dict]]]:
-    """All conversations as (task, messages), with codes in place of audio, in random order."""
+    """Return all conversations as (task, messages), with codes in place of audio, in random order."""
     rng = random.Random(args.seed)
     spoken = {row["text"]: row["codes"] for row in rows["assistant"]}
     questions = [row for row in rows["questions"] if row["answer"] is not None]
@@ -124,7 +127,7 @@ def mixture(rows: dict[str, list[dict]], args: ExampleArguments) -> list[tuple[s
 
 
 def held_out(args: ExampleArguments, codec: TttCodecModel) -> list[tuple[str, list[dict]]]:
-    """The held-out spoken questions (trained voices) and texts to read, for the loss during training."""
+    """Return the held-out spoken questions (trained voices) and texts to read, for the loss during training."""
     folder = args.data_dir / "eval"
     conversations = []
 
@@ -148,7 +151,7 @@ def held_out(args: ExampleArguments, codec: TttCodecModel) -> list[tuple[str, li
 
 
 def write_examples(processor: TttProcessor, conversations: list[tuple[str, list[dict]]]) -> Dataset:
-    """All conversations as token ids: `input_ids`, `labels`, `length`, `task`."""
+    """Return all conversations as token ids: `input_ids`, `labels`, `length`, `task`."""
 
     def write(task: str, messages: list[dict]) -> dict:
         system = {"role": "system", "content": processor.get_task(task).system_prompt}

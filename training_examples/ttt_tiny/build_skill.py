@@ -1,4 +1,4 @@
-"""Speaks what ttt-tiny does not know, the colors of twelve fruits and vegetables, for finetune_lora.py: shards and
+"""Speak what ttt-tiny does not know, the colors of twelve fruits and vegetables, for finetune_lora.py: shards and
 held-out lists.
 
     python training_examples/ttt_tiny/build_skill.py --output_dir data/skill
@@ -50,8 +50,10 @@ class SkillArguments:
 
 
 def draw_questions(rng: random.Random, replay: float) -> Iterator[Item]:
-    """Training questions without end: the new ones in turn, each time in a new order, and old ones in between, as often
-    of each kind as the domain asks them."""
+    """
+    Yield training questions without end: the new ones in turn, each time in a new order, and old ones in between, as
+    often of each kind as the domain asks them.
+    """
     new = [item for item in skill_items() if split_of(item.question) == "training"]
     while True:
         for item in rng.sample(new, len(new)):
@@ -61,7 +63,7 @@ def draw_questions(rng: random.Random, replay: float) -> Iterator[Item]:
 
 
 def speak_training(args: SkillArguments) -> dict[str, list[tuple[dict, np.ndarray]]]:
-    """Rows and int16 waveforms of the shards `assistant` and `questions`, `--minutes` of speech in all."""
+    """Return rows and int16 waveforms of the shards `assistant` and `questions`, `--minutes` of speech in all."""
     rng = random.Random(args.seed)
     spoken: dict[str, list[tuple[dict, np.ndarray]]] = {"assistant": [], "questions": []}
     samples, limit = 0, int(args.minutes * 60 * SAMPLING_RATE)
@@ -91,13 +93,15 @@ def speak_training(args: SkillArguments) -> dict[str, list[tuple[dict, np.ndarra
 
 
 def change_speed(wave: np.ndarray, speed: float) -> np.ndarray:
-    """An int16 waveform played faster, which also raises its pitch (speed perturbation, Ko et al., 2015)."""
+    """Return an int16 waveform played faster, which also raises its pitch (speed perturbation, Ko et al., 2015)."""
     samples = resample_poly(wave.astype(np.float64), 100, round(100 * speed))
     return samples.round().clip(-32768, 32767).astype(np.int16)
 
 
 def plan_held_out(args: SkillArguments) -> dict[str, list[dict]]:
-    """The held-out lists, named as build_speech.py names them: questions in trained voices, answers to read aloud."""
+    """
+    Return the held-out lists, named as build_speech.py names them: questions in trained voices, answers to read aloud.
+    """
     rng = random.Random(args.seed + 1)
     plan = {}
     for prefix, split in (("", "evaluation"), ("development_", "development")):

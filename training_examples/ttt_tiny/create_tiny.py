@@ -1,4 +1,4 @@
-"""Creates the untrained ttt-tiny: text tokenizer, processor and a small Qwen2 backbone with random weights.
+"""Create the untrained ttt-tiny: text tokenizer, processor and a small Qwen2 backbone with random weights.
 
     python training_examples/ttt_tiny/create_tiny.py --output_dir runs/tiny/initial
 
@@ -44,7 +44,7 @@ class CreateArguments:
 
 
 def build_tokenizer(num_codes: int) -> PreTrainedTokenizerFast:
-    """The byte-level BPE of the domain with the TtT tokens in the published order."""
+    """Return the byte-level BPE of the domain with the TtT tokens in the published order."""
     words = [*domain.vocabulary(), "system", "user", "assistant", *SYSTEM_PROMPTS.values()]
     backend = Tokenizer(models.BPE())
     backend.normalizer = normalizers.Sequence(
@@ -83,7 +83,7 @@ def build_tokenizer(num_codes: int) -> PreTrainedTokenizerFast:
 
 
 def initialise_code_embeddings(model: TttForConditionalGeneration, codec: TttCodecModel) -> None:
-    """Writes a random projection of each code's one-hot quantiser digits into its embedding row."""
+    """Write a random projection of each code's one-hot quantiser digits into its embedding row."""
     levels, start = codec.config.fsq_levels, model.config.audio_code_id_start
     weight: torch.Tensor = model.get_input_embeddings().weight.data  # type: ignore[assignment]
     tables = [torch.randn(level, weight.shape[1]) for level in levels]

@@ -1,4 +1,4 @@
-"""Measures an audio tokenizer: what an independent recogniser understands after encoding and decoding held-out speech.
+"""Measure an audio tokenizer: what an independent recogniser understands after encoding and decoding held-out speech.
 
     python training_examples/ttt_tiny/evaluate_codec.py --model model_cards/ttt-tiny/audio_tokenizer
 
@@ -44,7 +44,7 @@ class CodecEvaluationArguments:
 def reconstruct(
     model, feature_extractor, waveforms: list[np.ndarray], vocoder: str, batch_size: int
 ) -> tuple[list[np.ndarray], dict[str, float], list[np.ndarray]]:
-    """Waveforms after encode and decode, the seconds each took, and the codes."""
+    """Return waveforms after encode and decode, the seconds each took, and the codes."""
     seconds = {"encode": 0.0, "decode": 0.0}
     decoded, all_codes = [], []
     for start in tqdm(range(0, len(waveforms), batch_size), desc=f"encode and decode ({vocoder})"):

@@ -1,4 +1,4 @@
-"""Lays a trained model out as its Hub repository, in half precision, with this package's own files as its code.
+"""Lay a trained model out as its Hub repository, in half precision, with this package's own files as its code.
 
     python training_examples/ttt_tiny/export_tiny.py --model runs/tiny/ttt --audio_tokenizer runs/codec/decoder \
         --output_dir model_cards/ttt-tiny
@@ -40,7 +40,7 @@ class ExportArguments:
 
 
 def halve(folder: Path) -> None:
-    """Stores a folder's weights in float16; its configuration still asks for float32."""
+    """Store a folder's weights in float16; its configuration still asks for float32."""
     weights = load_file(folder / "model.safetensors")
     halved = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
     save_file(halved, folder / "model.safetensors", metadata={"format": "pt"})
@@ -52,7 +52,7 @@ def halve(folder: Path) -> None:
 
 
 def link_code(folder: Path) -> None:
-    """Replaces every copied code file by a relative link to the package's file of the same name."""
+    """Replace every copied code file by a relative link to the package's file of the same name."""
     sources = {path.name: path for package in PACKAGES for path in (ROOT / package).glob("*.py")}
     for copy in folder.rglob("*.py"):
         source = sources[copy.name]

@@ -10,7 +10,7 @@ VOICE_MEAN = (44.72, 4.1, 14.9, 17.51, 0.29, 0.36, 0.23, 0.44, 0.25, 5.24, 0.42,
 
 
 def domain_recognizer(num_workers: int = 2) -> Recognizer:
-    """The recogniser of ttt-tiny's domain and voice, as every figure of its model card uses it."""
+    """Return the recogniser of ttt-tiny's domain and voice, as every figure of its model card uses it."""
     return Recognizer(
         domain.vocabulary(),
         domain.lm_sentences(seed=0, n=20_000),

@@ -33,7 +33,7 @@ QUESTIONS = (
 
 
 def skill_items() -> list[Item]:
-    """Every question of the skill, with its answer."""
+    """Return every question of the skill, with its answer."""
     things = {f"{'an' if name[0] in 'aeiou' else 'a'} {name}": color for name, color in COLORS.items()}
     return [
         Item("produce", question.format(thing), f"{thing} is {color}")
@@ -43,13 +43,13 @@ def skill_items() -> list[Item]:
 
 
 def new_words() -> list[str]:
-    """The words of the skill that the domain lacks."""
+    """Return the words of the skill that the domain lacks."""
     words = {word for item in skill_items() for word in (item.question + " " + item.answer).split()}
     return sorted(words - set(domain.vocabulary()))
 
 
 def split_of(question: str) -> str:
-    """Where a new question belongs: "evaluation" (what domain.py holds out), "development" or "training"."""
+    """Return where a new question belongs: "evaluation" (what domain.py holds out), "development" or "training"."""
     if domain.is_held_out(question):
         return "evaluation"
     return "development" if zlib.crc32(question.encode()) % 100 < 2 * domain.HELD_OUT_PERCENT else "training"

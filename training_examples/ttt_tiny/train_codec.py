@@ -1,4 +1,4 @@
-"""Trains the audio tokenizer of ttt-tiny on the speech of build_speech.py, in three resumable stages.
+"""Train the audio tokenizer of ttt-tiny on the speech of build_speech.py, in three resumable stages.
 
     python training_examples/ttt_tiny/train_codec.py --stage tokenizer  # encoder, codes and mel decoder
     python training_examples/ttt_tiny/train_codec.py --stage vocoder    # on real log-mels; may run beside the first
@@ -65,8 +65,14 @@ class PhonemeHead(nn.Module):
         self.proj_features = nn.Linear(feature_size, num_phonemes + 1)
 
     def forward(self, features: torch.Tensor, grid: torch.Tensor) -> list[torch.Tensor]:
-        """Features (batch, codes * 4, feature_size) and codes (batch, codes, dims) -> log-probabilities from the codes
-        and from the features, each (codes * 4, batch, phonemes + 1); the blank is 0."""
+        """
+        Return log-probabilities from the codes and from the features, each of shape `(codes * 4, batch, phonemes + 1)`;
+        the blank is 0.
+
+        Args:
+            features (`torch.Tensor` of shape `(batch, codes * 4, feature_size)`): of the encoder, before pooling.
+            grid (`torch.Tensor` of shape `(batch, codes, dims)`): quantised codes.
+        """
         hidden = self.proj_in(grid).transpose(1, 2)
         for conv in self.convs:
             hidden = hidden + F.gelu(conv(hidden))
@@ -76,7 +82,7 @@ class PhonemeHead(nn.Module):
 
 
 def pronunciations() -> tuple[dict[str, list[int]], int]:
-    """Phoneme ids (from 1) of every word of pocketsphinx's dictionary, and how many phonemes there are."""
+    """Return the phoneme ids (from 1) of every word of pocketsphinx's dictionary, and how many phonemes there are."""
     import pocketsphinx
 
     words: dict[str, list[str]] = {}
@@ -105,7 +111,7 @@ class Speech:
             raise SystemExit(f"no {self.kind} shards in {self.folder}: run build_speech.py first")
 
     def batches(self, size: int) -> Iterator[list[tuple[str, np.ndarray]]]:
-        """Endless batches of sentences of similar length."""
+        """Yield batches of sentences of similar length without end."""
         while True:
             self.refresh()
             order = self.rng.sample(range(len(self.sentences)), min(len(self.sentences), 64 * size))
@@ -117,7 +123,7 @@ class Speech:
                 yield [self.sentences[index] for index in group]
 
     def segments(self, size: int, samples: int) -> Iterator[torch.Tensor]:
-        """Endless batches (size, samples) of random segments."""
+        """Yield batches (size, samples) of random segments without end."""
         while True:
             self.refresh()
             for _ in range(64):
@@ -129,7 +135,7 @@ class Speech:
 
 
 def spectral_loss(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Multi-resolution short-time Fourier loss (Yamamoto et al., 2020) of (batch, samples) waveforms."""
+    """Return the multi-resolution short-time Fourier loss (Yamamoto et al., 2020) of (batch, samples) waveforms."""
     loss = predicted.new_zeros(())
     for n_fft in (128, 256, 512, 1024, 2048):
         window = torch.hann_window(n_fft)
@@ -142,7 +148,7 @@ def spectral_loss(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor
 
 
 def mel_loss(predicted: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """L1 of log-mels and of their differences in time, over unpadded frames; mask (batch, frames)."""
+    """Return L1 of log-mels and of their differences in time, over unpadded frames; mask (batch, frames)."""
     weight = mask[..., None].float() / (mask.sum() * target.shape[-1])
     error = predicted.float() - target
     return (error.abs() * weight).sum(), (error.diff(dim=1).abs() * weight[:, 1:]).sum()
@@ -213,7 +219,7 @@ def decoder_step(model: TttCodecModel, answers) -> dict[str, torch.Tensor]:
 
 
 def load_for_stage(args: CodecArguments, folder: Path) -> TttCodecModel:
-    """The stage's own checkpoint; else what earlier stages made; else fresh weights."""
+    """Load the stage's own checkpoint; else what earlier stages made; else fresh weights."""
     if (folder / "config.json").exists():
         return TttCodecModel.from_pretrained(folder)
     if args.model is not None:

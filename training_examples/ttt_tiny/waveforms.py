@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 def pad(waves: list[np.ndarray], multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """int16 waveforms to float (batch, samples) padded to a multiple of `multiple`, and their lengths."""
+    """Return int16 waveforms as floats (batch, samples), padded to a multiple of `multiple`, and their lengths."""
     length = -(-max(map(len, waves)) // multiple) * multiple
     batch = torch.zeros(len(waves), length)
     for row, wave in enumerate(waves):
@@ -17,7 +17,7 @@ def pad(waves: list[np.ndarray], multiple: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def augment(waves: torch.Tensor) -> torch.Tensor:
-    """Random gain, spectral tilt, equaliser and noise for (batch, samples)."""
+    """Apply random gain, spectral tilt, equaliser and noise to (batch, samples)."""
     batch = len(waves)
     tilt = torch.empty(batch, 1).uniform_(-0.6, 0.6)
     out = waves + tilt * F.pad(waves, (1, 0))[:, :-1]
