@@ -211,17 +211,24 @@ def test_tokens_that_are_there_already_keep_their_ids_where_the_order_holds():
 @pytest.mark.parametrize(
     ("special", "named"),
     [
-        (["<|audio|>"], "<|audio|> has the id"),
+        (["<|audio|>"], "already has <|audio|>"),
         ([*CHATML, "<|mask_token|>"], "<|mask_token|>"),
         ([*CHATML, *TEXT_SIDE, "<|audio|>", *CODES[::-1]], "<|audio_"),
-        ([*CHATML, *TEXT_SIDE, *AUDIO_SIDE, "<|later|>"], "must be the last"),
-        ([*CHATML, *TEXT_SIDE, "<|audio|>", *CODES, f"<|audio_{NUM_CODES}|>"], "must be the last"),
+        ([*CHATML, *TEXT_SIDE, "<|audio|>", *CODES, f"<|audio_{NUM_CODES}|>"], "<|mask_token|> has the id"),
     ],
 )
 def test_tokens_that_break_the_order_are_refused(special, named):
-    with pytest.raises(ValueError, match="must be the last") as error:
+    with pytest.raises(ValueError, match="must follow each other in the published order") as error:
         extend_tokenizer(text_tokenizer(special), NUM_CODES)
     assert named in str(error.value)
+
+
+def test_text_tokens_may_stand_above_the_audio_tokens():
+    tokenizer = text_tokenizer([*CHATML, *TEXT_SIDE, *AUDIO_SIDE, "<|later|>"])
+    before = tokenizer.get_vocab()
+    extend_tokenizer(tokenizer, NUM_CODES)
+    assert tokenizer.get_vocab() == before
+    assert TttTokenIds.from_tokenizer(tokenizer).is_text(before["<|later|>"])
 
 
 def test_what_cannot_be_used_is_refused_before_weights_are_read(initialise, tmp_path):

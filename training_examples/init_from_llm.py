@@ -93,14 +93,14 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, num_codes: int) -> None
     missing = [token for token in (*TEXT_TOKENS, *audio_side) if token not in before]
     tokenizer.add_tokens(missing, special_tokens=True)
     vocabulary = tokenizer.get_vocab()
-    start = max(vocabulary.values()) + 1 - len(audio_side)
+    start = vocabulary[AUDIO_PLACEHOLDER]
     wrong = [(t, vocabulary[t], start + i) for i, t in enumerate(audio_side) if vocabulary[t] != start + i]
     if wrong:
         token, found, expected = wrong[0]
         known = [t for t in audio_side if t in before]
         raise ValueError(
-            f"The audio tokens must be the last {len(audio_side)} of the vocabulary, in the published order, because "
-            f"every id from {AUDIO_PLACEHOLDER} up counts as audio; but {token} has the id {found} and should have "
+            f"The {len(audio_side)} audio tokens must follow each other in the published order, because every id from "
+            f"{AUDIO_PLACEHOLDER} to the last of them counts as audio; but {token} has the id {found} and should have "
             f"{expected}. The language model's tokenizer already has {known[0] if known else 'ids out of sequence'}"
             f"{' and more' if len(known) > 1 else ''}: remove or rename it there first."
         )
