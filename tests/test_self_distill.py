@@ -1,0 +1,110 @@
+"""Self-distillation: which answers of a model are kept, as which examples, and that a killed run goes on."""
+
+import json
+
+import pytest
+from builders import build_model, build_processor
+from datasets import Dataset
+
+from pipelines import save_repository
+from training_examples.preparation.mixtures import load_mixture
+from training_examples.self_distill import DistillArguments, distill, split_example
+
+
+class Listener:
+    """Reads every waveform as the same words."""
+
+    def __init__(self, words: str):
+        self.words, self.heard = words, []
+
+    def transcribe(self, waveforms, sampling_rate):
+        self.heard += [(len(waveform), sampling_rate) for waveform in waveforms]
+        return [self.words] * len(waveforms)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A model that answers everything with "hi" and 40 codes, and examples that expect "hi" or something else."""
+    root = tmp_path_factory.mktemp("distill")
+    processor = build_processor()
+    save_repository(build_model(processor), processor, root / "model")
+    examples = []
+    for index, answer in enumerate(["hi", "no", "Hi!", "hi"]):
+        example = processor.build_example(answer, [5] * (12 + index), task="text_chat", text="a" * (1 + 7 * index))
+        examples.append({**example, "length": len(example["input_ids"]), "task": "text_chat"})
+    unscored = {**examples[0], "labels": [-100] * len(examples[0]["labels"]), "task": "other"}
+    Dataset.from_list([*examples, unscored]).save_to_disk(str(root / "examples"))
+    return root, examples
+
+
+def arguments(root, name: str, **options) -> DistillArguments:
+    settings = {"batch_size": 2, "generation": ["audio_block_size=8", "audio_steps_per_block=8"], **options}
+    return DistillArguments(str(root / "model"), [str(root / "examples")], root / name, **settings)
+
+
+def test_answers_with_the_right_text_become_examples_of_the_models_own_codes(folders):
+    root, examples = folders
+    summary = distill(arguments(root, "text"))
+    kept = load_mixture([str(root / "text")])
+    assert summary["examples"] == len(kept) == 3
+    assert summary["rejected_kinds"] == {"text": 1, "unscored": 1}
+    processor = build_processor()
+    for row, original in zip(kept, (examples[0], examples[2], examples[3]), strict=True):
+        prompt = split_example(original)[0]
+        assert row["input_ids"][: len(prompt)] == prompt and row["labels"][: len(prompt)] == [-100] * len(prompt)
+        assert row["labels"][len(prompt) :] == row["input_ids"][len(prompt) :]
+        (answer,) = processor.post_process([row["input_ids"][len(prompt) :]], decode_audio=False)
+        assert answer["text"] == "hi" and answer["audio_codes"].tolist() == [3] * 40
+        assert row["length"] == len(row["input_ids"]) and row["task"] == "text_chat"
+
+
+def test_a_recogniser_decides_on_the_speech(folders):
+    root, _ = folders
+    listener = Listener("something else")
+    summary = distill(arguments(root, "misheard"), listener)
+    assert summary["examples"] == 0 and summary["rejected_kinds"]["speech"] == 3
+    assert [length for length, _ in listener.heard] == [40 * 1280] * 3 and {r for _, r in listener.heard} == {16_000}
+    assert distill(arguments(root, "heard"), Listener("hi"))["examples"] == 3
+    lenient = arguments(root, "lenient", max_word_error_rate=2.0, other_texts=True)
+    assert distill(lenient, Listener("something else"))["examples"] == 4
+
+
+def test_only_the_tasks_and_the_number_asked_for_are_answered(folders):
+    root, _ = folders
+    assert distill(arguments(root, "two", max_records=2))["records"] == 2
+    assert distill(arguments(root, "tasks", tasks=["text_chat"]))["records"] == 4
+    with pytest.raises(ValueError, match="no examples of \\['asr'\\]"):
+        distill(arguments(root, "none", tasks=["asr"]))
+
+
+def test_a_run_goes_on_with_its_first_missing_shard(folders):
+    root, _ = folders
+    whole = distill(arguments(root, "whole", shard_size=2))
+    shards = sorted((root / "whole" / "data").glob("*.parquet"))
+    before = [shard.read_bytes() for shard in shards]
+    shards[1].unlink()
+    (root / "whole" / ".train" / "0000-000001.json").unlink()
+    listener = Listener("hi")
+    assert distill(arguments(root, "whole", shard_size=2), listener) == whole
+    assert len(listener.heard) == 2  # those of the missing shard alone
+    assert [shard.read_bytes() for shard in shards] == before
+    with pytest.raises(ValueError, match="--max_word_error_rate was 0.0 and is 0.5"):
+        distill(arguments(root, "whole", shard_size=2, max_word_error_rate=0.5))
+
+
+def test_the_last_answer_of_a_conversation_is_the_one_that_is_written_anew():
+    labels = [-100, -100, 5, 6, -100, -100, 7, 8, -100]
+    assert split_example({"input_ids": list(range(9)), "labels": labels}) == ([0, 1, 2, 3, 4, 5], [6, 7])
+
+
+def test_arguments_that_cannot_be_meant_are_named(tmp_path):
+    for options, message in (
+        ({"batch_size": 0}, "`--batch_size` is 0"),
+        ({"max_word_error_rate": -1.0}, "`--max_word_error_rate` is -1.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            arguments(tmp_path, "out", **options)
+    with pytest.raises(ValueError, match="OPTION=VALUE"):
+        arguments(tmp_path, "out", generation=["audio_block_size"]).generation_options()
+    options = arguments(tmp_path, "out", generation=["seed=[1, 2]", "audio_remasking=entropy"]).generation_options()
+    assert json.dumps(options) == '{"seed": [1, 2], "audio_remasking": "entropy"}'

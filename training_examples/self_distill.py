@@ -1,0 +1,253 @@
+"""Let a checkpoint answer the prompts of prepared examples at a slow, good setting, and keep what it said well.
+
+    python training_examples/self_distill.py --model runs/ttt --dataset data/chat --output_dir data/distilled \
+        --generation audio_block_size=8 audio_steps_per_block=8 --recogniser base
+
+A model's own codes are far more predictable than those of recorded speech, so training on them, from blocks that are
+mostly masked (`--full_block_probability`), teaches it to say the same in few denoising steps (after dParallel, arXiv
+2509.26488). An answer is kept where it ends by itself, its text is that of the example, and a recogniser reads its
+speech right. The output is a folder of prepared examples, which train_ttt.py takes alone or in a mixture with others; a
+run that was killed goes on with the first missing shard.
+"""
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+from modeling_ttt import TttForConditionalGeneration
+from processing import TttProcessor, deinterleave
+from training_examples.evaluation.whisper_judge import WhisperJudge, canonical, count_word_errors
+from training_examples.preparation.examples import ShardReport
+from training_examples.preparation.mixtures import load_mixture
+from training_examples.preparation.records import RejectedError
+from training_examples.preparation.shards import ShardFolder
+from training_examples.preparation.sources import Chunk
+
+FREE_ARGUMENTS = ("output_dir", "batch_size", "device", "threads")
+
+
+class Recogniser(Protocol):
+    """Whatever reads speech."""
+
+    def transcribe(self, waveforms: Sequence[np.ndarray], sampling_rate: int) -> list[str]:
+        """Return one transcript for each mono waveform of shape `(samples,)`."""
+        ...
+
+
+@dataclass
+class DistillArguments:
+    model: str = field(metadata={"help": "Folder or Hub name of the TtT checkpoint that answers."})
+    dataset: list[str] = field(metadata={"help": "Folders of prepared examples, whose prompts are answered."})
+    output_dir: Path = field(metadata={"help": "Folder to write."})
+    generation: list[str] = field(
+        default_factory=list,
+        metadata={"help": "OPTION=VALUE of `generate`, such as audio_block_size=8 audio_steps_per_block=8."},
+    )
+    recogniser: str | None = field(
+        default=None,
+        metadata={"help": "Folder or name of a faster-whisper model that reads the speech; without it, text decides."},
+    )
+    max_word_error_rate: float = field(
+        default=0.0, metadata={"help": "Keep answers whose speech is read with at most this rate of word errors."}
+    )
+    other_texts: bool = field(
+        default=False, metadata={"help": "Keep answers whose text is not the example's, too: their speech decides."}
+    )
+    tasks: list[str] = field(default_factory=list, metadata={"help": "Answer examples of these tasks only."})
+    max_records: int | None = field(default=None, metadata={"help": "Answer only so many examples."})
+    split: str = field(default="train", metadata={"help": "Split to read and to write."})
+    shard_size: int = field(default=512, metadata={"help": "Examples per shard."})
+    batch_size: int = field(default=32, metadata={"help": "Answers written side by side."})
+    device: str = field(default="cpu", metadata={"help": "Where the model runs."})
+    threads: int = field(default=1, metadata={"help": "Torch threads on a CPU."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Allow code in the checkpoint to run."})
+
+    def __post_init__(self) -> None:
+        for name in ("shard_size", "batch_size", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`--{name}` is {getattr(self, name)}; it must be at least 1.")
+        if self.max_word_error_rate < 0:
+            raise ValueError(f"`--max_word_error_rate` is {self.max_word_error_rate}; it must be at least 0.")
+
+    def generation_options(self) -> dict[str, Any]:
+        """Return the OPTION=VALUE items, each value read as JSON or, where it is none, as a string."""
+        options: dict[str, Any] = {}
+        for item in self.generation:
+            name, separator, value = item.partition("=")
+            if not separator:
+                raise ValueError(f"`--generation` {item}: every item needs the form OPTION=VALUE.")
+            try:
+                options[name] = json.loads(value)
+            except json.JSONDecodeError:
+                options[name] = value
+        return options
+
+
+def split_example(example: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """Return the tokens of an example before its last scored part, and that part: the prompt and the answer."""
+    labels = np.array(example["labels"])
+    scored = np.flatnonzero(labels != -100)
+    if not len(scored):
+        raise RejectedError("unscored", "nothing of it is scored")
+    gaps = np.flatnonzero(np.diff(scored) > 1)
+    start = int(scored[gaps[-1] + 1] if len(gaps) else scored[0])
+    return example["input_ids"][:start], example["input_ids"][start : int(scored[-1]) + 1]
+
+
+class Distiller:
+    """
+    Answers the prompts of examples and judges the answers.
+
+    Args:
+        model ([`TttForConditionalGeneration`]), processor ([`TttProcessor`]): who answers.
+        recogniser (`Recogniser`, *optional*): who reads the speech.
+        args (`DistillArguments`): what is kept, and how answers are written.
+    """
+
+    def __init__(
+        self,
+        model: TttForConditionalGeneration,
+        processor: TttProcessor,
+        recogniser: Recogniser | None,
+        args: DistillArguments,
+    ):
+        self.model, self.processor, self.recogniser, self.args = model, processor, recogniser, args
+        self.options = {"do_sample": False, **args.generation_options()}
+
+    def __call__(self, chunk: Chunk) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Return the examples kept of a chunk, and its report in the form of `ShardReport`."""
+        report = ShardReport(chunk)
+        prompts: list[tuple[int, list[int], list[int]]] = []
+        for number, record in enumerate(chunk.records):
+            try:
+                prompts.append((number, *split_example(record)))
+            except RejectedError as error:
+                report.reject(chunk.first_record + number, record["task"], error)
+        prompts.sort(key=lambda prompt: len(prompt[1]))
+        kept: dict[int, dict[str, Any]] = {}
+        for start in range(0, len(prompts), self.args.batch_size):
+            batch = prompts[start : start + self.args.batch_size]
+            answers = self.answer([prompt for _, prompt, _ in batch])
+            verdicts = self.judge([reference for _, _, reference in batch], answers)
+            for (number, prompt, _), answer, verdict in zip(batch, answers, verdicts, strict=True):
+                task = chunk.records[number]["task"]
+                if verdict is not None:
+                    report.reject(chunk.first_record + number, task, verdict)
+                    continue
+                ids = prompt + answer
+                labels = [-100] * len(prompt) + answer
+                kept[number] = {"input_ids": ids, "labels": labels, "length": len(ids), "task": task}
+                codes = deinterleave(answer, self.processor.token_ids)[1]
+                rate = self.processor.audio_format.frame_rate or 1.0
+                seconds = len(codes) / self.processor.num_codebooks / rate
+                report.accept(kept[number], self.processor.token_ids, seconds)
+                report.audio_seconds += seconds
+        return [kept[number] for number in sorted(kept)], vars(report)
+
+    def answer(self, prompts: list[list[int]]) -> list[list[int]]:
+        """Return what the model writes after each prompt, up to its end of turn."""
+        flipped = [torch.tensor(prompt[::-1]) for prompt in prompts]
+        ids = pad_sequence(flipped, batch_first=True, padding_value=-1).flip(1)  # padded on the left
+        mask = (ids >= 0).long()
+        written = self.model.generate(
+            ids.clamp(min=0).to(self.model.device), attention_mask=mask.to(self.model.device), **self.options
+        )
+        end, answers = self.processor.token_ids.end_of_turn_token_id, []
+        for row in written[:, ids.shape[1] :].tolist():
+            answers.append(row[: row.index(end) + 1] if end in row else row)
+        return answers
+
+    def judge(self, references: list[list[int]], answers: list[list[int]]) -> list[RejectedError | None]:
+        """Say of each answer why it is not kept, or `None`."""
+        processor = self.processor
+        written = processor.post_process(answers, decode_audio=self.recogniser is not None)
+        expected = processor.post_process(references, decode_audio=False)
+        verdicts: list[RejectedError | None] = []
+        for ids, answer, reference in zip(answers, written, expected, strict=True):
+            verdict = None
+            if processor.token_ids.end_of_turn_token_id not in ids:
+                verdict = RejectedError("unfinished", "the answer did not end by itself")
+            elif not len(answer["audio_codes"]):
+                verdict = RejectedError("silent", "the answer has no speech")
+            elif not self.args.other_texts and canonical(answer["text"]) != canonical(reference["text"]):
+                verdict = RejectedError("text", f"said {answer['text']!r}, not {reference['text']!r}")
+            verdicts.append(verdict)
+        heard = [index for index, verdict in enumerate(verdicts) if verdict is None]
+        if self.recogniser is None or not heard:
+            return verdicts
+        transcripts = self.recogniser.transcribe([written[i]["audio"] for i in heard], processor.sampling_rate)
+        counts = count_word_errors([written[i]["text"] for i in heard], transcripts)
+        for index, transcript, (errors, words) in zip(heard, transcripts, counts, strict=True):
+            if errors > self.args.max_word_error_rate * words:
+                reason = f"{written[index]['text']!r} was heard as {transcript!r}"
+                verdicts[index] = RejectedError("speech", reason)
+        return verdicts
+
+
+def chunks(args: DistillArguments, finished: set[tuple[int, int]]) -> tuple[int, Iterator[Chunk]]:
+    """Return how many examples there are to answer, and their chunks that are not finished."""
+    dataset = load_mixture(args.dataset, split=args.split)
+    if args.tasks:
+        dataset = dataset.filter(lambda task: task in args.tasks, input_columns="task")
+    if args.max_records is not None:
+        dataset = dataset.take(min(args.max_records, len(dataset)))
+    if not len(dataset):
+        raise ValueError(f"`--dataset` {args.dataset} has no examples of {args.tasks or 'any task'}.")
+    starts = range(0, len(dataset), args.shard_size)
+    return len(dataset), (
+        Chunk(0, number, start, dataset.select(range(start, min(start + args.shard_size, len(dataset)))).to_list())
+        for number, start in enumerate(starts)
+        if (0, number) not in finished
+    )
+
+
+def distill(args: DistillArguments, recogniser: Recogniser | None = None) -> dict[str, Any]:
+    """
+    Answer all prompts that are not answered yet; return the summary.
+
+    Args:
+        recogniser (`Recogniser`, *optional*): used in place of `--recogniser`.
+    """
+    torch.set_num_threads(args.threads)
+    if recogniser is None and args.recogniser is not None:
+        recogniser = WhisperJudge(args.recogniser, num_threads=args.threads)
+    trust = {"trust_remote_code": args.trust_remote_code}
+    model = TttForConditionalGeneration.from_pretrained(args.model, dtype="auto").to(args.device).eval()
+    processor = TttProcessor.from_pretrained(args.model, **trust)
+    if processor.audio_tokenizer is not None:
+        processor.audio_tokenizer.to(args.device)
+    folder = ShardFolder(args.output_dir, args.split)
+    folder.begin(
+        {f"--{f.name}": getattr(args, f.name) for f in dataclasses.fields(args) if f.name not in FREE_ARGUMENTS}
+    )
+    finished = folder.finished()
+    total, missing = chunks(args, set(finished))
+    kinds = Counter(row["kind"] for report in finished.values() for row in report["rejected"])
+    distiller = Distiller(model, processor, recogniser, args)
+    with tqdm(total=total, initial=sum(r["records"] for r in finished.values()), unit="answer") as bar:
+        for chunk in missing:
+            examples, report = distiller(chunk)
+            folder.write(chunk, examples, report)
+            kinds.update(row["kind"] for row in report["rejected"])
+            bar.set_postfix(kinds)
+            bar.update(report["records"])
+    return folder.summarise([" ".join(args.dataset)])
+
+
+def main() -> None:
+    (args,) = HfArgumentParser(DistillArguments).parse_args_into_dataclasses()
+    print(json.dumps(distill(args), indent=2))
+
+
+if __name__ == "__main__":
+    main()
