@@ -382,6 +382,8 @@ def test_evaluation_metrics_take_batches_or_all_at_once():
     assert pieces(EvalPrediction(table[:2], None, losses=losses[:2]), compute_result=False) == {}
     in_pieces = pieces(EvalPrediction(table[2:], None, losses=losses[2:]), compute_result=True)
     assert in_pieces == pytest.approx(expected)
+    batches = {"predictions": [table[:2], table[2:]], "label_ids": None, "losses": [losses[:2], losses[2:]]}
+    assert whole(EvalPrediction(**batches)) == pytest.approx(expected)
     alone = whole(EvalPrediction(table.numpy(), None))
     assert alone["text_loss"] == pytest.approx(table[:, 0, 0].mean().item())
 

@@ -81,12 +81,12 @@ class InitArguments:
 
 def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, num_codes: int) -> None:
     """
-    Adds what a text tokenizer lacks: ChatML's tokens and the begin tokens on the text side, then, in the published
+    Add what a text tokenizer lacks: ChatML's tokens and the begin tokens on the text side, then, in the published
     order, `<|audio|>`, the codes, the mask token and the two end tokens. `<|im_end|>` becomes its end-of-sequence
     token; the former one pads where there was no padding token.
 
     Raises:
-        ValueError: tokens that are there already break the order, so that a text token would count as audio.
+        ValueError: If tokens that are there already break the order, so that a text token would count as audio.
     """
     audio_side = audio_tokens(num_codes)
     before = tokenizer.get_vocab()

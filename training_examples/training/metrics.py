@@ -62,6 +62,8 @@ class EvaluationMetrics:
 
 
 def _as_array(values: Any) -> Any:
+    if isinstance(values, list):  # of batches, where `eval_do_concat_batches` is off
+        return np.concatenate([_as_array(batch) for batch in values])
     return None if values is None else torch.as_tensor(values).double().cpu().numpy()
 
 
