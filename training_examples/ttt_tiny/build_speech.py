@@ -1,6 +1,6 @@
 """Speaks the domain of ttt-tiny: training speech in shards, held-out speech as FLAC files with JSONL lists.
 
-    KOKORO_DIR=data/voices/kokoro python -m training_examples.ttt_tiny.build_speech --output_dir data/ttt_tiny
+    KOKORO_DIR=data/voices/kokoro python training_examples/ttt_tiny/build_speech.py --output_dir data/ttt_tiny
 
 Needs Kokoro-82M (see README.md beside this file), `onnxruntime`, and eSpeak NG and Flite (`apt-get install
 libespeak-ng1 espeak-ng-data libflite1`). The held-out lists are spoken first (`--evaluation_only` stops there), then

@@ -1,7 +1,7 @@
 """Compares Kokoro's English voices as the assistant of ttt-tiny: how well judges that know nothing of the domain
 understand them, how far their band reaches, and how steady they are.
 
-    python -m training_examples.ttt_tiny.compare_voices --whisper base tiny.en --sentences 50 --voices af_heart af_nova
+    python training_examples/ttt_tiny/compare_voices.py --whisper base tiny.en --sentences 50 --voices af_heart af_nova
 
 Prints one table row a voice and writes the table to `--output`.
 """

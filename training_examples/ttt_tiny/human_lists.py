@@ -2,7 +2,7 @@
 
     apt-get download tuxpaint-stamps-default pocketsphinx-testdata
     for package in *.deb; do dpkg -x $package data/humans; done
-    python -m training_examples.ttt_tiny.human_lists --humans data/humans --output_dir data/ttt_tiny
+    python training_examples/ttt_tiny/human_lists.py --humans data/humans --output_dir data/ttt_tiny
 
 Tux Paint's stamps (GPL-2) have the ten digits by an American and a British speaker, and names of animals; the test data
 of PocketSphinx (BSD-2) have connected digits and sentences. They are for measuring alone: neither the recordings nor

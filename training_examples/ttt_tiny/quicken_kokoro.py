@@ -1,7 +1,7 @@
 """Rewrites Kokoro's 8-bit ONNX export so that a CPU speaks with it 1.6 times faster, sample for sample the same.
 
     pip install onnx
-    python -m training_examples.ttt_tiny.quicken_kokoro data/voices/kokoro data/voices/kokoro_quick
+    python training_examples/ttt_tiny/quicken_kokoro.py data/voices/kokoro data/voices/kokoro_quick
 
 ONNX Runtime multiplies unsigned bytes by unsigned bytes in `ConvInteger`, for which processors have no fast
 instruction. Here such a convolution becomes a product of matrices, of unsigned inputs and signed weights, for which
@@ -97,7 +97,7 @@ def quicken(model: "onnx.ModelProto") -> int:
 
 def main() -> None:
     if len(sys.argv) != 3:
-        raise SystemExit("usage: python -m training_examples.ttt_tiny.quicken_kokoro FOLDER NEW_FOLDER")
+        raise SystemExit("usage: python training_examples/ttt_tiny/quicken_kokoro.py FOLDER NEW_FOLDER")
     import onnx
 
     source, target = map(Path, sys.argv[1:])
