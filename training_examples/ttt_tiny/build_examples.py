@@ -1,14 +1,15 @@
-"""Turn the speech of build_speech.py into training examples for ttt-tiny: codes first, then token sequences.
+"""Turns the speech of build_speech.py into training examples for ttt-tiny: codes first, then token sequences.
 
     python training_examples/ttt_tiny/build_examples.py --model runs/tiny/initial
 
-Every question becomes a spoken question with its answer and a dictation; every assistant sentence a text to read
-aloud; part of the questions are also asked in text, and part of the examples hold two turns. Codes are kept shard by
-shard (Parquet), so a killed run goes on where it stopped.
+Every recording is encoded clean and as if recorded somewhere (augmentation.py); dictations are also spliced of single
+words, and sounds in which nobody speaks are made up. conversations.py says what becomes of them. Codes are kept shard
+by shard (Parquet), so a killed run goes on where it stopped, and goes on with the shards that were spoken meanwhile.
 """
 
 import random
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,142 +19,168 @@ import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, DatasetDict
 from tqdm import tqdm
-from transformers import HfArgumentParser, set_seed
+from transformers import HfArgumentParser
 
 from modeling_ttt.ttt_codec import TttCodecModel
 from processing import TttProcessor
 from training_examples.files import whole_file
+from training_examples.ttt_tiny import domain
+from training_examples.ttt_tiny.augmentation import NO_SPEECH, no_speech, record, splice_at_random
+from training_examples.ttt_tiny.conversations import Messages, Mixture, MixtureArguments, assistant, user
 from training_examples.ttt_tiny.speech import read_audio, read_list, read_shard, to_int16
-from training_examples.ttt_tiny.waveforms import augment, pad
+from training_examples.ttt_tiny.waveforms import pad
 
 
 @dataclass
-class ExampleArguments:
+class ExampleArguments(MixtureArguments):
     model: Path = field(default=Path("runs/tiny/initial"), metadata={"help": "Folder with the processor."})
     data_dir: Path = field(default=Path("data/ttt_tiny"), metadata={"help": "Output of build_speech.py."})
     output_dir: Path = field(default=Path("data/ttt_tiny/examples"), metadata={"help": "Where the examples go."})
-    text_share: float = field(default=0.15, metadata={"help": "Share of the questions that are also asked in text."})
-    two_turn_share: float = field(
-        default=0.06, metadata={"help": "Examples of two turns, as a share of the questions."}
-    )
-    tts_copies: int = field(default=2, metadata={"help": "How often each assistant sentence occurs."})
+    splices: int = field(default=40, metadata={"help": "Dictations spliced of the words of each lone voice."})
+    sounds: int = field(default=1_500, metadata={"help": "Sounds in which nobody speaks."})
     workers: int = field(default=2, metadata={"help": "Processes side by side."})
-    seed: int = field(default=0, metadata={"help": "Seed of noise and mixture."})
+    seed: int = field(default=0, metadata={"help": "Seed of recordings and mixture."})
 
 
 @torch.no_grad()
-def encode(codec: TttCodecModel, waves: list[np.ndarray], noisy: bool = False) -> list[list[int]]:
-    """
-    Return the codes of int16 waveforms, encoded in batches of similar length; `noisy` adds the augmentation of the
-    training.
-    """
+def encode(codec: TttCodecModel, waves: list[np.ndarray]) -> list[list[int]]:
+    """Codes of int16 waveforms, in batches of similar length."""
     order = sorted(range(len(waves)), key=lambda index: len(waves[index]))
     codes: list[list[int]] = [[]] * len(waves)
     for start in range(0, len(order), 32):
         rows = order[start : start + 32]
         batch, lengths = pad([waves[row] for row in rows], codec.config.hop_length)
         mask = torch.arange(batch.shape[1]) < lengths[:, None]
-        output = codec.encode(augment(batch) if noisy else batch, mask)
+        output = codec.encode(batch, mask)
         for row, row_codes, row_mask in zip(rows, output.audio_codes[:, 0], output.audio_codes_mask, strict=True):
             codes[row] = row_codes[row_mask.bool()].tolist()
     return codes
 
 
-def encode_shard(codec_dir: Path, shard: Path, target: Path, seed: int) -> Path:
-    """Write the rows of one shard with their `codes` and, for questions, `noisy_codes`, as Parquet."""
+def load_codec(folder: Path) -> TttCodecModel:
+    """The audio tokenizer, on one thread."""
     torch.set_num_threads(1)
-    set_seed(seed)
-    codec = TttCodecModel.from_pretrained(codec_dir).eval()
-    rows, waves = read_shard(shard, codec.config.sampling_rate)
-    columns = {key: [row[key] for row in rows] for key in rows[0]} | {"codes": encode(codec, waves)}
-    if shard.name.startswith("questions"):
-        columns["noisy_codes"] = encode(codec, waves, noisy=True)
+    return TttCodecModel.from_pretrained(folder).eval()
+
+
+def record_all(waves: list[np.ndarray], rate: int, seed: list[int]) -> list[np.ndarray]:
+    """int16 waveforms as if recorded somewhere, each drawn from `seed` and its place; the others are the babble."""
+    speech = [wave / np.float32(32767) for wave in waves]
+    return [
+        to_int16(record(wave, rate, np.random.default_rng([*seed, place]), others=speech))
+        for place, wave in enumerate(speech)
+    ]
+
+
+def write_rows(target: Path, columns: dict[str, list]) -> Path:
+    """Write columns as Parquet, whole or not at all."""
     with whole_file(target) as partial:
         pq.write_table(pa.table(columns), partial)
     return target
 
 
-def encode_all(args: ExampleArguments) -> dict[str, list[dict]]:
-    """Encode every shard that is not yet encoded; return the rows by kind."""
-    folder = args.output_dir / "codes"
-    folder.mkdir(parents=True, exist_ok=True)
-    shards = sorted((args.data_dir / "speech").glob("*.safetensors"))
-    with ProcessPoolExecutor(args.workers) as pool:
-        jobs = []
-        for index, shard in enumerate(shards):
-            target = folder / f"{shard.stem}.parquet"
-            if not target.exists():
-                jobs.append(pool.submit(encode_shard, args.model / "audio_tokenizer", shard, target, args.seed + index))
-        for job in tqdm(jobs, desc="encoding", unit="shard"):
-            job.result()
-    rows: dict[str, list[dict]] = {"questions": [], "assistant": []}
+def encode_shard(codec_dir: Path, shard: Path, target: Path, seed: list[int]) -> Path:
+    """Write the rows of one shard with their `codes` and, for questions, `noisy_codes`."""
+    codec = load_codec(codec_dir)
+    rows, waves = read_shard(shard, codec.config.sampling_rate)
+    columns = {key: [row[key] for row in rows] for key in rows[0]} | {"codes": encode(codec, waves)}
+    if shard.name.startswith("questions"):
+        columns["noisy_codes"] = encode(codec, record_all(waves, codec.config.sampling_rate, seed))
+    return write_rows(target, columns)
+
+
+def lone_words(shards: list[Path], rate: int) -> list[dict[str, np.ndarray]]:
+    """The single words of every voice and delivery that says some, as int16 waveforms."""
+    voices: dict[tuple, dict[str, np.ndarray]] = {}
     for shard in shards:
-        rows[shard.stem.split("-")[0]] += pq.read_table(folder / f"{shard.stem}.parquet").to_pylist()
+        rows, waves = read_shard(shard, rate)
+        for row, wave in zip(rows, waves, strict=True):
+            if row["kind"] == "word":
+                voices.setdefault((row["voice"], row["rate"], row["pitch"]), {})[row["text"]] = wave
+    return [words for words in voices.values() if len(words) > 1]
+
+
+def splice_dictations(words: dict[str, np.ndarray], count: int, rate: int, seed: list[int]) -> dict[str, np.ndarray]:
+    """Dictations that one voice's single words can be spliced to: mostly digits, and none that is held out."""
+    rng, draw = np.random.default_rng(seed), random.Random(str(seed))
+    known = sorted(words)
+    digits = [word for word in known if word in domain.NUMBERS] or known
+    texts = [domain.random_words(draw, 1, 6, known if draw.random() < 0.3 else digits) for _ in range(count)]
+    texts = [text for text in texts if " " not in text or not domain.is_held_out(text)]
+    return dict(splice_at_random(words, [text], rate, rng) for text in texts)
+
+
+def encode_splices(codec_dir: Path, shards: list[Path], target: Path, count: int, seed: list[int]) -> Path:
+    """Write spliced dictations, half of them as if recorded somewhere: `text`, `codes`."""
+    codec = load_codec(codec_dir)
+    rate, texts, waves = codec.config.sampling_rate, [], []
+    for place, words in enumerate(lone_words(shards, rate)):
+        for text, wave in splice_dictations(words, count, rate, [*seed, place]).items():
+            texts.append(text)
+            waves.append(to_int16(wave / 32767))
+    waves[::2] = record_all(waves[::2], rate, seed)
+    return write_rows(target, {"text": texts, "codes": encode(codec, waves)})
+
+
+def encode_sounds(codec_dir: Path, shard: Path, target: Path, count: int, seed: list[int]) -> Path:
+    """Write sounds in which nobody speaks, of half a second to five: `kind`, `codes`. Babble is made of `shard`."""
+    codec = load_codec(codec_dir)
+    rate = codec.config.sampling_rate
+    speech = [wave / np.float32(32767) for wave in read_shard(shard, rate)[1]]
+    kinds, waves = [NO_SPEECH[index % len(NO_SPEECH)] for index in range(count)], []
+    for place, kind in enumerate(kinds):
+        rng = np.random.default_rng([*seed, place])
+        waves.append(to_int16(no_speech(kind, int(rng.uniform(0.5, 5.0) * rate), rate, rng, speech)))
+    return write_rows(target, {"kind": kinds, "codes": encode(codec, waves)})
+
+
+def encode_all(args: ExampleArguments) -> dict[str, list[dict]]:
+    """Encode what is not yet encoded; return the rows of `assistant`, `questions`, `spliced` and `sounds`."""
+    folder, codec = args.output_dir / "codes", args.model / "audio_tokenizer"
+    shards = sorted((args.data_dir / "speech").glob("*.safetensors"))
+    heard = [shard for shard in shards if shard.name.startswith("questions")]
+    if not heard or len(heard) == len(shards):
+        raise SystemExit(f"no shards of both kinds in {args.data_dir / 'speech'}: run build_speech.py first")
+    jobs: list[tuple[Path, Callable[..., Path], tuple]] = []
+    for index, shard in enumerate(shards):
+        target = folder / f"{shard.stem}.parquet"
+        jobs.append((target, encode_shard, (codec, shard, target, [args.seed, index])))
+    # Splices want all words of a voice: they are made anew when there are more shards.
+    splices, sounds = folder / f"spliced-{len(heard):04d}.parquet", folder / "sounds-0000.parquet"
+    jobs.append((splices, encode_splices, (codec, heard, splices, args.splices, [args.seed, 10**6])))
+    jobs.append((sounds, encode_sounds, (codec, heard[0], sounds, args.sounds, [args.seed, 10**6 + 1])))
+    with ProcessPoolExecutor(args.workers) as pool:
+        running: list[Future] = [pool.submit(job, *rest) for target, job, rest in jobs if not target.exists()]
+        for future in tqdm(running, desc="encoding", unit="shard"):
+            future.result()
+    rows: dict[str, list[dict]] = {"questions": [], "assistant": [], "spliced": [], "sounds": []}
+    for target, _, _ in jobs:
+        rows[target.stem.split("-")[0]] += pq.read_table(target).to_pylist()
     return rows
 
 
-def mixture(rows: dict[str, list[dict]], args: ExampleArguments) -> list[tuple[str, list[dict]]]:
-    """Return all conversations as (task, messages), with codes in place of audio, in random order."""
-    rng = random.Random(args.seed)
-    spoken = {row["text"]: row["codes"] for row in rows["assistant"]}
-    questions = [row for row in rows["questions"] if row["answer"] is not None]
-
-    def turn(content: list[dict], text: str, speech: list[int] | None) -> list[dict]:
-        answer: list[dict] = [{"type": "text", "text": text}]
-        if speech is not None:
-            answer.append({"type": "audio", "audio_codes": speech})
-        return [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
-
-    def audio(row: dict, key: str) -> list[dict]:
-        return [{"type": "audio", "audio_codes": row[key]}]
-
-    conversations = []
-    for row in questions:
-        for key in ("codes", "noisy_codes"):
-            conversations.append(("spoken_qa", turn(audio(row, key), row["answer"], spoken[row["answer"]])))
-        if rng.random() < args.text_share:
-            text = [{"type": "text", "text": row["text"]}]
-            conversations.append(("text_chat", turn(text, row["answer"], spoken[row["answer"]])))
-        if rng.random() < args.two_turn_share:
-            turns = [turn(audio(r, "codes"), r["answer"], spoken[r["answer"]]) for r in (row, rng.choice(questions))]
-            conversations.append(("spoken_qa", turns[0] + turns[1]))
-    for row in rows["questions"]:
-        conversations.append(("asr", turn(audio(row, rng.choice(("codes", "noisy_codes"))), row["text"], None)))
-    for row in rows["assistant"]:
-        text = [{"type": "text", "text": row["text"]}]
-        conversations += [("tts", turn(text, row["text"], row["codes"]))] * args.tts_copies
-    rng.shuffle(conversations)
-    return conversations
-
-
-def held_out(args: ExampleArguments, codec: TttCodecModel) -> list[tuple[str, list[dict]]]:
-    """Return the held-out spoken questions (trained voices) and texts to read, for the loss during training."""
+def held_out(args: ExampleArguments, codec: TttCodecModel) -> list[tuple[str, Messages]]:
+    """The development lists of spoken questions and of texts to read, for the loss during training."""
     folder = args.data_dir / "eval"
     conversations = []
 
     def read(path: str) -> np.ndarray:
         return to_int16(read_audio(folder, path, codec.config.sampling_rate))
 
-    for name, task in (("spoken_qa_seen", "spoken_qa"), ("tts", "tts")):
-        lines = read_list(folder, name)
-        speech = encode(codec, [read(row["answer_audio"]) for row in lines])
-        if task == "tts":
-            contents = [[{"type": "text", "text": row["answer"]}] for row in lines]
-        else:
-            heard = encode(codec, [read(row["audio"]) for row in lines])
-            contents = [[{"type": "audio", "audio_codes": codes}] for codes in heard]
-        for row, content, codes in zip(lines, contents, speech, strict=True):
-            answer = [{"type": "text", "text": row["answer"]}, {"type": "audio", "audio_codes": codes}]
-            conversations.append(
-                (task, [{"role": "user", "content": content}, {"role": "assistant", "content": answer}])
-            )
+    for name, task in (("development_spoken_qa_seen", "spoken_qa"), ("development_tts", "tts")):
+        rows = read_list(folder, name)
+        speech = encode(codec, [read(row["answer_audio"]) for row in rows])
+        heard = encode(codec, [read(row["audio"]) for row in rows]) if task == "spoken_qa" else [[] for _ in rows]
+        for row, question, answer in zip(rows, heard, speech, strict=True):
+            asked = user({"text": row["answer"], "codes": question}, "codes" if question else None)
+            conversations.append((task, [asked, assistant(row["answer"], answer)]))
     return conversations
 
 
-def write_examples(processor: TttProcessor, conversations: list[tuple[str, list[dict]]]) -> Dataset:
-    """Return all conversations as token ids: `input_ids`, `labels`, `length`, `task`."""
+def write_examples(processor: TttProcessor, conversations: list[tuple[str, Messages]]) -> Dataset:
+    """All conversations as token ids: `input_ids`, `labels`, `length`, `task`."""
 
-    def write(task: str, messages: list[dict]) -> dict:
+    def write(task: str, messages: Messages) -> dict:
         system = {"role": "system", "content": processor.get_task(task).system_prompt}
         example = processor.build_conversation_example([system, *messages])
         return {**example, "length": len(example["input_ids"]), "task": task}
@@ -166,7 +193,7 @@ def main() -> None:
     processor = TttProcessor.from_pretrained(args.model)
     torch.set_num_threads(1)
     rows = encode_all(args)
-    conversations = mixture(rows, args)
+    conversations = Mixture(rows, args, random.Random(args.seed)).conversations()
     print(f"{len(conversations)} conversations from {sum(map(len, rows.values()))} sentences")
     train = write_examples(processor, conversations)
     evaluation = write_examples(processor, held_out(args, processor.audio_tokenizer.eval()))

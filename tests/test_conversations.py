@@ -1,0 +1,144 @@
+"""What ttt-tiny learns from: the conversations made of encoded speech, and the examples made of a handful of shards."""
+
+import random
+
+import numpy as np
+import pytest
+from builders import build_codec
+
+from training_examples.ttt_tiny import build_examples, domain, speech
+from training_examples.ttt_tiny.conversations import Mixture, MixtureArguments
+
+
+def question(text, answer, kind="addition"):
+    return {"text": text, "answer": answer, "kind": kind, "codes": [1], "noisy_codes": [2]}
+
+
+@pytest.fixture
+def rows():
+    """Two answers that are spoken and one that is not yet; a dictation, another's sentence, a splice and a sound."""
+    answers = ["two", "three", domain.NOT_KNOWN, domain.NOT_HEARD]
+    return {
+        "assistant": [{"text": text, "codes": [10 + index]} for index, text in enumerate(answers)],
+        "questions": [
+            question("one plus one", "two"),
+            question("one plus two", "three"),
+            question("one plus three", "four"),
+            question("where is my hat", domain.NOT_KNOWN, "other"),
+            question("cat dog", None, "dictation"),
+        ],
+        "spliced": [{"text": "five five", "codes": [3]}],
+        "sounds": [{"codes": [4]}],
+    }
+
+
+def heard(message):
+    """What a user's message holds: codes or text."""
+    (part,) = message["content"]
+    return part.get("audio_codes", part.get("text"))
+
+
+def said(message):
+    """Text and codes of an assistant's message."""
+    text, *audio = message["content"]
+    return text["text"], audio[0]["audio_codes"] if audio else None
+
+
+def test_questions_are_asked_clean_and_recorded_and_answered_in_text_and_speech(rows):
+    mixture = Mixture(rows, MixtureArguments(text_share=1.0), random.Random(0))
+    turns = [(task, heard(asked), *said(answer)) for task, (asked, answer) in mixture.single_turns()]
+    for text, answer, codes in (
+        ("one plus one", "two", [10]),
+        ("one plus two", "three", [11]),
+        ("where is my hat", domain.NOT_KNOWN, [12]),
+    ):
+        assert ("text_chat", text, answer, codes) in turns
+        assert ("spoken_qa", [1], answer, codes) in turns and ("spoken_qa", [2], answer, codes) in turns
+    assert ("spoken_qa", [4], domain.NOT_HEARD, [13]) in turns
+    assert len(turns) == 3 * 3 + 1  # the question whose answer is not spoken yet waits
+
+
+def test_what_is_taken_down_is_words_of_the_domain_answered_in_text_alone(rows):
+    found = Mixture(rows, MixtureArguments(), random.Random(0)).dictations()
+    assert {task for task, _ in found} == {"asr"}
+    texts = [said(answer)[0] for _, (_, answer) in found]
+    assert sorted(texts) == sorted(
+        ["one plus one", "one plus two", "one plus three", "cat dog", "cat dog", "five five"]
+    )
+    assert all(said(answer)[1] is None for _, (_, answer) in found)
+
+
+def test_several_turns_are_of_every_kind_in_every_order(rows):
+    mixture = Mixture(rows, MixtureArguments(not_heard_share=0.2), random.Random(0))
+    kinds = set()
+    for _ in range(300):
+        messages = mixture.several_turns(2)
+        assert [message["role"] for message in messages] == ["user", "assistant"] * 2
+        kinds.add(
+            tuple(
+                "typed"
+                if isinstance(heard(message), str)
+                else {1: "clean", 2: "recorded", 4: "nobody"}[heard(message)[0]]
+                for message in messages[::2]
+            )
+        )
+        for asked, answer in zip(messages[::2], messages[1::2], strict=True):
+            assert (heard(asked) == [4]) == (said(answer)[0] == domain.NOT_HEARD)
+    assert kinds == {
+        (a, b) for a in ("typed", "clean", "recorded", "nobody") for b in ("typed", "clean", "recorded", "nobody")
+    }
+
+
+def test_the_mixture_holds_all_of_it_and_the_seed_decides(rows):
+    args = MixtureArguments(turns_share=10.0, tts_copies=3)
+    found = Mixture(rows, args, random.Random(1)).conversations()
+    assert found == Mixture(rows, args, random.Random(1)).conversations()
+    assert found != Mixture(rows, args, random.Random(2)).conversations()
+    tasks = [task for task, _ in found]
+    assert tasks.count("tts") == 3 * 4 and tasks.count("asr") == 6
+    turns = [len(messages) // 2 for _, messages in found]
+    assert turns.count(2) + turns.count(3) == 30 and turns.count(2) > turns.count(3) > 0
+
+
+def test_without_the_sentence_for_it_nobody_is_never_answered(rows):
+    rows["assistant"] = rows["assistant"][:3]
+    mixture = Mixture(rows, MixtureArguments(not_heard_share=1.0), random.Random(0))
+    assert all(heard(messages[0]) != [4] for _, messages in mixture.single_turns())
+    assert all(heard(message) != [4] for message in mixture.several_turns(3)[::2])
+
+
+def write_shard(folder, name, rows):
+    rng = np.random.default_rng(len(name))
+    waves = [(3000 * rng.standard_normal(12_000 + 500 * index)).astype(np.int16) for index in range(len(rows))]
+    speech.write_shard(folder / f"{name}.safetensors", rows, waves)
+
+
+def test_shards_become_codes_once_and_examples_of_every_task(tmp_path, monkeypatch):
+    (tmp_path / "speech").mkdir()
+    delivery = {"voice": "kokoro:am_adam", "rate": 1.0, "pitch": 1.0, "phrasing": "statement"}
+    texts = ["two", domain.NOT_HEARD]
+    write_shard(tmp_path / "speech", "assistant-0000", [{"text": text, **delivery} for text in texts])
+    heard = [{"text": word, "answer": None, "kind": "word", **delivery} for word in ("one", "five", "plus", "cat")]
+    heard.append({"text": "one plus one", "answer": "two", "kind": "addition", **delivery})
+    write_shard(tmp_path / "speech", "questions-0000", heard)
+    build_codec().save_pretrained(tmp_path / "model" / "audio_tokenizer")
+    args = build_examples.ExampleArguments(
+        model=tmp_path / "model", data_dir=tmp_path, output_dir=tmp_path / "out", sounds=12, splices=20, workers=1
+    )
+    rows = build_examples.encode_all(args)
+    assert [row["text"] for row in rows["assistant"]] == texts and len(rows["sounds"]) == 12
+    assert all(row["codes"] and row["noisy_codes"] for row in rows["questions"])
+    assert len(rows["spliced"]) > 5
+    for row in rows["spliced"]:
+        assert set(row["text"].split()) <= {"one", "five", "plus", "cat"}
+        assert " " not in row["text"] or not domain.is_held_out(row["text"])
+    monkeypatch.setattr(build_examples, "load_codec", None)  # all is there: nothing is encoded again
+    assert build_examples.encode_all(args) == rows
+    tasks = {task for task, _ in Mixture(rows, args, random.Random(0)).conversations()}
+    assert tasks >= {"spoken_qa", "asr", "tts"}
+
+
+def test_a_folder_without_both_kinds_of_shards_says_what_makes_them(tmp_path):
+    (tmp_path / "speech").mkdir()
+    with pytest.raises(SystemExit, match="build_speech.py"):
+        build_examples.encode_all(build_examples.ExampleArguments(data_dir=tmp_path, output_dir=tmp_path))
