@@ -48,7 +48,8 @@ LONGEST_CUT = 10  # digits; longer runs are not tried in every cut
 
 
 def number_words(number: int) -> str:
-    """A number in words, without "and".
+    """
+    Return a number in words, without "and".
 
     Raises:
         ValueError: If the number is not from 0 to 999,999.
@@ -65,7 +66,8 @@ def number_words(number: int) -> str:
 
 
 def digit_readings(digits: str) -> list[str]:
-    """Ways to read a run of digits aloud, the likeliest first.
+    """
+    Return ways to read a run of digits aloud, the likeliest first.
 
     Up to three digits are a number, more are tens ("102030") or single digits; then every cut into numbers of one or
     two digits ("1112" may be "eleven twelve").
@@ -90,7 +92,8 @@ def _cuts(digits: str) -> list[list[str]]:
 
 
 def readings(text: str) -> list[list[str]]:
-    """The words of a transcript in speaking order; each item lists the ways to read it, the likeliest first.
+    """
+    Return the words of a transcript in speaking order; each item lists the ways to read it, the likeliest first.
 
     Lower case, no punctuation, American spelling, numbers in words; words that sound alike are written as one of them.
     """
@@ -118,12 +121,13 @@ def readings(text: str) -> list[list[str]]:
 
 
 def canonical(text: str) -> str:
-    """A text as it is counted, every item in its likeliest reading. References are brought into this form."""
+    """Return a text as it is counted, every item in its likeliest reading. References are brought into this form."""
     return " ".join(way for way in (ways[0] for ways in readings(text)) if way)
 
 
 def closest_reading(transcript: str, reference: str) -> str:
-    """The reading of `transcript` with the fewest word errors against `reference` (which is made `canonical`).
+    """
+    Return the reading of `transcript` with the fewest word errors against `reference` (which is made `canonical`).
 
     Only spelling has several readings: "9-4" may be "nine minus four", but "nine" is never anything else. Items are
     settled from left to right. Words of the reference that are written as one, or one that is written as several, are
@@ -143,7 +147,7 @@ def closest_reading(transcript: str, reference: str) -> str:
 
 
 def _divide_as(words: list[str], said: list[str]) -> list[str]:
-    """`words` divided as in `said`, where one word of either is the letters of some in a row of the other."""
+    """Return `words` divided as in `said`, where one word of either is the letters of some in a row of the other."""
     apart = {"".join(said[i:j]): said[i:j] for i in range(len(said)) for j in range(i + 2, min(i + 4, len(said)) + 1)}
     words = [part for word in words for part in apart.get(word, [word])]
     whole, found = set(said), []
@@ -155,7 +159,8 @@ def _divide_as(words: list[str], said: list[str]) -> list[str]:
 
 
 def count_word_errors(references: Sequence[str], transcripts: Sequence[str]) -> list[tuple[int, int]]:
-    """Word errors and reference words of each pair, spelling set aside: what intervals are drawn over.
+    """
+    Return word errors and reference words of each pair, spelling set aside: what intervals are drawn over.
 
     Raises:
         ValueError: If the lists differ in length.
@@ -170,14 +175,16 @@ def count_word_errors(references: Sequence[str], transcripts: Sequence[str]) -> 
 
 
 class WhisperJudge:
-    """Whisper over whole waveforms, greedy, on one thread, without memory of what came before.
+    """
+    Whisper over whole waveforms, greedy, without memory of what came before.
 
     Args:
-        model: A folder of faster-whisper's (CTranslate2's) format, or a name such as `"base"` or `"tiny.en"`, or a Hub
-            repository of that format.
-        prompt: Text that sets the style of writing; the same for everything that is compared. None for none.
-        num_threads: CPU threads.
-        compute_type: CTranslate2's number format.
+        model (`str` or `Path`): a folder in faster-whisper's (CTranslate2's) format, a name such as `"base"` or
+            `"tiny.en"`, or a Hub repository in that format.
+        prompt (`str`, *optional*, defaults to spelled-out numbers): text that sets the style of writing, the same for
+            everything that is compared; None for none.
+        num_threads (`int`, *optional*, defaults to 1): CPU threads.
+        compute_type (`str`, *optional*, defaults to `"int8"`): CTranslate2's number format.
     """
 
     def __init__(
@@ -193,15 +200,16 @@ class WhisperJudge:
     def transcribe(
         self, waveforms: Sequence[np.ndarray], sampling_rate: int = SAMPLING_RATE, progress: bool = False
     ) -> list[str]:
-        """What is said in each waveform, as Whisper writes it.
+        """
+        Return what is said in each waveform, as Whisper writes it.
 
         Args:
-            waveforms: Mono waveforms, each of shape (samples,), floats in [-1, 1].
-            sampling_rate: Of all of them, in Hz.
-            progress: Whether to show a progress bar.
+            waveforms (`Sequence[np.ndarray]`): mono waveforms, each of shape `(samples,)`, floats in [-1, 1].
+            sampling_rate (`int`, *optional*, defaults to 16,000): of all of them, in Hz.
+            progress (`bool`, *optional*, defaults to `False`): whether to show a progress bar.
 
         Returns:
-            One transcript a waveform, empty where nothing was heard.
+            `list[str]`: one transcript a waveform, empty where nothing was heard.
 
         Raises:
             ValueError: If a waveform is not one-dimensional or not finite.

@@ -44,7 +44,7 @@ class ExampleArguments(MixtureArguments):
 
 @torch.no_grad()
 def encode(codec: TttCodecModel, waves: list[np.ndarray]) -> list[list[int]]:
-    """Codes of int16 waveforms, in batches of similar length."""
+    """Return codes of int16 waveforms, in batches of similar length."""
     order = sorted(range(len(waves)), key=lambda index: len(waves[index]))
     codes: list[list[int]] = [[]] * len(waves)
     for start in range(0, len(order), 32):
@@ -58,13 +58,13 @@ def encode(codec: TttCodecModel, waves: list[np.ndarray]) -> list[list[int]]:
 
 
 def load_codec(folder: Path) -> TttCodecModel:
-    """The audio tokenizer, on one thread."""
+    """Return the audio tokenizer, on one thread."""
     torch.set_num_threads(1)
     return TttCodecModel.from_pretrained(folder).eval()
 
 
 def record_all(waves: list[np.ndarray], rate: int, seed: list[int]) -> list[np.ndarray]:
-    """int16 waveforms as if recorded somewhere, each drawn from `seed` and its place; the others are the babble."""
+    """Return int16 waveforms as if recorded somewhere, each drawn from `seed` and its place; babble is the others."""
     speech = [wave / np.float32(32767) for wave in waves]
     return [
         to_int16(record(wave, rate, np.random.default_rng([*seed, place]), others=speech))
@@ -90,7 +90,7 @@ def encode_shard(codec_dir: Path, shard: Path, target: Path, seed: list[int]) ->
 
 
 def lone_words(shards: list[Path], rate: int) -> list[dict[str, np.ndarray]]:
-    """The single words of every voice and delivery that says some, as int16 waveforms."""
+    """Return the single words of every voice and delivery that says some, as int16 waveforms."""
     voices: dict[tuple, dict[str, np.ndarray]] = {}
     for shard in shards:
         rows, waves = read_shard(shard, rate)
@@ -101,7 +101,7 @@ def lone_words(shards: list[Path], rate: int) -> list[dict[str, np.ndarray]]:
 
 
 def splice_dictations(words: dict[str, np.ndarray], count: int, rate: int, seed: list[int]) -> dict[str, np.ndarray]:
-    """Dictations that one voice's single words can be spliced to: mostly digits, and none that is held out."""
+    """Return dictations that one voice's single words can be spliced to: mostly digits, and none that is held out."""
     rng, draw = np.random.default_rng(seed), random.Random(str(seed))
     known = sorted(words)
     digits = [word for word in known if word in domain.NUMBERS] or known
@@ -160,7 +160,7 @@ def encode_all(args: ExampleArguments) -> dict[str, list[dict]]:
 
 
 def held_out(args: ExampleArguments, codec: TttCodecModel) -> list[tuple[str, Messages]]:
-    """The development lists of spoken questions and of texts to read, for the loss during training."""
+    """Return the development lists of spoken questions and of texts to read, for the loss during training."""
     folder = args.data_dir / "eval"
     conversations = []
 
@@ -178,7 +178,7 @@ def held_out(args: ExampleArguments, codec: TttCodecModel) -> list[tuple[str, Me
 
 
 def write_examples(processor: TttProcessor, conversations: list[tuple[str, Messages]]) -> Dataset:
-    """All conversations as token ids: `input_ids`, `labels`, `length`, `task`."""
+    """Return all conversations as token ids: `input_ids`, `labels`, `length`, `task`."""
 
     def write(task: str, messages: Messages) -> dict:
         system = {"role": "system", "content": processor.get_task(task).system_prompt}

@@ -52,12 +52,14 @@ class BuildArguments:
 
 
 def plan_training(args: BuildArguments) -> dict[str, list[dict]]:
-    """List every training utterance in the order of speaking.
+    """
+    List every training utterance in the order of speaking.
 
     Returns:
-        `questions`: rows with `text`, `answer` (None where there is only something to recognise), `kind` and the
-        delivery's fields. `assistant`: rows with `text` and the delivery's; the answers of the domain come first, then
-        those of the requests to repeat, then lists of content words and recombined answers.
+        `dict[str, list[dict]]`: `questions`, rows with `text`, `answer` (None where there is only something to
+            recognise), `kind` and the delivery's fields; and `assistant`, rows with `text` and the delivery's: the
+            answers of the domain first, then those of the requests to repeat, then lists of content words and
+            recombined answers.
     """
     rng = random.Random(args.seed)
     items = domain.sample_items(rng, args.questions, held_out=False)
@@ -82,7 +84,7 @@ def plan_training(args: BuildArguments) -> dict[str, list[dict]]:
 
 
 def _lone_words(rng: random.Random, count: int) -> list[dict]:
-    """Single words, group after group in one voice and delivery."""
+    """Return single words, group after group in one voice and delivery."""
     others = [word for word in domain.vocabulary() if word not in LONE_WORDS]
     rows: list[dict] = []
     while len(rows) < count:
@@ -115,7 +117,7 @@ def _assistant_texts(rng: random.Random, count: int, asked: Sequence[domain.Item
 def _random_dictations(
     rng: random.Random, count: int, held_out: bool, excluded: Collection[str] = (), longest: int = 7
 ) -> list[str]:
-    """Two thirds sequences of any words of the domain, one third of content words, of 2 words at least."""
+    """Return two thirds sequences of any words of the domain, one third of content words, of 2 words at least."""
     content = count // 3
     texts = domain.sample_sequences(rng, count - content, held_out, 2, longest, excluded)
     return texts + domain.sample_sequences(rng, content, held_out, 2, longest, excluded, domain.CONTENT)
@@ -126,7 +128,8 @@ def _digit_strings(rng: random.Random, count: int, held_out: bool, excluded: Col
 
 
 def plan_evaluation(args: BuildArguments) -> dict[str, list[dict]]:
-    """List the held-out items, the development lists first: none of their sentences is in the training plan.
+    """
+    List the held-out items, the development lists first: none of their sentences is in the training plan.
 
     The evaluation lists give the figures that are published. Choices (of a checkpoint, of decoding options) are made on
     the `development_*` lists, drawn from a seed of their own: none shares a sentence with the evaluation list it
@@ -182,7 +185,7 @@ def _spoken_questions(
 def _dictations(
     rng: random.Random, count: int, voices: Sequence[str] | None, excluded: Collection[str] = ()
 ) -> list[dict]:
-    """One third questions of the domain, one half random word sequences, one sixth strings of digits."""
+    """Return one third questions of the domain, one half random word sequences, one sixth strings of digits."""
     questions = [item.question for item in domain.sample_items(rng, count // 3, held_out=True, excluded=excluded)]
     sequences = _random_dictations(rng, count // 2, True, excluded, longest=6)
     digits = _digit_strings(rng, count - len(questions) - len(sequences), True, excluded)
@@ -197,7 +200,7 @@ def _dictations(
 def _others(
     rng: random.Random, count: int, voices: Sequence[str] | None, unseen_patterns: bool, excluded: Collection[str] = ()
 ) -> list[dict]:
-    """Sentences outside the domain. Those of training patterns are held out by the hash of their text."""
+    """Return sentences outside the domain. Those of training patterns are held out by the hash of their text."""
     known = {item.question for item in domain.fixed_items()} | set(excluded)
     sentences = other_sentences.sample_sentences(rng, count, unseen_patterns, held_out=True, excluded=known)
     return [
@@ -208,7 +211,7 @@ def _others(
 
 
 def _sounds(seed: int, count: int) -> list[dict]:
-    """Sounds in which nobody speaks, of every kind equally often; their seeds are no numbers that training draws."""
+    """Return sounds in which nobody speaks, of every kind equally often; training draws no seeds as large."""
     rng = random.Random(seed)
     return [
         {"task": "spoken_qa", "question": "", "answer": domain.NOT_HEARD, "kind": NO_SPEECH[index % len(NO_SPEECH)]}
@@ -229,7 +232,7 @@ def speak_shard(path: Path, rows: list[dict]) -> Path:
 
 
 def training_jobs(args: BuildArguments) -> Iterator[tuple[Path, list[dict]]]:
-    """The shards that are still to be spoken; both kinds grow together."""
+    """Return the shards that are still to be spoken; both kinds grow together."""
     shards = []
     for name, rows in plan_training(args).items():
         for start in range(0, len(rows), args.shard_size):

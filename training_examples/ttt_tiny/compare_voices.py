@@ -34,7 +34,7 @@ class VoiceArguments:
 
 
 def sample_texts(rng: random.Random, count: int) -> list[str]:
-    """Answers of the domain and lists of 3 to 6 content words, half of each."""
+    """Return answers of the domain and lists of 3 to 6 content words, half of each."""
     answers = sorted({item.answer for item in domain.fixed_items()})
     return [rng.choice(answers) for _ in range(count // 2)] + [
         domain.random_words(rng, 3, 6, domain.CONTENT) for _ in range(count - count // 2)
@@ -42,13 +42,13 @@ def sample_texts(rng: random.Random, count: int) -> list[str]:
 
 
 def band_limit(waves: list[np.ndarray], below: float = 50.0) -> float:
-    """The highest frequency (Hz) at which the mean spectrum of waveforms (24 kHz) is within `below` dB of its peak."""
+    """Return the highest frequency (Hz) at which waveforms' mean spectrum (24 kHz) is `below` dB under its peak."""
     power = np.mean([np.mean(np.abs(librosa.stft(wave, n_fft=1024)) ** 2, axis=1) for wave in waves], axis=0)
     return float(np.flatnonzero(10 * np.log10(power / power.max()) > -below)[-1] * SAMPLING_RATE / 1024)
 
 
 def pitch(wave: np.ndarray) -> np.ndarray:
-    """The pitch of the voiced frames of a waveform (24 kHz), in semitones over 100 Hz."""
+    """Return the pitch of the voiced frames of a waveform (24 kHz), in semitones over 100 Hz."""
     frequency = librosa.yin(wave, fmin=60, fmax=420, sr=SAMPLING_RATE, frame_length=1536, hop_length=480)
     loudness = librosa.feature.rms(y=wave, frame_length=1536, hop_length=480)[0]
     voiced = (loudness > 0.3 * np.percentile(loudness, 95)) & (frequency > 65) & (frequency < 400)
@@ -56,7 +56,7 @@ def pitch(wave: np.ndarray) -> np.ndarray:
 
 
 def row_of(voice: str, texts: list[str], judges: dict[str, WhisperJudge]) -> list[object]:
-    """The table row of one voice."""
+    """Return the table row of one voice."""
     raw = [kokoro().speak(text, voice) for text in texts]
     waves = [level(trim(wave)).astype(np.float32) for wave in raw]
     errors = []

@@ -4,11 +4,12 @@ and typed. How speech becomes codes is the business of build_examples.py."""
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from training_examples.ttt_tiny import domain
 
 Messages = list[dict]
-Row = Mapping[str, object]
+Row = Mapping[str, Any]
 
 
 @dataclass
@@ -25,13 +26,13 @@ class MixtureArguments:
 
 
 def user(row: Row, key: str | None) -> dict:
-    """A user's message: what the row's codes under `key` say, or its text if `key` is None."""
+    """Return a user's message: what the row's codes under `key` say, or its text if `key` is None."""
     part = {"type": "text", "text": row["text"]} if key is None else {"type": "audio", "audio_codes": row[key]}
     return {"role": "user", "content": [part]}
 
 
 def assistant(text: str, codes: Sequence[int] | None) -> dict:
-    """The assistant's message: text and, unless `codes` is None, speech."""
+    """Return the assistant's message: text and, unless `codes` is None, speech."""
     content: list[dict] = [{"type": "text", "text": text}]
     if codes is not None:
         content.append({"type": "audio", "audio_codes": list(codes)})
@@ -57,7 +58,7 @@ class Mixture:
         self.questions = [row for row in rows["questions"] if row["answer"] in self.spoken]
 
     def conversations(self) -> list[tuple[str, Messages]]:
-        """All conversations as (task, messages), with codes in place of audio, in random order."""
+        """Return all conversations as (task, messages), with codes in place of audio, in random order."""
         found = [*self.single_turns(), *self.dictations(), *self.readings()]
         for _ in range(round(self.args.turns_share * len(self.questions))):
             found.append(("spoken_qa", self.several_turns(2 if self.rng.random() < 0.65 else 3)))
@@ -65,7 +66,7 @@ class Mixture:
         return found
 
     def single_turns(self) -> list[tuple[str, Messages]]:
-        """Every question spoken, clean and recorded; some of them typed; every sound in which nobody speaks."""
+        """Return every question spoken, clean and recorded; some of them typed; every sound in which nobody speaks."""
         found = []
         for row in self.questions:
             answer = self.answer(row["answer"])
@@ -78,7 +79,7 @@ class Mixture:
         return found
 
     def several_turns(self, turns: int) -> Messages:
-        """Independent turns, each spoken, typed, or a sound in which nobody speaks."""
+        """Return independent turns, each spoken, typed, or a sound in which nobody speaks."""
         messages = []
         sounds = self.rows.get("sounds", ()) if domain.NOT_HEARD in self.spoken else ()
         for _ in range(turns):
@@ -92,8 +93,10 @@ class Mixture:
         return messages
 
     def dictations(self) -> list[tuple[str, Messages]]:
-        """Speech to take down: questions once, what is nothing but a dictation clean and recorded, and splices. Other
-        people's sentences are left out: their words are none of the domain."""
+        """
+        Return speech to take down: questions once, what is nothing but a dictation clean and recorded, and splices.
+        Other people's sentences are left out: their words are none of the domain.
+        """
         found = []
         for row in self.rows["questions"]:
             if row["kind"] == "other":
@@ -106,10 +109,10 @@ class Mixture:
         return found
 
     def readings(self) -> list[tuple[str, Messages]]:
-        """Texts to read aloud."""
+        """Return texts to read aloud."""
         found = [("tts", [user(row, None), assistant(row["text"], row["codes"])]) for row in self.rows["assistant"]]
         return found * self.args.tts_copies
 
     def answer(self, text: str) -> dict:
-        """The assistant's message that says `text`."""
+        """Return the assistant's message that says `text`."""
         return assistant(text, self.spoken[text])

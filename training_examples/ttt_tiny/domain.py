@@ -117,7 +117,7 @@ class Item:
 
 
 def is_held_out(sentence: str) -> bool:
-    """Whether a sentence belongs to the held-out set (a fixed tenth of all sentences, by CRC-32 of the text)."""
+    """Return whether a sentence belongs to the held-out set (a fixed tenth of all sentences, by CRC-32 of the text)."""
     return zlib.crc32(sentence.encode()) % 100 < HELD_OUT_PERCENT
 
 
@@ -214,12 +214,12 @@ def _open(kind: str, question: str, answer: str) -> Iterator[Item]:
 
 
 def fixed_items() -> list[Item]:
-    """Every question of the domain whose answer is fixed (all kinds but "repeat")."""
+    """Return every question of the domain whose answer is fixed (all kinds but "repeat")."""
     return [*_arithmetic(), *_calendar(), *_counting(), *_knowledge()]
 
 
 def vocabulary() -> list[str]:
-    """All words of the domain, sorted: every word the model can hear, read, write or say."""
+    """Return all words of the domain, sorted: every word the model can hear, read, write or say."""
     words = {
         "repeat",
         "after",
@@ -239,12 +239,12 @@ def vocabulary() -> list[str]:
 
 
 def random_words(rng: random.Random, shortest: int, longest: int, words: Sequence[str] | None = None) -> str:
-    """A sequence of `shortest` to `longest` of `words` (*optional*, defaults to the whole domain) in any order."""
+    """Return a sequence of `shortest` to `longest` of `words`, by default all of the domain, in any order."""
     return " ".join(rng.choices(_WORDS if words is None else words, k=rng.randint(shortest, longest)))
 
 
 def repeat_item(rng: random.Random) -> Item:
-    """A "repeat after me" request of 1 to 5 content words; the request's text decides whether it is held out."""
+    """Return a "repeat after me" request of 1 to 5 content words; the request's text decides whether it is held out."""
     words = random_words(rng, 1, 5, CONTENT)
     return Item("repeat", rng.choice(("repeat after me ", "please repeat ", "say ", "repeat ")) + words, words)
 
@@ -258,7 +258,7 @@ KIND_WEIGHTS = {
 
 
 def sample_items(rng: random.Random, count: int, held_out: bool, excluded: Collection[str] = ()) -> list[Item]:
-    """Draws `count` items by KIND_WEIGHTS, all of them held out or none of them, no question among `excluded`.
+    """Draw `count` items by KIND_WEIGHTS, all of them held out or none of them, no question among `excluded`.
 
     A kind is left out when all its questions are excluded.
     """
@@ -286,7 +286,7 @@ def sample_sequences(
     excluded: Collection[str] = (),
     words: Sequence[str] | None = None,
 ) -> list[str]:
-    """Draws `count` sequences of `words` (*optional*, defaults to the whole domain), all of them held out or none of
+    """Draw `count` sequences of `words` (*optional*, defaults to the whole domain), all of them held out or none of
     them, none among `excluded`."""
     found: list[str] = []
     while len(found) < count:
@@ -297,7 +297,7 @@ def sample_sequences(
 
 
 def recombined_answer(rng: random.Random) -> str:
-    """A sentence built as the answers are, of words that need not belong together ("sixty comes after butter").
+    """Return a sentence built as the answers are, of words that need not belong together ("sixty comes after butter").
 
     Reading them aloud teaches the answers' shape for every content word.
     """
@@ -319,7 +319,7 @@ def recombined_answer(rng: random.Random) -> str:
 
 
 def lm_sentences(seed: int, n: int) -> list[str]:
-    """`n` training sentences (questions and answers alike) for the recogniser's language model."""
+    """Return `n` training sentences (questions and answers alike) for the recogniser's language model."""
     rng = random.Random(seed)
     items = sample_items(rng, (n + 1) // 2, held_out=False)
     return [text for item in items for text in (item.question, item.answer)][:n]

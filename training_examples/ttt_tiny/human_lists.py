@@ -84,12 +84,12 @@ def read_recording(path: Path) -> np.ndarray:
 
 
 def digit_texts(rng: random.Random, strings: int) -> list[str]:
-    """Each digit alone, then strings of 2 to 5 random digits."""
+    """Return each digit alone, then strings of 2 to 5 random digits."""
     return [*DIGITS, *(domain.random_words(rng, 2, 5, DIGITS) for _ in range(strings))]
 
 
 def animal_texts(folder: Path) -> dict[Path, str]:
-    """The recordings that say "a dog" of the domain's animals, and their texts."""
+    """Return the recordings that say "a dog" of the domain's animals, and their texts."""
     found = {}
     for path in sorted(folder.glob("animals/**/*_desc.ogg")):
         text = path.with_name(path.name.replace("_desc.ogg", ".txt"))
@@ -102,7 +102,7 @@ def animal_texts(folder: Path) -> dict[Path, str]:
 
 
 def spliced(text: str, word: Callable[[str], np.ndarray]) -> np.ndarray:
-    """Words spliced with gaps of 60 ms and 100 ms of silence at both ends."""
+    """Return words spliced with gaps of 60 ms and 100 ms of silence at both ends."""
     edge = np.zeros(int(EDGE_SECONDS * SAMPLING_RATE), np.float32)
     return np.concatenate([edge, splice([word(item) for item in text.split()], SAMPLING_RATE, GAP_SECONDS), edge])
 
@@ -119,7 +119,7 @@ def write_list(folder: Path, name: str, items: list[tuple[dict, np.ndarray]]) ->
 
 
 def dictation(text: str, kind: str, voice: str) -> dict:
-    """The row of something to be taken down."""
+    """Return the row of something to be taken down."""
     return {"task": "asr", "question": "", "answer": text, "kind": kind, "seen_voice": False, "voice": voice}
 
 

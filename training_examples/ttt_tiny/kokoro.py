@@ -25,10 +25,12 @@ ENDINGS = {"statement": ".", "question": "?", "list": "."}
 
 
 class Kokoro:
-    """Text and a voice in, a waveform out.
+    """
+    Text and a voice in, a waveform out.
 
     Args:
-        folder: Holds `model.onnx`, `vocab.json`, the lexicons `us_gold.json` and `us_silver.json`, and `voices/`.
+        folder (`str` or `Path`): holds `model.onnx`, `vocab.json`, the lexicons `us_gold.json` and `us_silver.json`,
+            and `voices/`.
 
     Raises:
         FileNotFoundError: Names the files that are missing.
@@ -53,7 +55,7 @@ class Kokoro:
         return onnxruntime.InferenceSession(self.folder / "model.onnx", options, providers=["CPUExecutionProvider"])
 
     def pronounce(self, word: str) -> str | None:
-        """The phonemes of a lower-case word as running speech has them; None if no lexicon knows it."""
+        """Return the phonemes of a lower-case word as running speech has them; None if no lexicon knows it."""
         if word in RUNNING_SPEECH:
             return RUNNING_SPEECH[word]
         if sound := self._look_up(word):
@@ -73,11 +75,13 @@ class Kokoro:
         return None
 
     def phonemes(self, text: str, phrasing: str = "statement") -> str:
-        """The phonemes of lower-case words separated by blanks.
+        """
+        Return the phonemes of lower-case words separated by blanks.
 
         Args:
-            text: The words.
-            phrasing: `"statement"`, `"question"` (the voice rises) or `"list"` (a short pause after each word).
+            text (`str`): the words.
+            phrasing (`str`, *optional*, defaults to `"statement"`): or `"question"` (the voice rises) or `"list"` (a
+                short pause after each word).
 
         Raises:
             ValueError: If a word is in no lexicon, or the phrasing is unknown.
@@ -101,7 +105,8 @@ class Kokoro:
         return np.fromfile(path, dtype=np.float32).reshape(-1, 256)  # by number of phonemes
 
     def style(self, voice: str, length: int) -> np.ndarray:
-        """The style of `voice` for `length` phonemes, shape (1, 256).
+        """
+        Return the style of `voice` for `length` phonemes, of shape `(1, 256)`.
 
         `voice` is a name, or names with weights that sum to 1 (`"af_heart:0.6+am_puck:0.4"`): such a mixture is a voice
         of its own.
@@ -115,7 +120,7 @@ class Kokoro:
         return sum(weight * row for weight, row in zip(weights, rows, strict=True))[None].astype(np.float32)
 
     def speak(self, text: str, voice: str, speed: float = 1.0, phrasing: str = "statement") -> np.ndarray:
-        """Speak `text`: float32 of shape (samples,), 24 kHz, as the model gives it."""
+        """Speak `text`: float32 of shape `(samples,)`, 24 kHz, as the model gives it."""
         ids = [self.vocabulary[sound] for sound in self.phonemes(text, phrasing) if sound in self.vocabulary]
         inputs = {
             "tokens": np.array([[0, *ids, 0]], dtype=np.int64),
@@ -127,11 +132,11 @@ class Kokoro:
 
 @cache
 def kokoro(folder: str | None = None) -> Kokoro:
-    """The model in `folder`, else in the folder that `KOKORO_DIR` names, loaded once."""
+    """Return the model in `folder`, else in the folder that `KOKORO_DIR` names, loaded once."""
     return Kokoro(folder or os.environ.get("KOKORO_DIR", DEFAULT_DIR))
 
 
 def unknown_words(texts: Sequence[str]) -> list[str]:
-    """The words of `texts` that Kokoro cannot pronounce, sorted."""
+    """Return the words of `texts` that Kokoro cannot pronounce, sorted."""
     words = {word for text in texts for word in text.split()}
     return sorted(word for word in words if kokoro().pronounce(word) is None)

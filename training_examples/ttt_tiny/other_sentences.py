@@ -117,12 +117,12 @@ _SLOTS = {name: words.split("|") for name, words in WORDS.items()}
 
 
 def is_unseen_pattern(pattern: str) -> bool:
-    """Whether a pattern is kept out of training (a fixed fifth, by CRC-32 of the text)."""
+    """Return whether a pattern is kept out of training (a fixed fifth, by CRC-32 of the text)."""
     return zlib.crc32(pattern.encode()) % 100 < UNSEEN_PERCENT
 
 
 def sentence(rng: random.Random, pattern: str) -> str:
-    """The pattern with every blank filled by a word or phrase of its list."""
+    """Return the pattern with every blank filled by a word or phrase of its list."""
     text = re.sub(r"\{(\w+)\}", lambda match: rng.choice(_SLOTS[match.group(1)]), pattern)
     return re.sub(r"\ba (?=[aeiou])", "an ", text)
 
@@ -130,16 +130,18 @@ def sentence(rng: random.Random, pattern: str) -> str:
 def sample_sentences(
     rng: random.Random, count: int, unseen_patterns: bool, held_out: bool, excluded: Collection[str] = ()
 ) -> list[str]:
-    """Draw `count` different sentences, none among `excluded`.
+    """
+    Draw `count` different sentences, none among `excluded`.
 
     Every pattern is asked for equally often; one whose sentences are used up is passed over.
 
     Args:
-        rng: The source of chance.
-        count: How many.
-        unseen_patterns: Whether they follow the patterns that are kept out of training, or those of the training.
-        held_out: Whether all of them are held out by the hash of their text, or none (no matter for unseen patterns).
-        excluded: Sentences not to draw.
+        rng (`random.Random`): the source of chance.
+        count (`int`): how many.
+        unseen_patterns (`bool`): whether they follow the patterns that are kept out of training, or the others.
+        held_out (`bool`): whether all of them are held out by the hash of their text, or none; no matter for unseen
+            patterns.
+        excluded (`Collection[str]`, *optional*): sentences not to draw.
 
     Raises:
         ValueError: If the patterns do not hold so many sentences.

@@ -62,13 +62,15 @@ class Delivery:
 
 
 def random_delivery(rng: random.Random, voices: Sequence[str] | None = None, kind: str = "") -> Delivery:
-    """Draw a voice with a speed and a pitch around its own.
+    """
+    Draw a voice with a speed and a pitch around its own.
 
     Args:
-        rng: The source of chance.
-        voices (`Sequence[str]`, *optional*, defaults to the trained voices and mixtures of them): The voices to draw
+        rng (`random.Random`): the source of chance.
+        voices (`Sequence[str]`, *optional*, defaults to the trained voices and mixtures of them): the voices to draw
             from, each as often as the others.
-        kind: `"dictation"` and `"digits"` are phrased as statements or lists, anything else as statements or questions.
+        kind (`str`, *optional*): `"dictation"` and `"digits"` are phrased as statements or lists, anything else as
+            statements or questions.
     """
     if voices is not None:
         voice = rng.choice(voices)
@@ -90,7 +92,7 @@ def random_delivery(rng: random.Random, voices: Sequence[str] | None = None, kin
 
 
 def random_mixture(rng: random.Random) -> str:
-    """A new Kokoro voice: two English voices, or an English one and a smaller part of a foreign one."""
+    """Return a new Kokoro voice: two English voices, or an English one and a smaller part of a foreign one."""
     if rng.random() < 0.25:
         first, second, weight = rng.choice(KOKORO_VOICES), rng.choice(FOREIGN_KOKORO_VOICES), rng.uniform(0.5, 0.75)
     else:
@@ -100,14 +102,16 @@ def random_mixture(rng: random.Random) -> str:
 
 
 def speak(text: str, delivery: Delivery | str) -> np.ndarray:
-    """Speak `text`.
+    """
+    Speak `text`.
 
     Args:
-        text: What to say, lower-case words.
-        delivery: A `Delivery`, or a voice name such as `"kokoro:af_heart"`, `"flite:slt"` or `"espeak:en-us+f3"`.
+        text (`str`): what to say, lower-case words.
+        delivery (`Delivery` or `str`): how, or a voice name such as `"kokoro:af_heart"`, `"flite:slt"` or
+            `"espeak:en-us+f3"`.
 
     Returns:
-        float32 waveform of shape (samples,), 24 kHz mono, silence at both ends cut to 50 ms, at `SPEECH_RMS`.
+        `np.ndarray`: float32 of shape `(samples,)`, 24 kHz, silence at both ends cut to 50 ms, at `SPEECH_RMS`.
 
     Raises:
         ValueError: If the voice is unknown or nothing was spoken.
@@ -135,13 +139,16 @@ def speak(text: str, delivery: Delivery | str) -> np.ndarray:
 
 
 def trim(samples: np.ndarray, rate: int = SAMPLING_RATE, keep: float = 0.05, threshold: float = -42.0) -> np.ndarray:
-    """Cut what is quiet at both ends, down to `keep` seconds.
+    """
+    Cut what is quiet at both ends, down to `keep` seconds.
 
     Args:
-        samples: Waveform of shape (samples,), not silent.
-        rate: Its sampling rate in Hz.
-        keep: Seconds left before the first and after the last loud frame; silence is added where there is less.
-        threshold: Decibels below the loudest frame (of 10 ms) at which a frame counts as quiet.
+        samples (`np.ndarray`): waveform of shape `(samples,)`, not silent.
+        rate (`int`, *optional*, defaults to 24,000): its sampling rate in Hz.
+        keep (`float`, *optional*, defaults to 0.05): seconds left before the first and after the last loud frame;
+            silence is added where there is less.
+        threshold (`float`, *optional*, defaults to -42): decibels, against the loudest frame of 10 ms, at which a frame
+            counts as quiet.
     """
     frame, margin = rate // 100, int(keep * rate)
     padded = np.pad(samples, (0, -len(samples) % frame))
@@ -151,7 +158,8 @@ def trim(samples: np.ndarray, rate: int = SAMPLING_RATE, keep: float = 0.05, thr
 
 
 def level(samples: np.ndarray, rms: float = SPEECH_RMS) -> np.ndarray:
-    """Bring the speech in a waveform of shape (samples,) to a root mean square of `rms`, no peak above `PEAK`.
+    """
+    Bring the speech in a waveform of shape `(samples,)` to a root mean square of `rms`, no peak above `PEAK`.
 
     Pauses do not count: the mean is taken over samples above a thirtieth of the peak.
     """
