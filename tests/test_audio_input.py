@@ -187,11 +187,16 @@ def test_containers_soundfile_cannot_read_are_decoded_by_ffmpeg(sound, tmp_path,
 
 
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
-def test_ffmpeg_opens_media_alone(sound, tmp_path):
-    playlist = f"#EXTM3U\n#EXTINF:1,\n{sound[1].as_uri()}\n#EXT-X-ENDLIST\n".encode()
-    script = f"ffconcat version 1.0\nfile '{sound[1]}'\n".encode()
+def test_ffmpeg_opens_no_list_of_other_files(sound, tmp_path):
+    other = tmp_path / "other.ts"
+    if subprocess.run(["ffmpeg", "-v", "error", "-i", sound[1], "-c:a", "aac", other], capture_output=True).returncode:
+        pytest.skip("this ffmpeg cannot write aac")
+    playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:2,\n{other}\n#EXT-X-ENDLIST\n".encode()
+    script = b"ffconcat version 1.0\nfile other.ts\n"
     for name, content in (("list.m3u8", playlist), ("list.mp4", playlist), ("script.m4a", script)):
         (tmp_path / name).write_bytes(content)
+        decoded = ["ffmpeg", "-v", "error", "-y", "-i", tmp_path / name, tmp_path / "read.wav"]
+        assert subprocess.run(decoded, capture_output=True).returncode == 0, name  # left alone, it would
         for audio in (tmp_path / name, content):
             with pytest.raises(ValueError, match="cannot be read as audio"):
                 load_waveform(audio, 16_000)
@@ -291,5 +296,8 @@ def test_unusable_audio_is_refused_by_name(processor, tmp_path):
     for audio, error, message in cases:
         with pytest.raises(error, match=message):
             processor.encode_audio([good, audio])
+    with pytest.raises(FileNotFoundError, match=r"audio 0: there is no file .*\(10002 characters\)") as error:
+        processor.encode_audio("a, " * 3333 + "b")
+    assert len(str(error.value)) < 300
     with pytest.raises(ValueError, match="audio 0 has sampling rate 0"):
         processor.encode_audio(good, sampling_rate=0)
