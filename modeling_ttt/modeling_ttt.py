@@ -423,7 +423,7 @@ class TttForConditionalGeneration(TttPreTrainedModel, TttGenerationMixin):
         """What the backbone is given of a draw of noise."""
         batch = noise.batch
         inputs = {"input_ids": noise.input_ids, "position_ids": batch.position_ids}
-        if batch.limits is None:
+        if batch.limits is None or batch.span_ids is None:
             return inputs | {"attention_mask": batch.attention_mask, "span_ids": batch.span_ids}
         backbone = self.model.language_model
         mask = create_copies_mask(backbone.config, batch.limits, batch.span_ids, batch.pieces, backbone.dtype)

@@ -261,6 +261,7 @@ def _copy_noisily(
         config.causal_prompt_audio,
         lengths[samples.ids],
     )
+    assert batch.span_ids is not None
     clean_numbers = clean_numbers.masked_fill(batch.span_ids == NO_SPAN, NO_SPAN)  # what truncation has cut off
     numbers = torch.where(layout.is_token, block_ids + clean.shape[1], NO_SPAN)
     positions = clean if batch.position_ids is None else batch.position_ids

@@ -221,9 +221,8 @@ def distill(args: DistillArguments, recogniser: Recogniser | None = None) -> dic
     torch.set_num_threads(args.threads)
     if recogniser is None and args.recogniser is not None:
         recogniser = WhisperJudge(args.recogniser, num_threads=args.threads)
-    trust = {"trust_remote_code": args.trust_remote_code}
     model = TttForConditionalGeneration.from_pretrained(args.model, dtype="auto").to(args.device).eval()
-    processor = TttProcessor.from_pretrained(args.model, **trust)
+    processor = TttProcessor.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
     if processor.audio_tokenizer is not None:
         processor.audio_tokenizer.to(args.device)
     folder = ShardFolder(args.output_dir, args.split)
