@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from test_other_audio_tokenizers import build as build_codec_of
 from transformers import HfArgumentParser, Qwen2Config
 
 from pipelines import ttt_talk
+from processing import TttProcessor
 
 ROOT = Path(__file__).parent.parent
 READMES = [ROOT / "training_examples" / "README.md", ROOT / "training_examples" / "ttt_tiny" / "README.md"]
@@ -87,8 +89,12 @@ def test_the_four_commands_end_in_talking(tmp_path, monkeypatch, capsys):
             options += "--clean_batch_probability 0 --save_steps 60 --use_cpu --report_to none".split()
         monkeypatch.setattr(sys, "argv", [script, *options])
         importlib.import_module(script.removesuffix(".py").replace("/", ".")).main()
+    (snippet,) = re.findall(r"```python\n(.*?)```", READMES[0].read_text(encoding="utf-8").split("## 4.")[0], re.DOTALL)
+    small = textwrap.dedent(snippet).replace("max_steps=1000", "max_steps=1, use_cpu=True, report_to='none'")
+    exec(compile(small, "README.md", "exec"), {})
     _, *options = shlex.split(lines[3])
     capsys.readouterr()
+    assert TttProcessor.from_pretrained("runs/own/checkpoint-1").audio_tokenizer is not None
     for model in ("runs/ttt", "runs/ttt/checkpoint-60"):
         options[-1] = model
         assert ttt_talk.main([*options, "--device", "cpu", "--max_new_tokens", "40"]) == 0

@@ -1,1 +1,1 @@
-"""What training runs share: what is logged and how a run is resumed."""
+"""What training runs share: options, one run of the plain Trainer, what is logged, how a run is resumed."""
