@@ -319,3 +319,19 @@ def test_held_out_sounds_are_of_every_kind_and_made_anew_from_their_seed(tmp_pat
         wave = speech.make_sound(row)
         assert len(wave) == int(row["seconds"] * synthesis.SAMPLING_RATE)
         assert np.array_equal(wave, speech.make_sound(row))
+
+
+def test_two_turns_are_spoken_and_typed_in_every_order():
+    rows = [
+        {"id": str(number), "question": f"q {number}", "answer": f"a {number}", "kind": "days", "rate": 1.0}
+        | {"audio": f"{number}.flac", "answer_audio": f"{number}-answer.flac"}
+        for number in range(5)
+    ]
+    pairs = speech.pair_turns(rows, 9, seed=0)
+    assert [row["kind"] for row in pairs[:3]] == ["spoken then spoken", "spoken then typed", "typed then spoken"]
+    for row in pairs:
+        first, second = row["turns"]
+        assert first["question"] != second["question"]
+        assert [("typed", "spoken")[turn["audio"] is not None] for turn in row["turns"]] == row["kind"].split(" then ")
+        assert first["answer_audio"] == first["question"].replace("q ", "") + "-answer.flac"
+    assert pairs == speech.pair_turns(rows, 9, seed=0) != speech.pair_turns(rows, 9, seed=1)

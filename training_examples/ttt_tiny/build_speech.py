@@ -9,6 +9,7 @@ before the end. A shard is written whole or not at all, so a killed run goes on 
 speeds and pitches are drawn from `--seed`; the synthesisers add noise of their own, so samples differ from run to run.
 """
 
+import json
 import random
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -18,9 +19,10 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
+from training_examples.files import write_text
 from training_examples.ttt_tiny import domain, other_sentences
 from training_examples.ttt_tiny.augmentation import NO_SPEECH
-from training_examples.ttt_tiny.speech import speak_list, speak_row, to_int16, write_shard
+from training_examples.ttt_tiny.speech import pair_turns, read_list, speak_list, speak_row, to_int16, write_shard
 from training_examples.ttt_tiny.synthesis import (
     ASSISTANT_VOICE,
     UNHEARD_NATURAL_VOICE,
@@ -256,6 +258,10 @@ def main() -> None:
             jobs += [pool.submit(speak_shard, path, rows) for path, rows in training_jobs(args)]
         for job in tqdm(jobs, desc="speaking", unit="shard", smoothing=0.02):
             job.result()
+    for prefix, count in (("", args.eval_items), ("development_", args.development_items)):
+        rows = read_list(args.output_dir / "eval", f"{prefix}spoken_qa_seen")
+        lines = [json.dumps(row) + "\n" for row in pair_turns(rows, count, args.seed)]
+        write_text(args.output_dir / "eval" / f"{prefix}two_turns.jsonl", "".join(lines))
     (args.output_dir / "README.txt").write_text("Made by training_examples/ttt_tiny/build_speech.py; see its help.\n")
 
 

@@ -80,7 +80,12 @@ def read_recording(path: Path) -> np.ndarray:
         samples = samples.mean(axis=1)
     if rate != SAMPLING_RATE:
         samples = librosa.resample(samples, orig_sr=rate, target_sr=SAMPLING_RATE)
-    return level(trim(samples, keep=0.02, threshold=-32.0), rms=RMS).astype(np.float32)
+    return cut_out(samples)
+
+
+def cut_out(samples: np.ndarray) -> np.ndarray:
+    """Return a word at `RMS` with 30 ms around what is within 38 dB of its loudest; recordings are never silent."""
+    return level(trim(samples, keep=0.03, threshold=-38.0), rms=RMS).astype(np.float32)
 
 
 def digit_texts(rng: random.Random, strings: int) -> list[str]:
@@ -89,15 +94,16 @@ def digit_texts(rng: random.Random, strings: int) -> list[str]:
 
 
 def animal_texts(folder: Path) -> dict[Path, str]:
-    """Return the recordings that say "a dog" of the domain's animals, and their texts."""
+    """Return the recordings that name an animal of the domain, and its name. What is written beside one is "A dog.",
+    what is said is "dog"."""
     found = {}
     for path in sorted(folder.glob("animals/**/*_desc.ogg")):
         text = path.with_name(path.name.replace("_desc.ogg", ".txt"))
         if not text.exists():
             continue
         words = text.read_text(encoding="utf-8", errors="replace").splitlines()[0].lower().strip(" .").split()
-        if len(words) == 2 and set(words) <= set(domain.vocabulary()):
-            found[path] = " ".join(words)
+        if len(words) == 2 and words[1] in domain.vocabulary():
+            found[path] = words[1]
     return found
 
 
@@ -133,10 +139,7 @@ def main() -> None:
         }
         for speaker, name in SPEAKERS.items()
     }
-    synthetic = {
-        word: level(trim(speak(word, args.control), keep=0.02, threshold=-32.0), rms=RMS).astype(np.float32)
-        for word in tqdm(DIGITS, desc="control")
-    }
+    synthetic = {word: cut_out(speak(word, args.control)) for word in tqdm(DIGITS, desc="control")}
     human, control = [], []
     for speaker, sentences in texts.items():
         for text in sentences:

@@ -2,6 +2,7 @@
 whom, is the business of build_speech.py and build_skill.py."""
 
 import json
+import random
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -100,6 +101,28 @@ def speak_list(folder: Path, name: str, rows: Sequence[dict]) -> Path:
         lines.append(json.dumps(row) + "\n")
     write_text(target, "".join(lines))
     return target
+
+
+def pair_turns(rows: Sequence[dict], count: int, seed: int) -> list[dict]:
+    """
+    Return conversations of two turns made of the rows of a spoken list: in turn spoken then spoken, spoken then typed,
+    and typed then spoken.
+
+    Args:
+        rows (`Sequence[dict]`): rows of a list with `question`, `answer`, `kind`, `audio` and `answer_audio`.
+        count (`int`): how many.
+        seed (`int`): which rows meet.
+    """
+    rng, found = random.Random(seed), []
+    for index in range(count):
+        typed = (None, 1, 0)[index % 3]
+        turns = []
+        for place, row in enumerate(rng.sample(rows, 2)):
+            turn = {key: row[key] for key in ("question", "answer", "kind", "audio", "answer_audio")}
+            turns.append(turn | {"audio": None} if place == typed else turn)
+        form = " then ".join("typed" if turn["audio"] is None else "spoken" for turn in turns)
+        found.append({"id": f"two_turns-{index:04d}", "task": "spoken_qa", "kind": form, "turns": turns})
+    return found
 
 
 def read_list(folder: str | Path, name: str, limit: int | None = None) -> list[dict[str, Any]]:
