@@ -88,7 +88,7 @@ class TttPreTrainedModel(PreTrainedModel):
     @property
     def device(self) -> torch.device:
         """Where the model computes, also while accelerate keeps its weights on the CPU or on disk."""
-        device = super().device
+        device = next(parameter.device for parameter in self.parameters())
         if device.type != "meta":
             return device
         hooks = (getattr(module, "_hf_hook", None) for module in self.modules())

@@ -6,7 +6,15 @@ import sys
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from builders import build_processor, tone
+from codec_checks import (
+    assert_compiles_whole,
+    assert_exports,
+    assert_half_precision_works,
+    assert_works_from_elsewhere,
+    waveforms,
+)
 from glm4_voice_goldens import golden_model
 from transformers import AutoConfig, AutoModel, AutoModelForAudioTokenization
 
@@ -17,6 +25,7 @@ from modeling_ttt.glm4_voice import (
     Glm4VoiceModel,
     Glm4VoiceVocoderConfig,
 )
+from modeling_ttt.glm4_voice.flow_glm4_voice import count_mel_frames
 
 SMALL = {
     "encoder_config": {
@@ -153,6 +162,67 @@ def test_new_weights_are_initialised_everywhere(tmp_path):
             assert torch.equal(tensor, reference[name]), name
     torch.testing.assert_close(loaded.encoder.embed_positions.weight, reference["encoder.embed_positions.weight"])
     assert (loaded.vocoder.resblocks[0].activations1[0].alpha == 1).all()
+
+
+def smallest_model() -> Glm4VoiceModel:
+    """One layer of everything."""
+    encoder, flow, vocoder = (dict(SMALL[name]) for name in SMALL)
+    encoder["encoder_layers"] = 1
+    flow |= {"unet_channels": [16], "num_regulator_layers": 1, "num_steps": 1}
+    vocoder |= {
+        "num_pitch_layers": 1,
+        "resblock_kernel_sizes": [3],
+        "resblock_dilation_sizes": [[1]],
+        "source_resblock_dilation_sizes": [[1], [1]],
+    }
+    return small_model(encoder_config=encoder, flow_config=flow, vocoder_config=vocoder)
+
+
+@torch.no_grad()
+def test_hearing_and_speaking_compile_whole():
+    assert_compiles_whole(smallest_model(), "forward", waveforms()[0])
+
+
+@torch.no_grad()
+def test_hearing_and_speaking_can_be_exported():
+    """Rows without padding have the noise that they have anyway, also where a mask says so."""
+    model, (waves, mask) = smallest_model(), waveforms()
+    codes = model.encode(waves).audio_codes
+    assert_exports(model, "encode", waves, mask)
+    assert_exports(model, "decode", codes)
+    assert_exports(model, "decode", codes, torch.ones_like(codes[:, 0]))
+
+
+@torch.no_grad()
+def test_a_graph_takes_noise_that_is_given():
+    model = smallest_model()
+    codes, frames = torch.arange(5)[None], count_mel_frames(torch.tensor([5]), model.config.flow_config)
+    generators = model.make_generators(torch.Generator().manual_seed(3), 1)
+    noise = [model.draw_initial_noise(frames, generators), *model.draw_source_noise(frames, generators)]
+    names = ("initial_noise", "source_phase", "source_noise")
+    assert_exports(model, "decode", codes, **dict(zip(names, noise, strict=True)))
+
+
+@torch.no_grad()
+def test_weights_may_be_elsewhere(tmp_path):
+    model = small_model()
+    assert_works_from_elsewhere(model, tmp_path)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert len(model.streaming_decoder(num_steps=1).push(torch.arange(15))) > 0
+    assert model.quantizer.embed(torch.arange(4)[None]).shape == (1, 4, 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_half_precision_hears_and_speaks(dtype, tmp_path):
+    assert_half_precision_works(small_model(), tmp_path, dtype)
+
+
+def test_columns_that_are_padding_in_every_row_change_nothing():
+    model, codes, mask = small_model(), torch.arange(12).reshape(2, 6), torch.zeros(2, 6, dtype=torch.long)
+    mask[0, :4], mask[1, :3] = 1, 1
+    padded, cut = model.decode(codes, mask), model.decode(codes[:, :4], mask[:, :4])
+    assert torch.equal(padded.audio_values, cut.audio_values)
 
 
 def test_a_new_model_hears_and_speaks():

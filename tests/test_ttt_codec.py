@@ -2,6 +2,13 @@
 
 import pytest
 import torch
+from codec_checks import (
+    assert_compiles_whole,
+    assert_exports,
+    assert_half_precision_works,
+    assert_works_from_elsewhere,
+    waveforms,
+)
 from transformers import AutoModelForAudioTokenization
 
 from modeling_ttt.ttt_codec import TttCodecConfig, TttCodecModel
@@ -115,6 +122,41 @@ def test_m_codes_give_exactly_1280_m_samples_for_none_too(codec, vocoder):
     output = codec.decode(torch.ones(2, 3).long(), mask, vocoder=vocoder)
     assert output.audio_values.shape == (2, 1, 3 * HOP) and output.audio_lengths.tolist() == [3 * HOP, 0]
     assert output.audio_values[0].any() and not output.audio_values[1].any()
+
+
+@torch.no_grad()
+def test_hearing_and_speaking_compile_whole_and_can_be_exported():
+    config = TttCodecConfig(hidden_size=16, vocoder_hidden_size=16, num_mel_blocks=1, num_vocoder_blocks=1)
+    codec, (waves, mask) = TttCodecModel(config).eval(), waveforms()
+    codes, codes_mask = codec.encode(waves, mask).values()
+    assert_compiles_whole(codec, "forward", waves, mask)
+    assert_exports(codec, "encode", waves, mask)
+    assert_exports(codec, "decode", codes, codes_mask)
+    assert_exports(codec, "decode", codes, codes_mask, vocoder="griffin_lim")
+
+
+@torch.no_grad()
+def test_weights_may_be_elsewhere(codec, tmp_path):
+    assert_works_from_elsewhere(codec, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_half_precision_hears_and_speaks(codec, dtype, tmp_path):
+    assert_half_precision_works(codec, tmp_path, dtype)
+
+
+@torch.no_grad()
+def test_griffin_lim_finds_a_waveform_of_the_log_mel_frames(codec):
+    """Of sines that slide: the frames of what it finds come closer with every iteration."""
+    time = torch.arange(20 * HOP) / 16_000
+    wave = 0.3 * torch.sin(2 * torch.pi * (200 + 150 * time) * time)[None]
+    mel, mask = codec.log_mel(wave), torch.ones(1, 160, dtype=torch.long)
+    errors = []
+    for iterations in (0, 4, 32):
+        model = TttCodecModel(TttCodecConfig(griffin_lim_iterations=iterations))
+        errors.append((model.log_mel(model._griffin_lim(mel, mask)) - mel).square().mean().item())
+    assert errors[0] > errors[1] > errors[2] and errors[2] < 0.02
 
 
 def test_loads_through_the_auto_class_with_equal_results(codec, tmp_path):

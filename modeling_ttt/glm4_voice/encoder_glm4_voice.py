@@ -1,4 +1,7 @@
-"""GLM-4-Voice's speech encoder: log-mel frames to hidden states at the rate of codes, and hidden states to codes."""
+"""GLM-4-Voice's speech encoder: waveforms to log-mel frames, these to hidden states at the rate of codes, and hidden
+states to codes."""
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +13,39 @@ from transformers.masking_utils import create_causal_mask
 from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer, sinusoids
 
 from .configuration_glm4_voice import Glm4VoiceEncoderConfig
+
+
+def log_mel_frames(
+    waveforms: torch.Tensor, lengths: torch.Tensor, mel_filters: torch.Tensor, config: Glm4VoiceEncoderConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Return Whisper's log-mel features of rows that do not know each other: each is padded to whole codes with zeros,
+    mirrored at its own end, and scaled by its own loudest frame.
+
+    Args:
+        waveforms (`torch.FloatTensor` of shape `(batch, samples)`): of whole codes, zero from `lengths` on.
+        lengths (`torch.LongTensor` of shape `(batch,)`): samples of each row.
+        mel_filters (`torch.FloatTensor` of shape `(n_fft // 2 + 1, num_mel_bins)`).
+
+    Returns:
+        `tuple`: features of shape `(batch, num_mel_bins, samples // hop_length)` in float32, zero past a row's last
+        code, and which frames begin within a row, long, `(batch, samples // hop_length)`.
+    """
+    margin, hop, size = config.n_fft // 2, config.hop_length, waveforms.shape[1]
+    ends = (lengths + config.samples_per_code - 1) // config.samples_per_code * config.samples_per_code
+    places = torch.arange(-margin, size + margin, device=waveforms.device).abs()
+    last = ends[:, None] - 1
+    places = torch.where(places > last, 2 * last - places, places.expand(len(ends), -1)).clamp(0, size - 1)
+    mirrored = waveforms.float().gather(1, places)  # (batch, samples + n_fft)
+    window = torch.hann_window(config.n_fft, device=waveforms.device)
+    spectrum = torch.stft(mirrored, config.n_fft, hop, window=window, center=False, return_complex=True)
+    power = (spectrum[..., :-1].abs() ** 2).contiguous()  # (batch, n_fft // 2 + 1, frames)
+    levels = torch.clamp(mel_filters.float().T @ power, min=1e-10).log10()
+    starts = torch.arange(levels.shape[-1], device=waveforms.device) * hop
+    is_own = (starts < ends[:, None])[:, None]
+    loudest = levels.masked_fill(~is_own, -torch.inf).amax((1, 2), keepdim=True)
+    features = (torch.maximum(levels, loudest - 8.0) + 4.0) / 4.0
+    return features.masked_fill(~is_own, 0.0), (starts < lengths[:, None]).long()
 
 
 class Glm4VoiceEncoder(PreTrainedModel):
@@ -69,7 +105,7 @@ class Glm4VoiceQuantizer(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states x (batch, codes, d_model) to the nearest codes (batch, codes), measured in float32."""
-        codebook = self.codebook.weight.float()
+        codebook = self._rows(self.codebook).float()
         squared_norms = torch.linalg.vector_norm(codebook, dim=-1).square()  # without a copy of the codebook
         # |c|^2 - 2 x.c: the squared distance less |x|^2, which is the same for every code c.
         distances = torch.addmm(squared_norms, hidden.float().flatten(0, 1), codebook.T, alpha=-2)
@@ -77,7 +113,15 @@ class Glm4VoiceQuantizer(nn.Module):
 
     def embed(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes (batch, codes) of one chunk to code vectors with positions, (batch, codes, d_model)."""
-        return self.codebook(codes) + self.embed_positions.weight[: codes.shape[1]]
+        return self.codebook(codes) + self._rows(self.embed_positions)[: codes.shape[1]]
+
+    @staticmethod
+    def _rows(table: nn.Embedding) -> torch.Tensor:
+        """All rows of a table; while its weight is kept elsewhere, only the table itself can get at it."""
+        hook: Any = getattr(table, "_hf_hook", None)
+        if table.weight.device.type != "meta" or hook is None:
+            return table.weight
+        return table(torch.arange(table.num_embeddings, device=hook.execution_device))
 
 
-__all__ = ["Glm4VoiceEncoder", "Glm4VoiceQuantizer"]
+__all__ = ["Glm4VoiceEncoder", "Glm4VoiceQuantizer", "log_mel_frames"]

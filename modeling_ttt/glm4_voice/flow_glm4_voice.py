@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.import_utils import is_tracing
 
 from .configuration_glm4_voice import Glm4VoiceFlowConfig
 
@@ -22,11 +23,22 @@ MAX_TIMESCALE = 10_000.0
 
 
 def count_mel_frames(num_codes: torch.Tensor, config: Glm4VoiceFlowConfig) -> torch.Tensor:
-    """Log-mel frames of so many codes (any shape), rounded down. In float32 as published: from a few thousand codes on
-    it can be one frame less than exact."""
+    """Return the log-mel frames of so many codes (any shape), rounded down. In float32 as published: from a few
+    thousand codes on it can be one frame less than exact."""
     # On the CPU, since a GPU divides by a number as it multiplies by its rounded inverse: a frame less here and there.
     seconds = num_codes.to("cpu", torch.float32) / config.code_rate
     return (seconds * config.sampling_rate / config.hop_length).long().to(num_codes.device)
+
+
+def frames_of_length(num_codes: int, config: Glm4VoiceFlowConfig) -> int:
+    """Return `count_mel_frames` of one number that is known without looking at a tensor."""
+    return math.floor(_to_float32(_to_float32(num_codes / config.code_rate) * config.sampling_rate) / config.hop_length)
+
+
+def _to_float32(value: float) -> float:
+    """Round to 24 binary digits."""
+    fraction, exponent = math.frexp(value)
+    return math.ldexp(round(fraction * 2**24), exponent - 24)
 
 
 def nearest_positions(lengths: torch.Tensor, new_lengths: torch.Tensor, size: int) -> torch.Tensor:
@@ -38,8 +50,9 @@ def nearest_positions(lengths: torch.Tensor, new_lengths: torch.Tensor, size: in
 
 
 def length_mask(lengths: torch.Tensor, size: int) -> torch.Tensor | None:
-    """1.0 for each row's first `lengths` (batch,) positions, (batch, 1, size); None where all rows are full."""
-    if bool((lengths >= size).all()):
+    """Return 1.0 for each row's first `lengths` (batch,) positions, (batch, 1, size); None where all rows are full,
+    unless a graph is traced, which has to serve rows that are not."""
+    if not is_tracing(lengths) and bool((lengths >= size).all()):
         return None
     return (torch.arange(size, device=lengths.device) < lengths[:, None])[:, None].float()
 
@@ -207,9 +220,10 @@ class Glm4VoiceLengthRegulator(nn.Module):
         self.layers = nn.ModuleList(Glm4VoiceConvBlock(size, size, 1) for _ in range(config.num_regulator_layers))
         self.proj_out = nn.Conv1d(size, size, kernel_size=1)
 
-    def forward(self, hidden: torch.Tensor, num_codes: torch.Tensor, num_frames: torch.Tensor) -> torch.Tensor:
-        """hidden (batch, num_mel_bins, codes), num_codes, num_frames (batch,) -> (batch, num_mel_bins, frames)."""
-        size = int(num_frames.max())
+    def forward(
+        self, hidden: torch.Tensor, num_codes: torch.Tensor, num_frames: torch.Tensor, size: int
+    ) -> torch.Tensor:
+        """hidden (batch, num_mel_bins, codes), num_codes, num_frames (batch,) -> (batch, num_mel_bins, size)."""
         positions = nearest_positions(num_codes, num_frames, size)
         mask = length_mask(num_frames, size)
         hidden = hidden.gather(2, positions[:, None].expand(-1, hidden.shape[1], -1))
@@ -349,7 +363,7 @@ class Glm4VoiceVelocityEstimator(nn.Module):
         for _ in self.config.unet_channels:
             mask, attention_mask = length_mask(num_frames, size), None
             if mask is not None:
-                like = self.proj_out.weight.new_empty(len(num_frames), size, 1)
+                like = torch.empty(len(num_frames), size, 1, dtype=self.proj_out.weight.dtype, device=mask.device)
                 attention_mask = create_bidirectional_mask(self.config, like, mask[:, 0].bool())
             masks.append((mask, attention_mask))
             num_frames, size = (num_frames + 1) // 2, (size + 1) // 2
@@ -436,7 +450,7 @@ class Glm4VoiceFlow(PreTrainedModel):
         num_codes = codes_mask.sum(-1)
         num_frames = count_mel_frames(num_codes, self.config)
         hidden = self.encoder_proj(self.encoder(codes, codes_mask)).transpose(1, 2)
-        stretched = self.length_regulator(hidden, num_codes, num_frames)
+        stretched = self.length_regulator(hidden, num_codes, num_frames, initial_noise.shape[-1])
         condition = self.build_condition(stretched, speaker_embedding, prompt_mel)
         mel = self.solve(initial_noise, condition, num_frames, num_steps, guidance_scale)
         return mel if prompt_mel is None else mel[..., prompt_mel.shape[-1] :]
@@ -452,7 +466,8 @@ class Glm4VoiceFlow(PreTrainedModel):
         batch, _, frames = stretched.shape
         if speaker_embedding is None:
             speaker_embedding = stretched.new_zeros(batch, self.config.speaker_embedding_size)
-        speaker = self.speaker_proj(F.normalize(speaker_embedding.to(stretched)))[..., None].expand(-1, -1, frames)
+        direction = F.normalize(at_least_float32(speaker_embedding)).to(stretched)
+        speaker = self.speaker_proj(direction)[..., None].expand(-1, -1, frames)
         prompt = torch.zeros_like(stretched)
         if prompt_mel is not None:
             prompt[..., : prompt_mel.shape[-1]] = prompt_mel
@@ -484,4 +499,4 @@ class Glm4VoiceFlow(PreTrainedModel):
         return state
 
 
-__all__ = ["Glm4VoiceFlow", "count_mel_frames"]
+__all__ = ["Glm4VoiceFlow", "count_mel_frames", "frames_of_length"]

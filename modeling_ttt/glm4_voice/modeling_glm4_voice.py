@@ -6,19 +6,23 @@ Transformers' audio tokenizers, whole and streamed.
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForAudioTokenization, WhisperFeatureExtractor
+from transformers import AutoConfig, AutoModel, AutoModelForAudioTokenization
+from transformers import initialization as init
+from transformers.audio_utils import mel_filter_bank
 from transformers.modeling_utils import PreTrainedAudioTokenizerBase
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
+from transformers.utils.import_utils import is_tracing
 
 from .configuration_glm4_voice import Glm4VoiceConfig
-from .encoder_glm4_voice import Glm4VoiceEncoder, Glm4VoiceQuantizer
-from .flow_glm4_voice import Glm4VoiceFlow, count_mel_frames
+from .encoder_glm4_voice import Glm4VoiceEncoder, Glm4VoiceQuantizer, log_mel_frames
+from .flow_glm4_voice import Glm4VoiceFlow, count_mel_frames, frames_of_length
 from .vocoder_glm4_voice import Glm4VoiceVocoder
 
 
@@ -70,6 +74,22 @@ class Glm4VoicePreTrainedModel(PreTrainedAudioTokenizerBase):
     _supports_sdpa = True
     _supports_attention_backend = True
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes, also while accelerate keeps its weights on the CPU or on disk."""
+        device = next(parameter.device for parameter in self.parameters())
+        if device.type != "meta":
+            return device
+        hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
+        places = (getattr(hook, "execution_device", None) for hook in hooks)
+        return next((torch.device(place) for place in places if place is not None), device)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Glm4VoiceModel):
+            init.copy_(module.mel_filters, module.build_mel_filters())
+
 
 class Glm4VoiceModel(Glm4VoicePreTrainedModel):
     """A speech tokenizer with one codebook at 12.5 codes a second, and a decoder by flow matching.
@@ -83,18 +103,19 @@ class Glm4VoiceModel(Glm4VoicePreTrainedModel):
         encoder: Any = config.encoder_config
         flow: Any = config.flow_config
         vocoder: Any = config.vocoder_config
-        self.feature_extractor = WhisperFeatureExtractor(
-            feature_size=encoder.num_mel_bins,
-            sampling_rate=encoder.sampling_rate,
-            hop_length=encoder.hop_length,
-            chunk_length=encoder.chunk_length,
-            n_fft=encoder.n_fft,
-        )
         self.encoder = Glm4VoiceEncoder(encoder)
         self.quantizer = Glm4VoiceQuantizer(encoder)
         self.flow = Glm4VoiceFlow(flow)
         self.vocoder = Glm4VoiceVocoder(vocoder)
+        self.register_buffer("mel_filters", self.build_mel_filters(), persistent=False)
         self.post_init()
+
+    def build_mel_filters(self) -> torch.Tensor:
+        """Return Whisper's mel filter bank, of shape `(n_fft // 2 + 1, num_mel_bins)`."""
+        config: Any = self.config.encoder_config
+        rate, bins = config.sampling_rate, config.num_mel_bins
+        filters = mel_filter_bank(1 + config.n_fft // 2, bins, 0.0, 8000.0, rate, norm="slaney", mel_scale="slaney")
+        return torch.from_numpy(filters).float()
 
     # ------------------------------------------------------------------ speech to codes
 
@@ -117,64 +138,63 @@ class Glm4VoiceModel(Glm4VoicePreTrainedModel):
         Raises:
             ValueError: if the waveforms are not mono or have no samples, or the mask is not of their shape.
         """
-        waveforms = self._unpad(input_values, padding_mask)
-        hop_length = self.config.hop_length
-        num_codes = torch.tensor([-(-len(waveform) // hop_length) for waveform in waveforms], device=self.device)
-        codes_mask = (torch.arange(int(num_codes.max()), device=self.device) < num_codes[:, None]).long()
-        codes = torch.zeros_like(codes_mask)
-        chunks = [
-            (row, start // hop_length, chunk)
-            for row, waveform in enumerate(waveforms)
-            for start, chunk in _split(waveform, self.feature_extractor.n_samples)
-        ]
-        chunks.sort(key=lambda chunk: -len(chunk[2]))  # chunks of a length together, for the least padding
-        for start in range(0, len(chunks), batch_size):
-            batch = chunks[start : start + batch_size]
-            features, attention_mask = self.extract_features([chunk for _, _, chunk in batch])
-            chunk_codes = self.quantizer(self.encoder(features.to(self.encoder.conv1.weight.dtype), attention_mask))
-            for (row, position, chunk), row_codes in zip(batch, chunk_codes, strict=True):
-                count = -(-len(chunk) // hop_length)
-                codes[row, position : position + count] = row_codes[:count]
-        return Glm4VoiceEncoderOutput(audio_codes=codes[:, None], audio_codes_mask=codes_mask)
+        config: Any = self.config.encoder_config
+        waveforms, lengths = self._check_waveforms(input_values, padding_mask)
+        samples_per_code = config.samples_per_code
+        num_codes = -(-waveforms.shape[1] // samples_per_code)
+        chunk_codes = min(num_codes, config.chunk_length * config.sampling_rate // samples_per_code)
+        num_chunks = -(-num_codes // chunk_codes)
+        chunk_samples = chunk_codes * samples_per_code
+        waveforms = nn.functional.pad(waveforms, (0, num_chunks * chunk_samples - waveforms.shape[1]))
+        chunks = waveforms.view(-1, chunk_samples)  # (batch * num_chunks, samples)
+        starts = torch.arange(num_chunks, device=self.device) * chunk_samples
+        chunk_lengths = (lengths[:, None] - starts).clamp(0, chunk_samples).flatten()
 
-    def extract_features(self, waveforms: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Whisper's log-mel frames of waveforms (samples,) of at most one chunk each, and their mask: (batch,
-        num_mel_bins, frames) float32 and (batch, frames).
-
-        Each waveform is padded to whole codes by itself, so that its last frames are what they are without neighbours.
-        """
-        rows = [
-            self.feature_extractor(
-                waveform.float().cpu().numpy(),
-                sampling_rate=self.config.sampling_rate,
-                padding="longest",
-                pad_to_multiple_of=self.config.hop_length,
-                return_attention_mask=True,
-                return_tensors="pt",
-                device=str(self.device),
+        # Chunks of a length together, and none that is empty: for the least padding, where lengths may be looked at.
+        order, longest = list(range(len(chunks))), [chunk_codes] * len(chunks)
+        if not is_tracing(chunks):
+            longest = (-(-chunk_lengths // samples_per_code)).tolist()
+            order = sorted((chunk for chunk in order if longest[chunk]), key=lambda chunk: -longest[chunk])
+        codes = torch.zeros(len(chunks), chunk_codes, dtype=torch.long, device=self.device)
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            width = longest[batch[0]]
+            features, frame_mask = self.extract_features(
+                chunks[batch, : width * samples_per_code], chunk_lengths[batch]
             )
-            for waveform in waveforms
-        ]
-        features = self._pad([row["input_features"][0] for row in rows])
-        return features, self._pad([row["attention_mask"] for row in rows])[:, 0]
+            hidden = self.encoder(features.to(self.encoder.conv1.weight.dtype), frame_mask)
+            codes[batch, :width] = self.quantizer(hidden)
+        codes = codes.view(len(waveforms), -1)[:, :num_codes]
+        codes_mask = torch.arange(num_codes, device=self.device) * samples_per_code < lengths[:, None]
+        codes = codes.masked_fill(~codes_mask, 0)
+        return Glm4VoiceEncoderOutput(audio_codes=codes[:, None], audio_codes_mask=codes_mask.long())
 
-    def _unpad(self, input_values: torch.Tensor, padding_mask: torch.Tensor | None) -> list[torch.Tensor]:
-        """Each row's waveform without its padding."""
+    def extract_features(self, waveforms: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `log_mel_frames` of waveforms of at most one chunk each: `(batch, samples)`, of whole codes and zero
+        from `lengths` on, `(batch,)`."""
+        config: Any = self.config.encoder_config
+        return log_mel_frames(waveforms, lengths, self.mel_filters, config)
+
+    def _check_waveforms(
+        self, input_values: torch.Tensor, padding_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Waveforms (batch, samples) on the model's device, zero where padded, and each row's samples, (batch,)."""
         if input_values.ndim == 3:
             if input_values.shape[1] != 1:
                 raise ValueError(f"input_values has {input_values.shape[1]} channels; mix down to mono first")
             input_values = input_values[:, 0]
         if input_values.ndim != 2 or input_values.shape[-1] == 0:
             raise ValueError(f"input_values must be (batch, samples) with samples > 0, not {tuple(input_values.shape)}")
+        input_values = input_values.to(self.device)
         if padding_mask is None:
-            return list(input_values)
+            return input_values, torch.full((len(input_values),), input_values.shape[1], device=self.device)
         if padding_mask.numel() != input_values.numel():
             raise ValueError(
                 f"padding_mask must have a value for each sample, shape {tuple(input_values.shape)}, not "
                 f"{tuple(padding_mask.shape)}"
             )
-        lengths = padding_mask.reshape(input_values.shape).long().sum(-1).tolist()
-        return [waveform[:length] for waveform, length in zip(input_values, lengths, strict=True)]
+        padding_mask = padding_mask.reshape(input_values.shape).to(self.device)
+        return input_values * padding_mask.to(input_values.dtype), padding_mask.long().sum(-1)
 
     # ------------------------------------------------------------------ codes to speech
 
@@ -221,7 +241,14 @@ class Glm4VoiceModel(Glm4VoicePreTrainedModel):
         """
         codes, mask = self._check_codes(audio_codes, audio_codes_mask)
         num_prompt_codes = 0 if prompt_codes is None else prompt_codes.shape[-1]
-        generators = self.make_generators(generator, len(codes))
+        if is_tracing(codes):
+            rows = len(codes), num_prompt_codes + codes.shape[1], 0 if prompt_mel is None else prompt_mel.shape[-1]
+            fixed = self._fixed_noise(*rows)
+            given = initial_noise, source_phase, source_noise
+            initial_noise, source_phase, source_noise = (
+                default if noise is None else noise for noise, default in zip(given, fixed, strict=True)
+            )
+        generators = [] if is_tracing(codes) else self.make_generators(generator, len(codes))
         if initial_noise is None:
             num_frames = count_mel_frames(num_prompt_codes + mask.sum(-1), self.config.flow_config)
             initial_noise = self.draw_initial_noise(num_frames, generators)
@@ -261,7 +288,7 @@ class Glm4VoiceModel(Glm4VoicePreTrainedModel):
         if speaker_embedding is not None:
             _check_shape("speaker_embedding", speaker_embedding, (len(codes), config.speaker_embedding_size))
         has_codes = mask.any(-1)
-        if not has_codes.any():
+        if codes.shape[1] == 0:
             raise ValueError("audio_codes holds no codes")
         if prompt_codes is not None:
             prompt_codes, _ = self._check_codes(prompt_codes.expand(len(codes), -1))
@@ -270,11 +297,12 @@ class Glm4VoiceModel(Glm4VoicePreTrainedModel):
         num_frames = count_mel_frames(mask.sum(-1), config)
         if initial_noise is None:
             initial_noise = self.draw_initial_noise(num_frames, self.make_generators(None, len(codes)))
-        _check_shape("initial_noise", initial_noise, (len(codes), config.num_mel_bins, int(num_frames.max())))
+        size = frames_of_length(codes.shape[1], config)
+        _check_shape("initial_noise", initial_noise, (len(codes), config.num_mel_bins, size))
         if prompt_mel is not None:
             _check_shape("prompt_mel", prompt_mel, (len(codes), config.num_mel_bins, prompt_mel.shape[-1]))
             num_frames = (num_frames - prompt_mel.shape[-1]) * has_codes
-            if not (num_frames[has_codes] > 0).all():
+            if not is_tracing(codes) and not (num_frames[has_codes] > 0).all():
                 raise ValueError(
                     f"prompt_mel has {prompt_mel.shape[-1]} frames, as many as prompt and codes together or more; "
                     "it belongs to prompt_codes"
@@ -304,9 +332,12 @@ class Glm4VoiceModel(Glm4VoicePreTrainedModel):
         mask = torch.ones_like(codes) if mask is None else mask.long().to(self.device)
         _check_shape("audio_codes_mask", mask, tuple(codes.shape))
         codes = codes * mask
-        size = self.config.flow_config.codebook_size
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
-            raise ValueError(f"audio_codes must lie in [0, {size}), found {int(codes.min())} to {int(codes.max())}")
+        if not is_tracing(codes):
+            size = self.config.flow_config.codebook_size
+            if not ((codes >= 0) & (codes < size)).all():
+                raise ValueError(f"audio_codes must lie in [0, {size}), found {codes.min()} to {codes.max()}")
+            longest = mask.sum(-1).max().item() if mask.numel() else 0  # columns that are padding in all rows
+            codes, mask = codes[:, :longest], mask[:, :longest]
         return codes, mask
 
     # ------------------------------------------------------------------ noise
@@ -340,9 +371,18 @@ class Glm4VoiceModel(Glm4VoicePreTrainedModel):
         phases, noises = [], []
         for frames, generator in zip(num_frames.tolist(), generators, strict=True):
             options: dict[str, Any] = {"generator": generator, "device": generator.device}
-            phases.append(torch.rand(config.num_harmonics + 1, 1, **options) * 2 * math.pi - math.pi)
+            phases.append(_to_phase(torch.rand(config.num_harmonics + 1, 1, **options)))
             noises.append(torch.randn(config.num_harmonics + 1, frames * config.hop_length, **options))
         return self._pad(phases), self._pad(noises)
+
+    def _fixed_noise(self, batch: int, num_codes: int, num_prompt_frames: int) -> list[torch.Tensor]:
+        """The default noise of rows without padding, as constants of a traced graph: initial noise, and the source's
+        phases and noise, (batch, channels, length) each."""
+        flow, vocoder = self.config.flow_config, self.config.vocoder_config
+        frames = frames_of_length(num_codes, flow)
+        sines, samples = 1 + vocoder.num_harmonics, (frames - num_prompt_frames) * vocoder.hop_length
+        noise = _draw_outside_the_graph(flow.num_mel_bins, frames, sines, samples, self.config.noise_seed)
+        return [part.to(self.device).expand(batch, -1, -1) for part in noise]
 
     def _pad(self, rows: list[torch.Tensor]) -> torch.Tensor:
         """Rows (channels, length) as one batch (batch, channels, length) on the model's device, zeros at the end."""
@@ -354,7 +394,8 @@ class Glm4VoiceModel(Glm4VoicePreTrainedModel):
     ) -> Glm4VoiceOutput:
         """Encodes and decodes: `encode`'s arguments, the speech in the decoder's voice as the result."""
         encoded = self.encode(input_values, padding_mask)
-        values = self.decode(encoded.audio_codes, encoded.audio_codes_mask).audio_values
+        codes_mask = None if padding_mask is None else encoded.audio_codes_mask
+        values = self.decode(encoded.audio_codes, codes_mask).audio_values
         return Glm4VoiceOutput(audio_codes=encoded.audio_codes, audio_values=values)
 
 
@@ -475,9 +516,24 @@ class Glm4VoiceStreamingDecoder:
         return waveform[0]
 
 
-def _split(waveform: torch.Tensor, size: int) -> list[tuple[int, torch.Tensor]]:
-    """Consecutive parts of a waveform (samples,) of at most `size` samples, and where each begins."""
-    return [(start, waveform[start : start + size]) for start in range(0, len(waveform), size)]
+def _to_phase(uniform: torch.Tensor) -> torch.Tensor:
+    """U[0, 1) to [-pi, pi)."""
+    return uniform * 2 * math.pi - math.pi
+
+
+@torch.compiler.assume_constant_result
+def _draw_outside_the_graph(num_mel_bins: int, frames: int, sines: int, samples: int, seed: int) -> list[torch.Tensor]:
+    """What `draw_initial_noise` and `draw_source_noise` draw for one row, in a thread of its own: what traces a graph
+    watches its own thread only, and cannot keep a generator."""
+
+    def draw() -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        initial = torch.randn(num_mel_bins, frames, generator=generator)
+        phase = _to_phase(torch.rand(sines, 1, generator=generator))
+        return [initial, phase, torch.randn(sines, samples, generator=generator)]
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(draw).result()
 
 
 def _check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:

@@ -85,7 +85,8 @@ class Glm4VoiceSnake(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         alpha = self.alpha[:, None]
         sine = torch.sin(alpha * hidden)
-        return torch.addcmul(hidden, sine, sine / (alpha + 1e-9))
+        epsilon = max(1e-9, torch.finfo(alpha.dtype).tiny)
+        return torch.addcmul(hidden, sine, sine / (alpha + epsilon))
 
 
 class Glm4VoiceVocoderResidualBlock(nn.Module):

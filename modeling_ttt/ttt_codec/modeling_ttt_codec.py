@@ -6,6 +6,7 @@ or padding never changes a result, so rows of a batch are independent and stream
 codes carry what was said; the decoder's voice is the one it was trained on. Training lives in training_examples/.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +17,13 @@ from transformers.audio_utils import mel_filter_bank
 from transformers.modeling_utils import PreTrainedAudioTokenizerBase
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
+from transformers.utils.import_utils import is_tracing
 
 from .configuration_ttt_codec import VOCODERS, TttCodecConfig
 
 LOG_FLOOR = 1e-4
+MOMENTUM = 0.99  # of Griffin and Lim's algorithm
+GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
 
 
 @dataclass
@@ -180,8 +184,6 @@ class TttCodecDecoder(nn.Module):
 class TttCodecVocoder(nn.Module):
     """Log-mel frames to waveform: predicts magnitude and phase of a short-time spectrum (after Vocos, 2023)."""
 
-    window: torch.Tensor
-
     def __init__(self, config: TttCodecConfig):
         super().__init__()
         size, kernel_size = config.vocoder_hidden_size, config.vocoder_kernel_size
@@ -190,7 +192,6 @@ class TttCodecVocoder(nn.Module):
         self.blocks = nn.ModuleList(TttCodecBlock(size, kernel_size) for _ in range(config.num_vocoder_blocks))
         self.norm = nn.LayerNorm(size)
         self.proj_out = nn.Linear(size, self.n_fft + 2)
-        self.register_buffer("window", torch.hann_window(self.n_fft), persistent=False)
 
     def forward(self, mel: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """mel (batch, frames, bins), mask (batch, frames) -> waveform (batch, frames * mel_hop_length)."""
@@ -201,7 +202,7 @@ class TttCodecVocoder(nn.Module):
         log_magnitude, phase = self.proj_out(self.norm(hidden)).float().chunk(2, -1)
         magnitude = torch.exp(log_magnitude.clamp(max=6.0)) * frame_mask
         spectrum = torch.complex(magnitude * torch.cos(phase), magnitude * torch.sin(phase))
-        return overlap_add(torch.fft.irfft(spectrum, self.n_fft) * self.window, self.hop) / 1.5
+        return from_spectrum(spectrum, self.n_fft, self.hop)
 
 
 def overlap_add(frames: torch.Tensor, hop: int) -> torch.Tensor:
@@ -217,6 +218,19 @@ def overlap_add(frames: torch.Tensor, hop: int) -> torch.Tensor:
     return summed[:, start : start + count * hop]
 
 
+def to_spectrum(waveform: torch.Tensor, n_fft: int, hop: int) -> torch.Tensor:
+    """Short-time spectrum (periodic Hann window) of (batch, frames * hop): (batch, frames, n_fft / 2 + 1), float32."""
+    margin = (n_fft - hop) // 2
+    frames = F.pad(waveform.float(), (margin, margin)).unfold(-1, n_fft, hop)
+    return torch.fft.rfft(frames * torch.hann_window(n_fft, device=waveform.device))
+
+
+def from_spectrum(spectrum: torch.Tensor, n_fft: int, hop: int) -> torch.Tensor:
+    """The waveform whose `to_spectrum` comes closest: (batch, frames, n_fft / 2 + 1) to (batch, frames * hop)."""
+    frames = torch.fft.irfft(spectrum, n_fft) * torch.hann_window(n_fft, device=spectrum.device)
+    return overlap_add(frames, hop) / 1.5
+
+
 class TttCodecPreTrainedModel(PreTrainedAudioTokenizerBase):
     """Weights, loading and saving common to TttCodec."""
 
@@ -226,6 +240,16 @@ class TttCodecPreTrainedModel(PreTrainedAudioTokenizerBase):
     input_modalities = "audio"
     batch_invariant = True  # rows of a padded batch get what they get alone: the processor may batch them
     _no_split_modules = ["TttCodecBlock"]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes, also while accelerate keeps its weights on the CPU or on disk."""
+        device = next(parameter.device for parameter in self.parameters())
+        if device.type != "meta":
+            return device
+        hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
+        places = (getattr(hook, "execution_device", None) for hook in hooks)
+        return next((torch.device(place) for place in places if place is not None), device)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -243,11 +267,8 @@ class TttCodecPreTrainedModel(PreTrainedAudioTokenizerBase):
             nn.init.normal_(module.weight, std=0.3)
         elif isinstance(module, TttCodecBlock):
             nn.init.constant_(module.scale, 0.3)
-        elif isinstance(module, TttCodecVocoder):
-            module.window.copy_(torch.hann_window(module.n_fft))
         elif isinstance(module, TttCodecModel):
             module.mel_filters.copy_(module.build_mel_filters())
-            module.mel_window.copy_(torch.hann_window(module.config.n_fft))
 
 
 class TttCodecModel(TttCodecPreTrainedModel):
@@ -260,7 +281,6 @@ class TttCodecModel(TttCodecPreTrainedModel):
         self.decoder = TttCodecDecoder(config)
         self.vocoder = TttCodecVocoder(config)
         self.register_buffer("mel_filters", self.build_mel_filters(), persistent=False)
-        self.register_buffer("mel_window", torch.hann_window(config.n_fft), persistent=False)
         self.post_init()
 
     def build_mel_filters(self) -> torch.Tensor:
@@ -280,9 +300,7 @@ class TttCodecModel(TttCodecPreTrainedModel):
     def log_mel(self, waveform: torch.Tensor) -> torch.Tensor:
         """Scaled log-mel frames of (batch, samples), samples a multiple of `mel_hop_length`: (batch, frames, bins)."""
         config = self.config
-        margin = (config.n_fft - config.mel_hop_length) // 2
-        frames = F.pad(waveform.float(), (margin, margin)).unfold(-1, config.n_fft, config.mel_hop_length)
-        magnitude = torch.fft.rfft(frames * self.mel_window).abs()
+        magnitude = to_spectrum(waveform, config.n_fft, config.mel_hop_length).abs()
         return (torch.log((magnitude @ self.mel_filters.float()).clamp(min=LOG_FLOOR)) + 4.0) / 3.0
 
     @can_return_tuple
@@ -363,11 +381,11 @@ class TttCodecModel(TttCodecPreTrainedModel):
         mask = torch.ones_like(codes) if audio_codes_mask is None else audio_codes_mask.long().reshape(codes.shape)
         codes = codes * mask
         if codes.numel() == 0:
-            silence = self.mel_window.new_zeros(len(codes), 1, 0)
+            silence = torch.zeros(len(codes), 1, 0, device=codes.device)
             return TttCodecDecoderOutput(audio_values=silence, audio_lengths=mask.sum(-1))
-        lowest, highest = int(codes.min()), int(codes.max())
-        if lowest < 0 or highest >= self.config.codebook_size:
-            raise ValueError(f"audio_codes must lie in [0, {self.config.codebook_size}), found {lowest} to {highest}")
+        size = self.config.codebook_size
+        if not is_tracing(codes) and not ((codes >= 0) & (codes < size)).all():
+            raise ValueError(f"audio_codes must lie in [0, {size}), found {codes.min()} to {codes.max()}")
         mel = self.decode_mel(codes, mask)
         frame_mask = mask.repeat_interleave(self.config.frames_per_code, 1)
         waveform = (self.vocoder if vocoder == "neural" else self._griffin_lim)(mel, frame_mask)
@@ -381,27 +399,24 @@ class TttCodecModel(TttCodecPreTrainedModel):
 
     @torch.no_grad()
     def _griffin_lim(self, mel: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
-        """Phase by alternating projections (Griffin and Lim, 1984), row by row on unpadded frames."""
-        import librosa
-
+        """Phase by alternating projections (Griffin and Lim, 1984) with momentum (Perraudin et al., 2013): what is past
+        a row's end stays silent, so that rows do not know each other."""
         config = self.config
-        magnitudes = torch.exp(mel.float() * 3.0 - 4.0) - LOG_FLOOR
-        inverse = torch.linalg.pinv(self.mel_filters.float())
-        waveform = mel.new_zeros(mel.shape[0], mel.shape[1] * config.mel_hop_length, dtype=torch.float32)
-        for row, frames in enumerate(frame_mask.sum(-1).tolist()):
-            if frames == 0:
-                continue
-            spectrum = (magnitudes[row, :frames] @ inverse).clamp(min=0).T.cpu().numpy()
-            samples = librosa.griffinlim(
-                spectrum,
-                n_iter=config.griffin_lim_iterations,
-                hop_length=config.mel_hop_length,
-                n_fft=config.n_fft,
-                random_state=0,
-            )  # from the centre of the first frame to that of the last: half a hop is missing at either end
-            start = config.mel_hop_length // 2
-            waveform[row, start : start + len(samples)] = torch.from_numpy(samples).to(waveform)
-        return waveform
+        sizes = config.n_fft, config.mel_hop_length
+        levels = torch.exp(mel.float() * 3.0 - 4.0) - LOG_FLOOR
+        magnitude = (levels @ torch.linalg.pinv(self.mel_filters.float())).clamp(min=0) * frame_mask[..., None]
+        sample_mask = frame_mask.repeat_interleave(config.mel_hop_length, 1)
+        # Phases that go on by each bin's frequency, from a start that differs from bin to bin.
+        bins = torch.arange(magnitude.shape[-1], device=mel.device)
+        turns = bins * config.mel_hop_length / config.n_fft * torch.arange(mel.shape[1], device=mel.device)[:, None]
+        angle = 2 * math.pi * (turns + bins * GOLDEN_RATIO)
+        phase = torch.polar(torch.ones_like(angle), angle).expand(magnitude.shape)
+        previous = torch.zeros_like(phase)
+        for _ in range(config.griffin_lim_iterations):
+            rebuilt = to_spectrum(from_spectrum(magnitude * phase, *sizes) * sample_mask, *sizes)
+            ahead = rebuilt - MOMENTUM / (1 + MOMENTUM) * previous
+            phase, previous = ahead / ahead.abs().clamp(min=1e-16), rebuilt
+        return from_spectrum(magnitude * phase, *sizes)
 
     @can_return_tuple
     def forward(self, input_values: torch.Tensor, padding_mask: torch.Tensor | None = None, **kwargs) -> TttCodecOutput:
