@@ -124,13 +124,14 @@ class Glm4VoiceModel(Glm4VoicePreTrainedModel):
     def encode(
         self, input_values: torch.Tensor, padding_mask: torch.Tensor | None = None, batch_size: int = 16, **kwargs
     ) -> Glm4VoiceEncoderOutput:
-        """Turns speech into codes. Speech is cut into consecutive chunks of `config.encoder_config.chunk_length`
+        """Turn speech into codes. Speech is cut into consecutive chunks of `config.encoder_config.chunk_length`
         seconds, which do not see each other. A row's codes do not depend on its neighbours or on padding.
 
         Args:
-            input_values: Waveforms in [-1, 1] at `config.sampling_rate`, shape (batch, samples) or (batch, 1, samples).
-            padding_mask: 1 for samples, 0 for right padding, shape (batch, samples) or (batch, 1, samples).
-            batch_size: Chunks encoded at once.
+            input_values (`torch.FloatTensor` of shape `(batch, samples)` or `(batch, 1, samples)`):
+                Waveforms in [-1, 1] at `config.sampling_rate`.
+            padding_mask (`torch.LongTensor` of the same shape, *optional*): 1 for samples, 0 for right padding.
+            batch_size (`int`, *optional*, defaults to 16): Chunks encoded at once.
 
         Returns:
             [`Glm4VoiceEncoderOutput`]; a row of n samples has exactly ceil(n / config.hop_length) codes.
@@ -215,21 +216,29 @@ class Glm4VoiceModel(Glm4VoicePreTrainedModel):
         source_noise: torch.Tensor | None = None,
         **kwargs,
     ) -> Glm4VoiceDecoderOutput:
-        """Turns codes into speech. A row's speech does not depend on its neighbours or on padding.
+        """Turn codes into speech. A row's speech does not depend on its neighbours or on padding.
 
         Args:
-            audio_codes: Codes, shape (batch, codes) or (batch, 1, codes).
-            audio_codes_mask: 1 for codes, 0 for right padding, shape (batch, codes).
-            num_steps: Euler steps of the flow's solver; `config.flow_config.num_steps` by default.
-            guidance_scale: w in (1 + w) v(conditional) - w v(unconditional); 0 saves the unconditional half of the
-                work. `config.flow_config.guidance_scale` by default.
-            speaker_embedding: Who speaks, shape (batch, speaker_embedding_size); zeros by default, as published.
-            prompt_codes: Codes of speech to go on from, shape (prompt codes,) or (batch, prompt codes).
-            prompt_mel: Its log-mel frames, shape (batch, num_mel_bins, frames); they are not part of the result.
-            generator: Source of the noise, one for all rows or one for each; see the class for the default.
-            initial_noise: What the solver starts from instead, shape (batch, num_mel_bins, frames), prompt included.
-            source_phase: Phases of the vocoder's sines instead, shape (batch, 1 + num_harmonics, 1).
-            source_noise: Noise of the vocoder's source instead, shape (batch, 1 + num_harmonics, samples).
+            audio_codes (`torch.LongTensor` of shape `(batch, codes)` or `(batch, 1, codes)`): In [0, codebook_size).
+            audio_codes_mask (`torch.LongTensor` of shape `(batch, codes)`, *optional*): 1 for codes, 0 for padding.
+            num_steps (`int`, *optional*): Euler steps of the flow's solver; `config.flow_config.num_steps` by default.
+            guidance_scale (`float`, *optional*):
+                w in (1 + w) v(conditional) - w v(unconditional); 0 saves the unconditional half of the work.
+                `config.flow_config.guidance_scale` by default.
+            speaker_embedding (`torch.FloatTensor` of shape `(batch, speaker_embedding_size)`, *optional*):
+                Who speaks; zeros by default, as published.
+            prompt_codes (`torch.LongTensor` of shape `(prompt codes,)` or `(batch, prompt codes)`, *optional*):
+                Codes of speech to go on from.
+            prompt_mel (`torch.FloatTensor` of shape `(batch, num_mel_bins, frames)`, *optional*):
+                Its log-mel frames; they are not part of the result.
+            generator (`torch.Generator` or a list of them, *optional*):
+                Source of the noise, one for all rows or one for each; see the class for the default. A traced graph has
+                no generator: rows have the default noise of a row without padding.
+            initial_noise (`torch.FloatTensor` of shape `(batch, num_mel_bins, frames)`, *optional*):
+                What the solver starts from instead, prompt included.
+            source_phase, source_noise (`torch.FloatTensor`, *optional*):
+                Phases of the vocoder's sines, `(batch, 1 + num_harmonics, 1)`, and noise of its source, `(batch, 1 +
+                num_harmonics, samples)`, instead.
 
         Returns:
             [`Glm4VoiceDecoderOutput`]; n codes give floor(441 n / 64) log-mel frames of 256 samples at
@@ -345,7 +354,7 @@ class Glm4VoiceModel(Glm4VoicePreTrainedModel):
     def make_generators(
         self, generator: torch.Generator | Sequence[torch.Generator] | None, batch: int
     ) -> list[torch.Generator]:
-        """One generator a row: those given, or fresh ones on the CPU seeded with `config.noise_seed`."""
+        """Return one generator a row: those given, or fresh ones on the CPU seeded with `config.noise_seed`."""
         if generator is None:
             return [torch.Generator().manual_seed(self.config.noise_seed) for _ in range(batch)]
         if isinstance(generator, torch.Generator):
@@ -355,7 +364,7 @@ class Glm4VoiceModel(Glm4VoicePreTrainedModel):
         return list(generator)
 
     def draw_initial_noise(self, num_frames: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
-        """What the solver starts from: (batch, num_mel_bins, frames), zero past each row's `num_frames` (batch,)."""
+        """Draw the solver's start: (batch, num_mel_bins, frames), zero past each row's `num_frames` (batch,)."""
         noise = [
             torch.randn(self.config.flow_config.num_mel_bins, frames, generator=generator, device=generator.device)
             for frames, generator in zip(num_frames.tolist(), generators, strict=True)
@@ -365,8 +374,8 @@ class Glm4VoiceModel(Glm4VoicePreTrainedModel):
     def draw_source_noise(
         self, num_frames: torch.Tensor, generators: list[torch.Generator]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Phases, uniform in [-pi, pi), (batch, 1 + num_harmonics, 1), and noise, (batch, 1 + num_harmonics, samples),
-        of the vocoder's source for `num_frames` (batch,) log-mel frames a row."""
+        """Draw phases, uniform in [-pi, pi), (batch, 1 + num_harmonics, 1), and noise, (batch, 1 + num_harmonics,
+        samples), of the vocoder's source for `num_frames` (batch,) log-mel frames a row."""
         config = self.config.vocoder_config
         phases, noises = [], []
         for frames, generator in zip(num_frames.tolist(), generators, strict=True):
@@ -392,7 +401,7 @@ class Glm4VoiceModel(Glm4VoicePreTrainedModel):
     def forward(
         self, input_values: torch.Tensor, padding_mask: torch.Tensor | None = None, **kwargs
     ) -> Glm4VoiceOutput:
-        """Encodes and decodes: `encode`'s arguments, the speech in the decoder's voice as the result."""
+        """Encode and decode: `encode`'s arguments, the speech in the decoder's voice as the result."""
         encoded = self.encode(input_values, padding_mask)
         codes_mask = None if padding_mask is None else encoded.audio_codes_mask
         values = self.decode(encoded.audio_codes, codes_mask).audio_values

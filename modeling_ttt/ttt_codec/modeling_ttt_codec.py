@@ -141,7 +141,7 @@ class TttCodecEncoder(nn.Module):
         return self.norm(hidden)
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
-        """Pools `extract_features` to one point per code: (batch, codes, dims)."""
+        """Pool `extract_features` to one point per code: (batch, codes, dims)."""
         pooled = features.reshape(
             len(features), -1, features.shape[-1] * self.stride
         )  # (batch, codes, stride * hidden)
@@ -206,7 +206,7 @@ class TttCodecVocoder(nn.Module):
 
 
 def overlap_add(frames: torch.Tensor, hop: int) -> torch.Tensor:
-    """Sums windowed frames (batch, frames, n_fft) at `hop`; returns the central (batch, frames * hop) samples.
+    """Sum windowed frames (batch, frames, n_fft) at `hop`; returns the central (batch, frames * hop) samples.
 
     A periodic Hann window squared sums to 1.5 at a hop of a quarter window. The first and last frames have fewer
     neighbours, so a waveform fades in and out over three hops; no sample depends on the length of the batch.
@@ -307,11 +307,12 @@ class TttCodecModel(TttCodecPreTrainedModel):
     def encode(
         self, input_values: torch.Tensor, padding_mask: torch.Tensor | None = None, **kwargs
     ) -> TttCodecEncoderOutput:
-        """Turns speech into codes. A row's codes do not depend on its neighbours or on padding.
+        """Turn speech into codes. A row's codes do not depend on its neighbours or on padding.
 
         Args:
-            input_values: Waveforms in [-1, 1] at `config.sampling_rate`, shape (batch, samples) or (batch, 1, samples).
-            padding_mask: 1 for samples, 0 for right padding, shape (batch, samples) or (batch, 1, samples).
+            input_values (`torch.FloatTensor` of shape `(batch, samples)` or `(batch, 1, samples)`):
+                Waveforms in [-1, 1] at `config.sampling_rate`.
+            padding_mask (`torch.LongTensor` of the same shape, *optional*): 1 for samples, 0 for right padding.
 
         Returns:
             [`TttCodecEncoderOutput`]; a row of n samples has exactly ceil(n / hop_length) codes.
@@ -325,7 +326,7 @@ class TttCodecModel(TttCodecPreTrainedModel):
         return TttCodecEncoderOutput(audio_codes=codes[:, None], audio_codes_mask=codes_mask)
 
     def _pad_waveform(self, input_values: torch.Tensor, padding_mask: torch.Tensor | None):
-        """Zero-pads to whole codes: waveform (batch, codes * hop_length) and code mask (batch, codes)."""
+        """Zero-pad to whole codes: waveform (batch, codes * hop_length) and code mask (batch, codes)."""
         hop = self.config.hop_length
         if input_values.ndim == 3:
             if input_values.shape[1] != 1:
@@ -355,12 +356,13 @@ class TttCodecModel(TttCodecPreTrainedModel):
         vocoder: str | None = None,
         **kwargs,
     ) -> TttCodecDecoderOutput:
-        """Turns codes into speech of the fixed voice. A row's speech does not depend on its neighbours or on padding.
+        """Turn codes into speech of the fixed voice. A row's speech does not depend on its neighbours or on padding.
 
         Args:
-            audio_codes: Codes in [0, codebook_size), shape (batch, codes) or (batch, 1, codes).
-            audio_codes_mask: 1 for codes, 0 for right padding, shape (batch, codes) or (batch, 1, codes).
-            vocoder: `"neural"` or `"griffin_lim"` (slower, phase by iteration); the configuration's by default.
+            audio_codes (`torch.LongTensor` of shape `(batch, codes)` or `(batch, 1, codes)`): In [0, codebook_size).
+            audio_codes_mask (`torch.LongTensor` of the same shape, *optional*): 1 for codes, 0 for right padding.
+            vocoder (`str`, *optional*):
+                `"neural"` or `"griffin_lim"` (slower, phase by iteration); the configuration's by default.
 
         Returns:
             [`TttCodecDecoderOutput`] with exactly codes * hop_length samples.
@@ -420,7 +422,7 @@ class TttCodecModel(TttCodecPreTrainedModel):
 
     @can_return_tuple
     def forward(self, input_values: torch.Tensor, padding_mask: torch.Tensor | None = None, **kwargs) -> TttCodecOutput:
-        """Encodes and decodes: `encode`'s arguments, the speech in the decoder's voice as the result."""
+        """Encode and decode: `encode`'s arguments, the speech in the decoder's voice as the result."""
         encoded = self.encode(input_values, padding_mask)
         values = self.decode(encoded.audio_codes, encoded.audio_codes_mask).audio_values
         return TttCodecOutput(audio_codes=encoded.audio_codes, audio_values=values[..., : input_values.shape[-1]])
