@@ -30,6 +30,7 @@ accelerate() { printf "%q " "$@"; echo; }
 pip() { :; }
 ttt-talk() { :; }
 apt-get() { :; }
+git() { :; }
 """
 
 
