@@ -19,7 +19,7 @@ from transformers.audio_utils import load_audio
 
 # Where a mapping has its audio, in this order, and the rate of its samples.
 AUDIO_KEYS = ("array", "raw", "waveform", "samples", "audio", "bytes", "file", "path", "url")
-RATE_KEYS = ("sampling_rate", "sample_rate")
+RATE_KEYS = ("sampling_rate", "sample_rate", "samplerate", "sr")
 MIN_SAMPLING_RATE = 1000  # Hz; what is below was given in kHz
 LOUDEST = 10.0  # full scale is 1; a sample beyond this is PCM that was cast to float
 SECONDS_TO_FETCH, SECONDS_TO_DECODE = 30.0, 120.0
@@ -54,8 +54,8 @@ def load_waveform(audio: Any, sampling_rate: int, source_rate: float | None = No
             float in [-1, 1] or integer PCM; a tuple of samples and their rate, in either order; a path, an
             `http(s)://`, `file://` or `data:` address or base64; the bytes of a file, or an object that reads them; a
             torchcodec decoder (a decoded `datasets` item) or its samples; a mapping that has one of these under one of
-            `AUDIO_KEYS`, and the rate of samples under `sampling_rate` or `sample_rate`. Files soundfile cannot read
-            (m4a, webm, mp4) are decoded by ffmpeg or torchcodec where either is installed.
+            `AUDIO_KEYS`, and the rate of samples under one of `RATE_KEYS`. Files soundfile cannot read (m4a, webm, mp4)
+            are decoded by ffmpeg or torchcodec where either is installed.
         sampling_rate (`int`): rate of the result, Hz.
         source_rate (`float`, *optional*): rate of samples that bring none, Hz; `sampling_rate` where not given.
         name (`str`, *optional*, defaults to `"audio"`): how errors call the item.
@@ -134,10 +134,11 @@ def _load_mapping(audio: Mapping[str, Any], target_rate: int, rate: Any, name: s
             f"{name} is a mapping with keys {sorted(map(str, audio))}; expected `array` and `sampling_rate`, or one of "
             f"{', '.join(f'`{key}`' for key in AUDIO_KEYS[1:])}."
         )
-    rates = [audio[spelling] for spelling in RATE_KEYS if audio.get(spelling) is not None]
-    if len(rates) == 2 and rates[0] != rates[1]:
-        raise ValueError(f"{name} has `sampling_rate` {rates[0]} and `sample_rate` {rates[1]}; leave one out.")
-    rate = rates[0] if rates else rate
+    rates = {spelling: audio[spelling] for spelling in RATE_KEYS if audio.get(spelling) is not None}
+    rate = next(iter(rates.values()), rate)
+    if len(rates) > 1 and any(value != rate for value in rates.values()):
+        told = " and ".join(f"`{spelling}` {value}" for spelling, value in rates.items())
+        raise ValueError(f"{name} has {told}; leave one out.")
     if key == "array" and rate is None:
         raise ValueError(f"{name} has an `array` but no `sampling_rate`; add it in Hz.")
     return _load(audio[key], target_rate, rate, name)
@@ -260,7 +261,7 @@ def _read_file(file: str | bytes, target_rate: int, name: str) -> np.ndarray:
 
 
 def _decode_with_ffmpeg(program: str, file: str | bytes, target_rate: int) -> np.ndarray:
-    """Return the waveform of a file's first audio stream. Bytes go through a temporary file: some containers have
+    """Return the waveform of a file's audio stream. Bytes go through a temporary file: some containers have
     their index at the end."""
     with tempfile.TemporaryDirectory() as folder:
         if not isinstance(file, str):
@@ -269,7 +270,7 @@ def _decode_with_ffmpeg(program: str, file: str | bytes, target_rate: int) -> np
                 writer.write(content)
         decoded = os.path.join(folder, "decoded.wav")
         command = [program, "-v", "error", "-nostdin", "-protocol_whitelist", "file", "-format_whitelist", CONTAINERS]
-        command += ["-i", f"file:{file}", "-map", "0:a:0", "-c:a", "pcm_f32le", decoded]
+        command += ["-i", f"file:{file}", "-vn", "-c:a", "pcm_f32le", decoded]
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS_TO_DECODE, check=False
         )
@@ -297,7 +298,7 @@ def _to_mono(samples: np.ndarray, name: str) -> np.ndarray:
             f"{name} has shape {samples.shape}; expected (samples,) or (channels, samples). "
             "Pass several audios as a list."
         )
-    if samples.dtype in (np.int16, np.int32):
+    if samples.dtype.kind == "i" and samples.dtype.itemsize in (2, 4):  # of any byte order
         samples = samples.astype(np.float32) / -float(np.iinfo(samples.dtype).min)
     elif samples.dtype == np.uint8:
         samples = (samples.astype(np.float32) - 128.0) / 128.0

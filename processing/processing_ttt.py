@@ -19,7 +19,7 @@ from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils import PROCESSOR_NAME, cached_file
 
 from .audio_codes_ttt import decode_codes, encode_waveforms
-from .audio_input_ttt import is_single_audio, list_audio
+from .audio_input_ttt import is_single_audio, list_audio, shorten
 from .audio_tokenizer_ttt import (
     AUDIO_TOKENIZER_FOLDER,
     check_audio_tokenizer,
@@ -68,12 +68,14 @@ class TttProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-ar
     audio_kwargs: TttAudioKwargs
 
 
-NESTED_OPTIONS = {
-    name: frozenset(kind.__annotations__)
-    for name, kind in TttProcessorKwargs.__annotations__.items()
-    if name.endswith("_kwargs")
+# Options by where they may stand. Those of images and videos, which `ProcessingKwargs` has too, are none.
+NESTED_OPTIONS: dict[str, frozenset[str]] = {
+    "text_kwargs": frozenset(TextKwargs.__annotations__),
+    "audio_kwargs": frozenset(TttAudioKwargs.__annotations__),
 }
-OPTIONS = frozenset({*TttProcessorKwargs.__annotations__, "common_kwargs"}.union(*NESTED_OPTIONS.values()))
+NESTED_OPTIONS["common_kwargs"] = frozenset().union(*NESTED_OPTIONS.values())
+FLAT_OPTIONS = {name for name in TttProcessorKwargs.__annotations__ if not name.endswith("_kwargs")}
+OPTIONS = FLAT_OPTIONS.union(NESTED_OPTIONS, NESTED_OPTIONS["common_kwargs"])
 
 
 class TttProcessor(ProcessorMixin):
@@ -362,6 +364,10 @@ class TttProcessor(ProcessorMixin):
             ValueError: if there are more audio parts than audios or the reverse, an audio cannot be used, or a message
                 does not have the form of one.
         """
+        if not isinstance(conversation, (list, tuple)):
+            raise ValueError(f"`conversation` is {shorten(conversation)}; pass a list of messages, or a list of such.")
+        if task is not None:
+            self.get_task(task)  # refuses one that there is not, needed or not
         batched = len(conversation) > 0 and isinstance(conversation[0], (list, tuple))
         conversations = [list(messages) for messages in (conversation if batched else [conversation])]
         names = names or [f"conversation {index}" for index in range(len(conversations))]
@@ -686,6 +692,8 @@ class TttProcessor(ProcessorMixin):
             if name in ("images", "videos") and value is None:
                 continue
             _check_name(name, OPTIONS, "")
+            if name in NESTED_OPTIONS and not isinstance(value, Mapping):
+                raise TypeError(f"`{name}` is {value!r}; it must be a mapping of options to values.")
             for key in value if name in NESTED_OPTIONS else ():
                 _check_name(key, NESTED_OPTIONS[name], f" in `{name}`")
         text_kwargs = {**kwargs, **kwargs.get("text_kwargs", {})}
@@ -696,6 +704,9 @@ class TttProcessor(ProcessorMixin):
                 )
         known = NESTED_OPTIONS["text_kwargs"]
         validate_typed_dict(TextKwargs, {name: value for name, value in text_kwargs.items() if name in known})
+        for name in ("max_length", "pad_to_multiple_of"):
+            if text_kwargs.get(name) is not None and text_kwargs[name] < 1:
+                raise ValueError(f"`{name}` is {text_kwargs[name]}; use an integer of at least 1.")
 
     def _prepare_processor_kwargs(self, chat_template: str, processor_kwargs: dict, kwargs: dict, **flags: Any) -> dict:
         """Called by `ProcessorMixin.apply_chat_template`, whether or not it goes on to tokenize."""

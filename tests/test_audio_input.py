@@ -125,14 +125,14 @@ def test_every_form_is_one_audio(sound, address):
         assert not is_single_audio([audio]), name
 
 
-@pytest.mark.parametrize("rate_key", ["sampling_rate", "sample_rate"])
+@pytest.mark.parametrize("rate_key", ["sampling_rate", "sample_rate", "samplerate", "sr"])
 @pytest.mark.parametrize("key", ["array", "raw", "audio", "waveform", "samples"])
 def test_a_mapping_of_samples_and_their_rate_is_resampled(key, rate_key):
     sound = np.round(tone(0.5, sampling_rate=8_000) * 32768).astype(np.int16)
     expected = load_waveform(sound, 16_000, source_rate=8_000)
     exact = sound.astype(np.float32) / 32768
     samples = [sound, sound.astype(np.int32) * 65536, exact, exact.astype(np.float64), exact[None], exact.tolist()]
-    samples += [torch.tensor(exact), torch.tensor(exact)[None, None], memoryview(exact)]
+    samples += [torch.tensor(exact), torch.tensor(exact)[None, None], memoryview(exact), sound.astype(">i2")]
     for item in samples:
         for container in (dict, collections.UserDict, collections.OrderedDict):
             for rate in (8_000, 8_000.0, np.int64(8_000), torch.tensor(8_000)):
@@ -200,6 +200,17 @@ def test_ffmpeg_opens_no_list_of_other_files(sound, tmp_path):
         for audio in (tmp_path / name, content):
             with pytest.raises(ValueError, match="cannot be read as audio"):
                 load_waveform(audio, 16_000)
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
+def test_a_film_without_sound_is_no_audio(tmp_path):
+    film = tmp_path / "silent.mov"
+    command = ["ffmpeg", "-v", "error", "-f", "lavfi", "-i", "color=size=16x16:duration=0.1", "-c:v", "rawvideo", film]
+    if subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("this ffmpeg cannot make a film")
+    with pytest.raises(ValueError, match="cannot be read as audio") as error:
+        load_waveform(film, 16_000)
+    assert "map" not in str(error.value)  # what ffmpeg advises those who called it themselves
 
 
 @pytest.mark.skipif(is_torchcodec_available(), reason="torchcodec decodes in place of ffmpeg")

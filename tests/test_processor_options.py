@@ -206,6 +206,9 @@ def test_templates_have_variables_of_their_own(processor, conversation):
         ({"audio_kwargs": {"rate": 8_000}}, "no option `rate` in `audio_kwargs`"),
         ({"text_kwarg": {"max_length": 3}}, "no option `text_kwarg`; did you mean `text_kwargs`"),
         ({"pixels": 3}, "no option `pixels`"),
+        ({"crop_size": 3}, "no option `crop_size`"),  # which processors of images have
+        ({"common_kwargs": {"pixels": 3}}, "no option `pixels` in `common_kwargs`"),
+        ({"text_kwargs": 3}, "`text_kwargs` is 3; it must be a mapping"),
     ],
 )
 def test_an_option_that_there_is_not_is_an_error(processor, call, options, message):
@@ -245,6 +248,21 @@ def test_an_option_of_a_wrong_type_is_named(processor, name, value):
     for options in ({name: value}, {"text_kwargs": {name: value}}):
         with pytest.raises(StrictDataclassFieldValidationError, match=f"'{name}'"):
             processor(text="a", **options)
+
+
+@pytest.mark.parametrize("name", ["max_length", "pad_to_multiple_of"])
+def test_a_length_below_1_is_an_error(processor, name):
+    for options in ({name: 0}, {"text_kwargs": {name: -5}}):
+        with pytest.raises(ValueError, match=f"`{name}` is .*; use an integer of at least 1"):
+            processor(text="hello", truncation=True, **options)
+
+
+def test_what_is_no_conversation_is_an_error(processor):
+    for conversation in ("hello", None, {"messages": []}):
+        with pytest.raises(ValueError, match="`conversation` is .*; pass a list of messages"):
+            processor.apply_chat_template(conversation)
+    with pytest.raises(ValueError, match="There is no task 'recognise'"):
+        processor.apply_chat_template([{"role": "system", "content": "a"}], task="recognise")
 
 
 def test_options_of_other_kinds_are_errors(processor):
