@@ -148,15 +148,16 @@ class TttModelTestMixin(ModelTesterMixin, GenerationTesterMixin, TrainingTesterM
         return {"input_ids": input_ids, "labels": input_ids.clone()}
 
     def _get_trainable_model_class(self) -> type[TttForConditionalGeneration]:
-        return OneBlock
+        return TrainedBlocks
 
 
-class OneBlock(TttForConditionalGeneration):
-    """Writes as it is trained here: a span in one block of 20 codes and the end token, a diffused response in one."""
+class TrainedBlocks(TttForConditionalGeneration):
+    """Writes in the blocks that it is trained on here: the configuration's, a whole span or a whole response."""
 
     def __init__(self, config: TttConfig):
         super().__init__(config)
-        self.generation_config.audio_block_size = 21 if config.text_objective == "autoregressive" else 63
+        length = 21 if config.text_objective == "autoregressive" else 63
+        self.generation_config.audio_block_size = config.block_lengths[0] if config.is_block_causal else length
 
 
 class FixedNoise(TttForConditionalGeneration):

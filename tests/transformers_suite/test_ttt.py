@@ -15,3 +15,7 @@ class TttQwen3Test(TttModelTestMixin, unittest.TestCase):
 
 class TttLlamaTest(TttModelTestMixin, unittest.TestCase):
     model_tester = TttModelTester("llama")
+
+
+class TttBlockCausalTest(TttModelTestMixin, unittest.TestCase):
+    model_tester = TttModelTester(span_attention="block_causal", block_lengths=[2])
