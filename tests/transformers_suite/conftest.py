@@ -44,14 +44,18 @@ def asked_paths(config: pytest.Config) -> list[Path]:
     return [(config.invocation_params.dir / argument.split("::")[0]).resolve() for argument in config.args]
 
 
-def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
-    if not is_asked_for(parent.config):
-        return NotAskedFor.from_parent(parent, path=module_path)
-    if not is_fetched():
+def pytest_configure(config: pytest.Config) -> None:
+    if is_asked_for(config) and not is_fetched():
         raise pytest.UsageError("Transformers' own tests are not here yet: python tests/transformers_suite/fetch.py")
-    return None
+    for mark in TRANSFORMERS_MARKS:
+        config.addinivalue_line("markers", f"{mark}: a mark of Transformers' own tests")
 
 
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    return None if is_asked_for(parent.config) else NotAskedFor.from_parent(parent, path=module_path)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -k takes tests away
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark the expected failures; refuse a name among them that no test has."""
     here = Path(__file__).parent
@@ -62,8 +66,3 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 tests[name].add_marker(pytest.mark.xfail(strict=True, reason=expected.reason))
             elif here in asked_paths(config):
                 raise pytest.UsageError(f"expected_failures.py names {name}, which is no test of the suite.")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    for mark in TRANSFORMERS_MARKS:
-        config.addinivalue_line("markers", f"{mark}: a mark of Transformers' own tests")
