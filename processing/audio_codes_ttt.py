@@ -18,6 +18,16 @@ import torch
 from .codebooks_ttt import TttAudioFormat, flatten_codes, unflatten_codes
 
 
+def execution_device(audio_tokenizer: Any) -> torch.device:
+    """Return where an audio tokenizer computes, also while accelerate keeps its weights on the CPU or on disk."""
+    device = audio_tokenizer.device
+    if device.type != "meta":
+        return device
+    hooks = (getattr(module, "_hf_hook", None) for module in audio_tokenizer.modules())
+    places = (getattr(hook, "execution_device", None) for hook in hooks)
+    return next((torch.device(place) for place in places if place is not None), device)
+
+
 def encode_waveforms(
     audio_tokenizer: Any,
     feature_extractor: Any,
@@ -45,6 +55,7 @@ def encode_waveforms(
     audio_format = TttAudioFormat.from_config(audio_tokenizer.config)
     accepted = inspect.signature(audio_tokenizer.encode).parameters
     size = batch_size if getattr(audio_tokenizer, "batch_invariant", False) else 1
+    device = execution_device(audio_tokenizer)
     codes: list[torch.Tensor] = []
     for start in range(0, len(waveforms), size):
         features = feature_extractor(
@@ -52,7 +63,7 @@ def encode_waveforms(
             sampling_rate=feature_extractor.sampling_rate,
             padding=True,
             return_tensors="pt",
-        ).to(audio_tokenizer.device, audio_tokenizer.dtype)
+        ).to(device, audio_tokenizer.dtype)
         with torch.no_grad():
             output = audio_tokenizer.encode(**{name: value for name, value in features.items() if name in accepted})
         batch = output.audio_codes.cpu()
@@ -111,6 +122,7 @@ def decode_codes(audio_tokenizer: Any, sequences: Sequence[Sequence[int]], batch
     frames = [unflatten_codes(row, audio_format.num_codebooks, audio_format.codebook_size) for row in sequences]
     waveforms = [np.zeros(0, dtype=np.float32) for _ in sequences]
     padded = getattr(audio_tokenizer, "batch_invariant", False)
+    device = execution_device(audio_tokenizer)
     for indices in _batches([row.shape[1] for row in frames], batch_size, padded):
         lengths = [frames[index].shape[1] for index in indices]
         codes = torch.zeros((len(indices), audio_format.num_codebooks, max(lengths)), dtype=torch.long)
@@ -118,9 +130,9 @@ def decode_codes(audio_tokenizer: Any, sequences: Sequence[Sequence[int]], batch
         for row, index in enumerate(indices):
             codes[row, :, : lengths[row]] = frames[index]
             mask[row, : lengths[row]] = 1
-        options = {"audio_codes_mask": mask.to(audio_tokenizer.device)} if padded else {}
+        options = {"audio_codes_mask": mask.to(device)} if padded else {}
         with torch.no_grad():
-            output = decode_frames(audio_tokenizer, codes.to(audio_tokenizer.device), **options)
+            output = decode_frames(audio_tokenizer, codes.to(device), **options)
         values = output.audio_values.reshape(len(indices), -1).float().cpu().numpy()  # (batch, samples)
         samples = output.audio_lengths.tolist() if padded else [values.shape[1]] * len(indices)
         for row, index in enumerate(indices):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.models.dac.modeling_dac import Snake1d
 
-from .audio_codes_ttt import decode_frames
+from .audio_codes_ttt import decode_frames, execution_device
 from .codebooks_ttt import TttAudioFormat, unflatten_codes
 
 # Layers that treat every sample alone. `Snake1d` is also the activation of the codecs that build on DAC.
@@ -80,7 +80,7 @@ class BoundedContextDecoder:
 
     @torch.no_grad()
     def _decode(self) -> torch.Tensor:
-        codes = self.frames.to(self.audio_tokenizer.device)
+        codes = self.frames.to(execution_device(self.audio_tokenizer))
         return decode_frames(self.audio_tokenizer, codes).audio_values.reshape(-1)
 
 
@@ -98,7 +98,7 @@ class WaveformStream:
 
     def __init__(self, audio_tokenizer: Any):
         self.format = TttAudioFormat.from_config(audio_tokenizer.config)
-        self.device = audio_tokenizer.device
+        self.device = execution_device(audio_tokenizer)
         make_decoder = getattr(audio_tokenizer, "streaming_decoder", None)
         self.decoder = BoundedContextDecoder(audio_tokenizer) if make_decoder is None else make_decoder()
         if not isinstance(self.decoder, StreamingDecoder):

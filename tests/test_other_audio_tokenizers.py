@@ -1,11 +1,13 @@
 """Codecs of Transformers as the audio tokenizer: one or several codebooks, other frame and sampling rates."""
 
+import copy
 import importlib.util
 import math
 
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from builders import build_codec, build_model, build_processor, build_tokenizer, tone
 from transformers import (
     AutoProcessor,
@@ -481,3 +483,23 @@ def test_a_model_answers_through_the_pipeline_at_the_codecs_rate(part):
     spoken = [piece for piece in pieces if "audio" in piece]
     assert {piece["sampling_rate"] for piece in spoken} == {part.format.output_sampling_rate}
     assert np.allclose(np.concatenate([piece["audio"] for piece in spoken]), expected, atol=1e-5)
+
+
+# ---------------------------------------------------------------------- weights elsewhere
+
+
+@pytest.mark.parametrize("name", ["mimi", "dac", "encodec"])
+def test_an_offloaded_codec_hears_and_speaks_as_it_does_in_place(name):
+    here = Part(name)
+    away = copy.copy(here.processor)
+    away.audio_tokenizer = cpu_offload(copy.deepcopy(here.codec), execution_device=torch.device("cpu"))
+    assert away.audio_tokenizer.device.type == "meta"
+    sound, codes = tone(0.5, here.processor.feature_extractor.sampling_rate), flatten_codes(here.random_codes(6), 16)
+
+    def heard_and_spoken(processor):
+        stream = WaveformStream(processor.audio_tokenizer)
+        spoken = np.concatenate([stream.push(codes), stream.flush()])
+        return processor.encode_audio([sound])[0], processor.decode_audio([codes])[0], spoken
+
+    for found, expected in zip(heard_and_spoken(away), heard_and_spoken(here.processor), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-6)

@@ -1,11 +1,13 @@
 """The audio-to-audio pipeline: all forms of request, streams, batches, and a process that has only the model folder."""
 
+import copy
 import io
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from builders import build_model, build_processor, run_without_packages, tone, write_wav
 from torch.utils.data import Dataset
 from transformers import AutoConfig, pipeline
@@ -402,3 +404,13 @@ def test_answers_before_requests_that_cannot_be_read_are_not_lost(pipe):
         assert_answer(pipe, next(answers))
     with pytest.raises(OSError, match="disk gone"):
         next(answers)
+
+
+def test_an_offloaded_audio_tokenizer_stays_where_it_is(pipe):
+    processor = copy.copy(pipe.processor)
+    processor.audio_tokenizer = cpu_offload(
+        copy.deepcopy(processor.audio_tokenizer), execution_device=torch.device("cpu")
+    )
+    away = pipeline("audio-to-audio", model=pipe.model, processor=processor, device="cpu")
+    assert isinstance(away, TttAudioToAudioPipeline)
+    assert np.array_equal(away(tone(0.5))["audio"], pipe(tone(0.5))["audio"])
