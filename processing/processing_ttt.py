@@ -147,7 +147,10 @@ class TttProcessor(ProcessorMixin):
             )
         defaults = default_tasks(self.text_chunk_size, self.audio_chunk_size)
         self.system_prompts = {name: task.system_prompt for name, task in defaults.items()}
-        for name, settings in (system_prompts or {}).items():
+        system_prompts = {} if system_prompts is None else system_prompts
+        if not isinstance(system_prompts, Mapping) or not all(isinstance(name, str) for name in system_prompts):
+            raise ValueError(f"`system_prompts` is {shorten(system_prompts)}; it must be a mapping by names of tasks.")
+        for name, settings in system_prompts.items():
             self.system_prompts[name] = dataclasses.asdict(settings) if isinstance(settings, TttTask) else settings
             self.get_task(name)  # refuses settings that are none
 

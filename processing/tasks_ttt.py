@@ -135,7 +135,7 @@ def resolve_task(name: str, settings: Any, default: TttTask | None = None) -> Tt
         default (`TttTask`, *optional*): the task of that name, of which only what is given is replaced.
 
     Raises:
-        ValueError: if the settings are neither, or hold what `TttTask` does not know.
+        ValueError: if the settings are neither, or hold what `TttTask` does not know or a value of another type.
     """
     given = {"system_prompt": settings} if isinstance(settings, str) else settings
     known = {field.name for field in dataclasses.fields(TttTask)}
@@ -144,6 +144,10 @@ def resolve_task(name: str, settings: Any, default: TttTask | None = None) -> Tt
             f"`system_prompts` has {shorten(settings)} for the task {name!r}; give a string, or a mapping with "
             f"{', '.join(f'`{field}`' for field in sorted(known))}."
         )
+    for field, value in given.items():
+        kind, what = (bool, "True or False") if field.startswith("needs_") else (str, "a string")
+        if not isinstance(value, kind) and not (field == "default_text" and value is None):
+            raise ValueError(f"`{field}` of the task {name!r} is {shorten(value)}; it must be {what}.")
     return dataclasses.replace(default or TttTask(""), **given)
 
 

@@ -127,6 +127,22 @@ def test_settings_that_are_no_task_are_refused(settings):
         build_processor(audio_tokenizer=None, system_prompts={"translate": settings})
 
 
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("abc", "`system_prompts` is 'abc'; it must be a mapping"),
+        ([], r"`system_prompts` is \[\]; it must be a mapping"),
+        ({3: "x"}, "`system_prompts` is {3: 'x'}; it must be a mapping by names of tasks"),
+        ({"translate": {"system_prompt": None}}, "`system_prompt` of the task 'translate' is None; it must be a string"),
+        ({"translate": {"needs_text": "yes"}}, "`needs_text` of the task 'translate' is 'yes'; it must be True or False"),
+        ({"translate": {"default_text": 3}}, "`default_text` of the task 'translate' is 3; it must be a string"),
+    ],
+)
+def test_settings_of_tasks_of_a_wrong_type_are_refused_by_name(prompts, message):
+    with pytest.raises(ValueError, match=message):
+        build_processor(audio_tokenizer=None, system_prompts=prompts)
+
+
 def test_a_batch_is_padded_on_the_left_and_has_the_rows_of_single_calls(processor):
     sounds = [tone(0.2), tone(1.0), tone(0.5)]
     batch = processor(audio=sounds, task="asr")
