@@ -4,6 +4,7 @@ rate, with errors that name the item. Nothing here knows about models or tokens.
 from __future__ import annotations
 
 import base64
+import io
 import math
 import os
 import shutil
@@ -242,6 +243,7 @@ def _fetch(address: str, name: str) -> bytes:
 def _read_file(file: str | bytes, target_rate: int, name: str) -> np.ndarray:
     """Return a file's waveform: as soundfile reads it, or else as ffmpeg or torchcodec do."""
     described = repr(file) if isinstance(file, str) else "the data"
+    _check_header(file, f"{name}: {described}")
     source = file if isinstance(file, str) else f"data:;base64,{base64.b64encode(file).decode()}"
     try:
         return load_audio(source, target_rate, backend="soundfile")
@@ -258,6 +260,17 @@ def _read_file(file: str | bytes, target_rate: int, name: str) -> np.ndarray:
         ) from None
     except (OSError, RuntimeError, ValueError, subprocess.TimeoutExpired) as error:
         raise ValueError(f"{name}: {described} cannot be read as audio ({reason}; {error}).") from error
+
+
+def _check_header(file: str | bytes, name: str) -> None:
+    """Refuse a rate that is none before samples are made of it: one second at 1 Hz would become 16,000 samples."""
+    import soundfile
+
+    try:
+        rate = soundfile.info(file if isinstance(file, str) else io.BytesIO(file)).samplerate
+    except (RuntimeError, TypeError):  # not a file soundfile reads; raw samples, which have no header
+        return
+    _checked_rate(rate, name)
 
 
 def _decode_with_ffmpeg(program: str, file: str | bytes, target_rate: int) -> np.ndarray:
@@ -277,6 +290,7 @@ def _decode_with_ffmpeg(program: str, file: str | bytes, target_rate: int) -> np
         if done.returncode != 0:
             lines = done.stderr.decode(errors="replace").strip().splitlines()
             raise ValueError(f"ffmpeg: {lines[-1].rpartition(': ')[2] if lines else 'failed'}")
+        _check_header(decoded, "the decoded audio")
         return load_audio(decoded, target_rate, backend="soundfile")
 
 

@@ -275,6 +275,7 @@ def test_unusable_audio_is_refused_by_name(processor, tmp_path):
     empty_file, text_file = tmp_path / "empty.wav", tmp_path / "words.wav"
     empty_file.touch()
     text_file.write_text("these are words")
+    slow = write_wav(tmp_path / "slow.wav", good, 100)
     cases = [
         (np.zeros(0), ValueError, r"audio 1 is empty \(0 samples\)"),
         (np.array([0.0, np.nan, 0.0]), ValueError, "audio 1 holds nan at sample 1"),
@@ -300,6 +301,8 @@ def test_unusable_audio_is_refused_by_name(processor, tmp_path):
         (io.StringIO("these are words"), ValueError, "audio 1: .* reads str, not bytes. Open it with mode 'rb'"),
         (io.BytesIO(), ValueError, r"audio 1: the file has no content \(0 bytes\)"),
         ({"words": 1}, ValueError, r"audio 1 is a mapping with keys \['words'\]"),
+        (slow, ValueError, r"audio 1: '.*slow.wav' has sampling rate 100; give it in Hz"),
+        (slow.read_bytes(), ValueError, "audio 1: the data has sampling rate 100; give it in Hz"),
         (np.zeros((2, 2, 2)), ValueError, r"audio 1 has shape \(2, 2, 2\)"),
         (np.array(["a", "b"]), ValueError, "audio 1 holds values of type <U1"),
         (np.array([1, 70_000]), ValueError, "audio 1 holds integers of type int64"),
