@@ -7,6 +7,7 @@ import base64
 import io
 import math
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -23,6 +24,7 @@ AUDIO_KEYS = ("array", "raw", "waveform", "samples", "audio", "bytes", "file", "
 RATE_KEYS = ("sampling_rate", "sample_rate", "samplerate", "sr")
 MIN_SAMPLING_RATE = 1000  # Hz; what is below was given in kHz
 LOUDEST = 10.0  # full scale is 1; a sample beyond this is PCM that was cast to float
+FILE_START = re.compile(rb"RIFF....WAVE|fLaC|OggS", re.DOTALL)
 SECONDS_TO_FETCH, SECONDS_TO_DECODE = 30.0, 120.0
 # What ffmpeg may open: media alone, no playlists, which name other files.
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,ogg,aac,ac3,amr,asf,avi,flv,mpegts,mpeg,mp3,wav,flac,caf,aiff"
@@ -53,10 +55,11 @@ def load_waveform(audio: Any, sampling_rate: int, source_rate: float | None = No
         audio (`Any`):
             An array, tensor or list of numbers of shape `(samples,)`, `(channels, samples)` or `(samples, channels)`,
             float in [-1, 1] or integer PCM; a tuple of samples and their rate, in either order; a path, an
-            `http(s)://`, `file://` or `data:` address or base64; the bytes of a file, or an object that reads them; a
-            torchcodec decoder (a decoded `datasets` item) or its samples; a mapping that has one of these under one of
-            `AUDIO_KEYS`, and the rate of samples under one of `RATE_KEYS`. Files soundfile cannot read (m4a, webm, mp4)
-            are decoded by ffmpeg or torchcodec where either is installed.
+            `http(s)://`, `file://` or `data:` address or base64; the bytes of a file (also in an array of uint8, of
+            WAV, FLAC and OGG files), or an object that reads them; a torchcodec decoder (a decoded `datasets` item) or
+            its samples; a mapping that has one of these under one of `AUDIO_KEYS`, and the rate of samples under one
+            of `RATE_KEYS`. Files soundfile cannot read (m4a, webm, mp4) are decoded by ffmpeg or torchcodec where
+            either is installed.
         sampling_rate (`int`): rate of the result, Hz.
         source_rate (`float`, *optional*): rate of samples that bring none, Hz; `sampling_rate` where not given.
         name (`str`, *optional*, defaults to `"audio"`): how errors call the item.
@@ -157,14 +160,21 @@ def _as_pair(audio: Any) -> tuple[Any, Any] | None:
 
 
 def _is_file(audio: Any) -> bool:
-    """Return whether this is the bytes of a file or an object that reads them; a view of numbers is samples."""
+    """
+    Return whether this is the bytes of a file or an object that reads them; a view of numbers is samples, and so are
+    8-bit numbers in an array, unless they begin as a file does.
+    """
     if isinstance(audio, memoryview):
         return audio.format in ("B", "b", "c")
+    if str(getattr(audio, "dtype", None)) in ("uint8", "torch.uint8") and getattr(audio, "ndim", None) == 1:
+        return FILE_START.match(bytes(audio[:12].tolist())) is not None
     return isinstance(audio, (bytes, bytearray)) or callable(getattr(audio, "read", None))
 
 
 def _read_bytes(file: Any, name: str) -> bytes:
     """Return the content of a file in memory or opened. One that was read or written to its end is read again."""
+    if hasattr(file, "dtype"):
+        file = _to_numpy(file, name).tobytes()
     content = file.read() if hasattr(file, "read") else bytes(file)
     if not content and hasattr(file, "seek"):
         file.seek(0)
@@ -203,18 +213,19 @@ def _to_numpy(samples: Any, name: str) -> np.ndarray:
 
 def _resolve(address: str, name: str) -> str | bytes:
     """Return the path of an existing file, or the bytes behind an address."""
-    if address.startswith(("http://", "https://")):
+    scheme = address.partition(":")[0].lower()
+    if scheme in ("http", "https") and "://" in address:
         return _fetch(address, name)
-    if address.startswith("data:"):
+    if scheme == "data":
         try:
-            return base64.b64decode(address.partition(",")[2], validate=True)
+            return _decode_base64(unquote(address.partition(",")[2]))
         except ValueError as error:
             raise ValueError(f"{name}: the `data:` address is not valid base64.") from error
-    path = unquote(urlparse(address).path) if address.startswith("file://") else address
+    path = unquote(urlparse(address).path) if address[:7].lower() == "file://" else address
     if not os.path.exists(path):
         try:
             if len(path) >= 64:  # the shortest files have a header of that size, and words are not base64
-                return base64.b64decode(path, validate=True)
+                return _decode_base64(path)
         except ValueError:
             pass
         raise FileNotFoundError(
@@ -226,6 +237,11 @@ def _resolve(address: str, name: str) -> str | bytes:
     if os.path.getsize(path) == 0:
         raise ValueError(f"{name}: the file {path!r} has no content (0 bytes).")
     return path
+
+
+def _decode_base64(text: str) -> bytes:
+    """Return what a text encodes, which may be in lines, as in mail. Spaces are not skipped: words are no base64."""
+    return base64.b64decode("".join(text.splitlines()), validate=True)
 
 
 def _fetch(address: str, name: str) -> bytes:

@@ -91,6 +91,16 @@ def forms(sound, address):
     yield "http address", address
     yield "data address", "data:audio/wav;base64," + base64.b64encode(path.read_bytes()).decode()
     yield "base64", base64.b64encode(path.read_bytes()).decode()
+    yield "scheme in capitals", address.replace("http", "HTTP", 1)
+    yield "file scheme in capitals", path.as_uri().replace("file", "FILE", 1)
+    encoded = base64.encodebytes(path.read_bytes()).decode()
+    yield "base64 in lines", encoded
+    yield "base64 in lines of another system", encoded.replace("\n", "\r\n")
+    yield "data address in lines", "DATA:audio/wav;base64," + encoded
+    yield "data address, escaped", "data:audio/wav;base64," + quote(encoded, safe="")
+    yield "array of bytes", np.frombuffer(path.read_bytes(), np.uint8)
+    yield "tensor of bytes", torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+    yield "mapping of an array of bytes", {"bytes": np.frombuffer(path.read_bytes(), np.uint8)}
     yield "bytes", path.read_bytes()
     yield "bytearray", bytearray(path.read_bytes())
     yield "view of bytes", memoryview(path.read_bytes())
@@ -117,6 +127,12 @@ def test_every_form_of_one_sound_gives_the_same_waveform_and_codes(processor, so
     codes = processor.encode_audio([audio for _, audio in items])
     assert len(codes) == len(items) and len(codes[0]) == 17  # ceil(1.3 * 12.5)
     assert all(torch.equal(row, codes[0]) for row in codes)
+
+
+def test_8_bit_samples_stay_samples():
+    sound = np.arange(256, dtype=np.uint8)
+    for audio in (sound, torch.tensor(sound), sound[None]):
+        assert np.array_equal(load_waveform(audio, 16_000), (np.arange(256) - 128) / 128)
 
 
 def test_every_form_is_one_audio(sound, address):

@@ -133,8 +133,14 @@ def test_settings_that_are_no_task_are_refused(settings):
         ("abc", "`system_prompts` is 'abc'; it must be a mapping"),
         ([], r"`system_prompts` is \[\]; it must be a mapping"),
         ({3: "x"}, "`system_prompts` is {3: 'x'}; it must be a mapping by names of tasks"),
-        ({"translate": {"system_prompt": None}}, "`system_prompt` of the task 'translate' is None; it must be a string"),
-        ({"translate": {"needs_text": "yes"}}, "`needs_text` of the task 'translate' is 'yes'; it must be True or False"),
+        (
+            {"translate": {"system_prompt": None}},
+            "`system_prompt` of the task 'translate' is None; it must be a string",
+        ),
+        (
+            {"translate": {"needs_text": "yes"}},
+            "`needs_text` of the task 'translate' is 'yes'; it must be True or False",
+        ),
         ({"translate": {"default_text": 3}}, "`default_text` of the task 'translate' is 3; it must be a string"),
     ],
 )
