@@ -1,5 +1,6 @@
 """`generate` for TtT: what may be asked for, and the way from GenerationMixin's preparation to the decoding loop."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -268,7 +269,12 @@ class TttGenerationMixin(GenerationMixin):
         longest = input_ids.shape[1] if mask is None else int(mask.sum(dim=1).max())
         default = self._default_max_new_tokens(options, generation_config, kwargs, input_ids.shape[1], longest)
         if default is not None:
-            shared["max_new_tokens"] = default
+            shared.pop("max_length", None)  # the default keeps it
+            if generation_config is None:
+                shared["max_new_tokens"] = default
+            else:  # beside a config the library warns of options
+                shared["generation_config"] = copied = copy.deepcopy(generation_config)
+                copied.max_new_tokens, copied.max_length = default, None
         if options.stop_strings is not None:
             # `generate` keeps the tokenizer from custom decoding loops, and without it refuses stop strings.
             criterion = StopStringCriteria(shared.pop("tokenizer"), options.stop_strings)
@@ -349,14 +355,25 @@ class TttGenerationMixin(GenerationMixin):
         longest_prompt: int,
     ) -> int | None:
         """
-        How many tokens to write where the call does not say: the checkpoint's own limit, or 512, cut to the room that
-        the context leaves. None where the call says.
+        How many tokens to write where the call does not give `max_new_tokens`: what its `max_length` leaves, else the
+        checkpoint's own limit, or 512, cut to the room that the context leaves. None where the call gives it.
         """
         own, library = self.generation_config, GenerationConfig._get_default_generation_params()
+        said = {}
         for name in ("max_new_tokens", "max_length"):
-            given = generation_config and getattr(generation_config, name)
-            if kwargs.get(name) is not None or given not in (None, getattr(own, name)):
-                return None
+            given = getattr(generation_config, name, None)
+            given = given if given != getattr(own, name) else None
+            said[name] = given if kwargs.get(name) is None else kwargs[name]
+        if said["max_new_tokens"] is not None:
+            return None
+        if said["max_length"] is not None:
+            # Of prompt and answer. The checkpoint's `max_new_tokens`, which the library would prefer, gives way.
+            if said["max_length"] <= width:
+                raise ValueError(
+                    f"`max_length` is {said['max_length']}, but the prompts are {width} tokens wide already: raise it, "
+                    "or give `max_new_tokens` instead."
+                )
+            return said["max_length"] - width
         limit = DEFAULT_MAX_NEW_TOKENS
         if own.max_new_tokens is not None:
             limit = own.max_new_tokens
@@ -447,6 +464,11 @@ def _partial_attention(config: Any) -> list[str]:
 
 def refuse_overflow(longest_prompt: int, max_new_tokens: int, max_positions: int | None) -> None:
     """Raise a ValueError where prompt and answer, in tokens, do not fit the positions of the model."""
+    if max_positions is not None and longest_prompt >= max_positions:
+        raise ValueError(
+            f"The longest prompt has {longest_prompt} tokens, which leaves no room for an answer: the model has "
+            f"`max_position_embeddings` = {max_positions}. Shorten the prompt."
+        )
     needed = longest_prompt + max_new_tokens
     if max_positions is not None and needed > max_positions:
         raise ValueError(

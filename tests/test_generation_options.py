@@ -1,6 +1,7 @@
 """Text options, limits, refusals and what generation reports."""
 
 import copy
+import logging
 
 import numpy as np
 import pytest
@@ -442,3 +443,36 @@ def test_the_autoregressive_twin_generates_as_any_model(tiny_model):
     logits = model(output).logits.argmax(-1)
     assert output.shape == (1, 9) and torch.equal(output[:, 3:], logits[:, 2:-1])
     assert model.generate(prompt, max_new_tokens=3, num_beams=2).shape[0] == 1
+
+
+@pytest.mark.parametrize("as_config", [False, True])
+def test_a_max_length_in_the_call_goes_before_the_checkpoints_max_new_tokens(tiny_model, as_config):
+    model, prompt = tiny_model(), torch.randint(0, 100, (1, 240))  # 256 positions
+    model.generation_config.max_new_tokens = 40
+
+    def generate(max_length):
+        if as_config:
+            return model.generate(prompt, generation_config=GenerationConfig(max_length=max_length, eos_token_id=104))
+        return model.generate(prompt, max_length=max_length)
+
+    assert generate(max_length=250).shape[1] <= 250
+    with pytest.raises(ValueError, match="`max_length` is 240, but the prompts are 240 tokens wide"):
+        generate(max_length=240)
+
+
+def test_a_prompt_longer_than_the_context_is_what_the_error_names(tiny_model):
+    with pytest.raises(ValueError, match="longest prompt has 300 tokens.*= 256. Shorten the prompt"):
+        tiny_model().generate(torch.ones(1, 300, dtype=torch.long))
+
+
+def test_a_config_in_the_call_gets_the_default_limit_without_a_warning(tiny_model, caplog):
+    model, config = tiny_model(), GenerationConfig(do_sample=False, eos_token_id=104)
+    model.generation_config.max_new_tokens = 3
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        answer = model.generate(torch.tensor([[1, 2, 3]]), generation_config=config)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert answer.shape[1] <= 6 and config.max_new_tokens is None
+    assert not [record for record in caplog.records if "deprecated" in record.getMessage()]
