@@ -41,3 +41,17 @@ class TttProcessorTest(ProcessorTesterMixin, unittest.TestCase):
         """As the library's, but for the audio tokenizer, which is saved beside the settings."""
         with patch.object(type(self), "prepare_processor_dict", lambda *_: self.settings):
             super().test_processor_to_json_string()
+
+    def _test_apply_chat_template(self, *args: Any) -> None:
+        """As the library's, but for the options of videos that it hands to every processor: ours refuses them."""
+        original = TttProcessor.apply_chat_template
+
+        def apply_chat_template(processor, *args, processor_kwargs=None, **kwargs):
+            if processor_kwargs == {"num_frames": 2, "fps": None}:
+                with self.assertRaisesRegex(TypeError, "num_frames"):
+                    original(processor, *args, processor_kwargs=processor_kwargs, **kwargs)
+                processor_kwargs = None
+            return original(processor, *args, processor_kwargs=processor_kwargs, **kwargs)
+
+        with patch.object(TttProcessor, "apply_chat_template", apply_chat_template):
+            super()._test_apply_chat_template(*args)
