@@ -23,7 +23,8 @@ BESIDE = Path(__file__).resolve().parents[1] / "pipelines"  # in this package; c
 
 def save_pipeline_code(config: PreTrainedConfig, folder: str | os.PathLike) -> None:
     """
-    Write the code of the pipelines that `config.custom_pipelines` names; ours is named where there is none yet.
+    Write the code of the pipelines that `config.custom_pipelines` names, and of ours, which is named where it does not
+    name another for our task.
 
     A pipeline whose code is nowhere to be found is named no longer: a config.json that names it could not be used.
 
@@ -34,7 +35,7 @@ def save_pipeline_code(config: PreTrainedConfig, folder: str | os.PathLike) -> N
     ours = {TASK: {"impl": f"{MODULE}.{CLASS}", "pt": ["AutoModel"], "type": "multimodal"}}
     os.makedirs(folder, exist_ok=True)
     kept = {}
-    for task, info in (getattr(config, "custom_pipelines", None) or ours).items():
+    for task, info in (ours | (getattr(config, "custom_pipelines", None) or {})).items():
         is_elsewhere = "--" in info["impl"]  # "owner/repository--module.Class"
         if is_elsewhere or _copy_module(info["impl"].split(".")[0], config, Path(folder)):
             kept[task] = info

@@ -106,14 +106,17 @@ def test_a_pipeline_that_is_not_there_is_not_named(parts, tmp_path, caplog):
     elsewhere = {"asr": {"impl": "owner/repository--pipeline_other.Other", "pt": ["AutoModel"], "type": "multimodal"}}
     model.config.custom_pipelines = {**theirs, **elsewhere}
     model.save_pretrained(tmp_path)
-    assert model.config.custom_pipelines == elsewhere
+    ours = {"audio-to-audio": {"impl": "pipeline_ttt.TttAudioToAudioPipeline", "pt": ["AutoModel"]}}
+    ours["audio-to-audio"]["type"] = "multimodal"
+    assert model.config.custom_pipelines == ours | elsewhere  # one of another task does not replace ours
+    assert (tmp_path / "pipeline_ttt.py").exists()
     (tmp_path / "their_pipeline.py").write_text("from .their_tools import x\n")
     (tmp_path / "their_tools.py").write_text("x = 1\n")
     model.config.custom_pipelines = theirs
     model.save_pretrained(tmp_path)
     loaded = TttForConditionalGeneration.from_pretrained(tmp_path)
     loaded.save_pretrained(tmp_path / "again")
-    assert loaded.config.custom_pipelines == theirs
+    assert loaded.config.custom_pipelines == ours | theirs
     assert (tmp_path / "again" / "their_tools.py").read_text() == "x = 1\n"
 
 
