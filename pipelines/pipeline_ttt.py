@@ -123,6 +123,7 @@ class TttAudioToAudioPipeline(Pipeline):
                 f"`num_return_sequences` is {options['num_return_sequences']}, but a request gets one answer: "
                 "pass it several times, or call the model's `generate`."
             )
+        self._check_options(params[1])
         if inputs is None and text is None:
             raise ValueError("Pass a request, or `text`.")
         if inputs is None or self._is_single(inputs):
@@ -147,6 +148,11 @@ class TttAudioToAudioPipeline(Pipeline):
         given = {"system_prompt": system_prompt, "sampling_rate": sampling_rate}
         preprocess_params = {name: value for name, value in given.items() if value is not None}
         return preprocess_params, dict(generate_kwargs or {}), {}
+
+    def _check_options(self, generate_kwargs: Mapping[str, Any]) -> None:
+        """Refuse options that `generate` would refuse whatever the request, so that no request is blamed for them."""
+        options = dict(generate_kwargs)
+        self.model._prepare_generation_config(options.pop("generation_config", None), **options)
 
     def _answer_all(self, inputs: Iterable[Any], batch_size: int, *params: dict[str, Any]) -> Iterator[dict[str, Any]]:
         column, first = "text" if self._takes_text_alone(params[0]["task"]) else "audio", 0

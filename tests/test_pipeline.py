@@ -343,6 +343,20 @@ def test_arguments_of_a_wrong_type_are_named(pipe, options, message):
         pipe(tone(0.1), **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": "5"}, "^`max_new_tokens` is '5'; use an integer"),
+        ({"audio_remasking": "best"}, "^`audio_remasking` is 'best'"),
+        ({"temperature": "hot"}, "^`temperature` is 'hot'"),
+    ],
+)
+def test_a_wrong_option_is_not_blamed_on_a_request(pipe, options, message):
+    for request in (tone(0.1), [tone(0.1)] * 2, iter([tone(0.1)])):
+        with pytest.raises(ValueError, match=message):
+            pipe(request, generate_kwargs=options)
+
+
 @pytest.mark.parametrize("bad", [np.zeros(0), tone(300)])  # refused by the processor, and by the model
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_answers_before_a_request_that_fails_are_not_lost(pipe, bad, batch_size):
