@@ -385,6 +385,13 @@ class TttProcessor(ProcessorMixin):
                 raise ValueError(f"`{name}` is given, but the chat template does not know it; leave it out.")
         if kwargs.get("load_audio_from_video"):
             raise ValueError("`load_audio_from_video` is True, but TttProcessor takes no video; pass it as audio.")
+        if kwargs.get("continue_final_message"):
+            for messages, name in zip(conversations, names, strict=True):
+                content = messages[-1]["content"]
+                if not isinstance(content, str) and content and content[-1]["type"] == "audio":
+                    raise ValueError(
+                        f"`continue_final_message` goes on with a text, but the last message of {name} ends with audio."
+                    )
         if audio is not None and not tokenize:
             raise ValueError("`audio` is encoded where `tokenize=True`; without, the text has only its placeholders.")
         processor_kwargs = processor_kwargs or {}
@@ -738,6 +745,10 @@ class TttProcessor(ProcessorMixin):
     ) -> list[Any]:
         """Return the codes of every named audio part, in order; those that come as audio are encoded together."""
         codes, waveforms = read_audio_parts(parts, self.feature_extractor.sampling_rate, audio, sampling_rate)
+        for position, (_, name) in enumerate(parts):
+            if codes[position] is not None:  # refused here where they are none: later nobody knows where they are from
+                ids = self.token_ids.codes_to_ids(codes[position], name)
+                codes[position] = torch.tensor(ids, dtype=torch.long) - self.token_ids.audio_code_id_start
         if waveforms:
             names, arrays = [parts[position][1] for position in waveforms], list(waveforms.values())
             audio_tokenizer = self._require_audio_tokenizer()

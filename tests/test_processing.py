@@ -243,6 +243,28 @@ def test_input_that_does_not_fit_its_task_is_refused(processor):
             processor(**options)
 
 
+def test_codes_that_are_none_are_named_by_where_they_stand(processor):
+    good, bad = {"audio_codes": CODES}, {"audio_codes": [0, 10_000]}
+    for options, message in [
+        ({"audio": [good, bad]}, "audio part 0 of item 1: code 10000 at position 1"),
+        ({"text": "<|audio|>" * 2, "audio": [good, bad]}, "audio 1: code 10000 at position 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            processor(**options)
+    turns = [{"role": "user", "content": [{"type": "audio", **codes} for codes in (good, bad)]}]
+    with pytest.raises(ValueError, match="audio part 1 of conversation 0: code 10000 at position 1"):
+        processor.apply_chat_template(turns, tokenize=True)
+
+
+def test_speech_is_not_continued_as_a_text(processor):
+    answer = [{"type": "text", "text": "hi"}, {"type": "audio", "audio_codes": CODES}]
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": answer}]
+    with pytest.raises(ValueError, match="the last message of conversation 0 ends with audio"):
+        processor.apply_chat_template(turns, tokenize=True, continue_final_message=True)
+    turns[1] = {"role": "assistant", "content": answer[:1]}
+    assert processor.apply_chat_template(turns, continue_final_message=True).endswith("assistant\nhi")
+
+
 def test_conversations_with_too_many_or_too_few_audios_are_refused(processor):
     sound = tone(0.1)
     part, filled = {"type": "audio"}, {"type": "audio", "audio": sound}
