@@ -1,7 +1,7 @@
 """Configuration of a TtT model: a decoder-only Transformer and the layout of its audio vocabulary."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -22,6 +22,9 @@ PROBABILITIES = (
     "block_masking_probability",
     "full_block_probability",
 )
+INTEGERS = ("audio_token_id_start", "audio_code_id_start", "num_audio_codes", *TEXT_SIDE_IDS, *AUDIO_SIDE_IDS)
+NUMBERS = (*PROBABILITIES, "noise_epsilon", "block_filling_weight")
+SWITCHES = ("causal_prompt_audio", "stratified_noise")
 CHOICES = {
     "audio_objective": ("diffusion", "autoregressive"),
     "text_objective": ("autoregressive", "diffusion"),
@@ -160,6 +163,7 @@ class TttConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if not isinstance(self.text_config, dict | PreTrainedConfig | None):
             raise TypeError(f"`text_config` is a {type(self.text_config).__name__}; give a config or a dictionary.")
+        self._validate_types()
         super().__post_init__(**kwargs)
         # Backbone and head read these from different configs: keep both the same.
         for name in SHARED_WITH_BACKBONE:
@@ -221,6 +225,7 @@ class TttConfig(PreTrainedConfig):
 
     def validate(self) -> None:
         """Raise a `ValueError` that names the first setting that cannot be."""
+        self._validate_types()
         super().validate()
         self.validate_ids()
         for name, neutral in LOGIT_SETTINGS.items():
@@ -234,6 +239,7 @@ class TttConfig(PreTrainedConfig):
 
     def validate_ids(self) -> None:
         """Raise a `ValueError` that names the first id on the wrong side, outside the vocabulary or on another."""
+        self._validate_types()
         vocab_size, start = self.vocab_size, self.audio_token_id_start
         last_code = self.audio_code_id_start + self.num_audio_codes - 1
         if self.num_audio_codes < 1:
@@ -272,6 +278,29 @@ class TttConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` and `{seen[value]}` are both {value}: every token needs an id of its own.")
             seen[value] = name
 
+    def _validate_types(self) -> None:
+        """Raise a `ValueError` that names the first setting of a wrong type; the library checks its own fields only."""
+
+        def refuse(name: str, remedy: str) -> None:
+            raise ValueError(f"`{name}` is {getattr(self, name)!r}; give {remedy}.")
+
+        for name in INTEGERS:
+            if not _is_int(getattr(self, name)):
+                refuse(name, "an integer")
+        for name in NUMBERS:
+            if not _is_number(getattr(self, name)):
+                refuse(name, "a number")
+        for name in SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                refuse(name, "True or False")
+        for name, choices in CHOICES.items():
+            if not isinstance(getattr(self, name), str):
+                refuse(name, " or ".join(map(repr, choices)))
+        if not _is_list_of(self.block_lengths, _is_int):
+            refuse("block_lengths", "a list of one or more numbers of tokens, each at least 1")
+        if not _is_list_of(self.eval_noise_levels, _is_number):
+            refuse("eval_noise_levels", "a list of one or more λ in (0, 1]")
+
     def _validate_objective(self) -> None:
         """Raise a `ValueError` that names the first probability, noise level or objective out of range."""
         for name in PROBABILITIES:
@@ -285,7 +314,7 @@ class TttConfig(PreTrainedConfig):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; choose {' or '.join(map(repr, choices))}.")
         lengths = self.block_lengths
-        if not lengths or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in lengths):
+        if not lengths or not all(n > 0 for n in lengths):
             raise ValueError(f"`block_lengths` is {lengths}; give one or more numbers of tokens, each at least 1.")
         if not 0.0 <= self.block_filling_weight < float("inf"):
             raise ValueError(f"`block_filling_weight` is {self.block_filling_weight}; give a number of at least 0.")
@@ -299,6 +328,18 @@ class TttConfig(PreTrainedConfig):
                 "`text_objective` is 'diffusion', which makes a response one span without blocks: use it with "
                 "`span_attention='bidirectional'` and `block_masking_probability=0`."
             )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or _is_int(value)
+
+
+def _is_list_of(value: Any, is_item: Callable[[Any], bool]) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes) and all(map(is_item, value))
 
 
 TttConfig.register_for_auto_class()

@@ -134,3 +134,36 @@ def test_the_audio_side_ends_with_its_last_token_and_text_goes_on_above():
     assert config.audio_token_id_end == 178
     assert config.is_audio(torch.tensor([109, 110, 177, 178, -100])).tolist() == [False, True, True, False, False]
     assert config.is_audio(177) and not config.is_audio(178)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("mask_token_id", ["175", None, 175.0, True]),
+        ("num_audio_codes", [64.0, "64", None]),
+        ("audio_token_id_start", ["110", [110]]),
+        ("noise_epsilon", [None, "0.001"]),
+        ("clean_batch_probability", ["0.5", True, [0.5]]),
+        ("block_filling_weight", ["0.2", None]),
+        ("stratified_noise", ["yes", 1, None]),
+        ("span_attention", [None, 3, ["bidirectional"]]),
+        ("block_lengths", [26, "26", ["26"], [26.0], None]),
+        ("eval_noise_levels", [0.5, "0.5", [None], None]),
+    ],
+)
+def test_settings_of_a_wrong_type_are_refused_by_name_whenever_they_are_given(name, values):
+    for value in values:
+        with pytest.raises(ValueError, match=f"^`{name}` is .*; give"):
+            make_config(**{name: value})
+        with pytest.raises(ValueError, match=f"^`{name}` is .*; give"):
+            TttConfig.from_dict({**make_config().to_dict(), name: value})
+        changed = make_config()
+        setattr(changed, name, value)
+        with pytest.raises(ValueError, match=f"^`{name}` is .*; give"):
+            changed.validate()
+
+
+def test_whole_numbers_serve_as_probabilities_and_lists_and_tuples_as_sequences():
+    config = make_config(clean_batch_probability=1, block_lengths=(4, 8), eval_noise_levels=[1])
+    assert (config.block_lengths, config.eval_noise_levels) == ([4, 8], [1])
+    assert TttConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
