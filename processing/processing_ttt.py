@@ -1,20 +1,19 @@
 """TttProcessor, the one object between a user and the model. How its methods do their work lives beside it: prompts in
-conversation_ttt.py, audio in audio_input_ttt.py and audio_codes_ttt.py, streams in streaming_ttt.py."""
+conversation_ttt.py, options in options_ttt.py, audio in audio_input_ttt.py and audio_codes_ttt.py, streams in
+streaming_ttt.py."""
 
 import copy
 import dataclasses
-import difflib
 import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.dataclasses import validate_typed_dict
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.processing_utils import AUDIO_TOKENIZER_KWARGS, ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
+from transformers.processing_utils import AUDIO_TOKENIZER_KWARGS, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils import PROCESSOR_NAME, cached_file
 
@@ -29,6 +28,7 @@ from .audio_tokenizer_ttt import (
 from .codebooks_ttt import TttAudioFormat, flatten_codes, unflatten_codes
 from .conversation_ttt import ConversationEncoder, Encoding, check_all_used, read_audio_parts
 from .interleaving_ttt import deinterleave
+from .options_ttt import TttProcessorKwargs, check_options
 from .streaming_ttt import TttStreamer
 from .tasks_ttt import (
     CHAT_TEMPLATE,
@@ -41,41 +41,6 @@ from .tasks_ttt import (
     resolve_task,
 )
 from .vocabulary_ttt import AUDIO_PLACEHOLDER, TttTokenIds, to_list
-
-# What a tokenizer's call can be asked for and a prompt with audio cannot give.
-REFUSED_TEXT_KWARGS = (
-    "add_special_tokens",
-    "is_split_into_words",
-    "return_overflowing_tokens",
-    "return_token_type_ids",
-    "stride",
-    "text_pair",
-    "text_pair_target",
-    "text_target",
-)
-
-
-class TttAudioKwargs(TypedDict, total=False):
-    """
-    sampling_rate (`float`, *optional*): of samples that bring none of their own, Hz.
-    """
-
-    sampling_rate: float | None
-    return_tensors: str | None
-
-
-class TttProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
-    audio_kwargs: TttAudioKwargs
-
-
-# Options by where they may stand. Those of images and videos, which `ProcessingKwargs` has too, are none.
-NESTED_OPTIONS: dict[str, frozenset[str]] = {
-    "text_kwargs": frozenset(TextKwargs.__annotations__),
-    "audio_kwargs": frozenset(TttAudioKwargs.__annotations__),
-}
-NESTED_OPTIONS["common_kwargs"] = frozenset().union(*NESTED_OPTIONS.values())
-FLAT_OPTIONS = {name for name in TttProcessorKwargs.__annotations__ if not name.endswith("_kwargs")}
-OPTIONS = FLAT_OPTIONS.union(NESTED_OPTIONS, NESTED_OPTIONS["common_kwargs"])
 
 
 class TttProcessor(ProcessorMixin):
@@ -244,7 +209,7 @@ class TttProcessor(ProcessorMixin):
             ValueError: if the task is unknown, input it needs is missing or one it cannot use is given, an audio cannot
                 be used, or an option cannot be met; the message names the item or option.
         """
-        self._check_options(kwargs)
+        check_options(kwargs)
         if text is None and audio is None:
             raise ValueError("Pass `text`, `audio` or both.")
         texts = None if text is None else self._check_texts(text)
@@ -687,41 +652,10 @@ class TttProcessor(ProcessorMixin):
             for index in range(size)
         ]
 
-    # ------------------------------------------------------------------ options
-
-    def _check_options(self, kwargs: Mapping[str, Any]) -> None:
-        """
-        Refuse options that there are not, or that cannot be met.
-
-        Raises:
-            TypeError: if there is no option of that name.
-            ValueError: if it cannot be met.
-            StrictDataclassFieldValidationError: if it has another type.
-        """
-        for name, value in kwargs.items():
-            if name in ("images", "videos") and value is None:
-                continue
-            _check_name(name, OPTIONS, "")
-            if name in NESTED_OPTIONS and not isinstance(value, Mapping):
-                raise TypeError(f"`{name}` is {value!r}; it must be a mapping of options to values.")
-            for key in value if name in NESTED_OPTIONS else ():
-                _check_name(key, NESTED_OPTIONS[name], f" in `{name}`")
-        text_kwargs = {**kwargs, **kwargs.get("text_kwargs", {})}
-        for name in REFUSED_TEXT_KWARGS:
-            if text_kwargs.get(name):
-                raise ValueError(
-                    f"`{name}` is {text_kwargs[name]!r}, which a prompt with audio cannot give; leave it out."
-                )
-        known = NESTED_OPTIONS["text_kwargs"]
-        validate_typed_dict(TextKwargs, {name: value for name, value in text_kwargs.items() if name in known})
-        for name in ("max_length", "pad_to_multiple_of"):
-            if text_kwargs.get(name) is not None and text_kwargs[name] < 1:
-                raise ValueError(f"`{name}` is {text_kwargs[name]}; use an integer of at least 1.")
-
     def _prepare_processor_kwargs(self, chat_template: str, processor_kwargs: dict, kwargs: dict, **flags: Any) -> dict:
         """Called by `ProcessorMixin.apply_chat_template`, whether or not it goes on to tokenize."""
         processor_kwargs = super()._prepare_processor_kwargs(chat_template, processor_kwargs, kwargs, **flags)
-        self._check_options(processor_kwargs)
+        check_options(processor_kwargs)
         return processor_kwargs
 
     # ------------------------------------------------------------------ from messages to ids
@@ -811,13 +745,6 @@ class TttProcessor(ProcessorMixin):
         if options.get("return_mm_token_type_ids"):
             data["mm_token_type_ids"] = self.create_mm_token_type_ids(rows)
         return BatchFeature(data, tensor_type=text_kwargs.get("return_tensors"))
-
-
-def _check_name(name: str, known: Iterable[str], where: str) -> None:
-    if name not in known:
-        close = difflib.get_close_matches(name, known, 1)
-        meant = f"; did you mean `{close[0]}`?" if close else "."
-        raise TypeError(f"TttProcessor has no option `{name}`{where}{meant}")
 
 
 TttProcessor.register_for_auto_class()

@@ -1,0 +1,1 @@
+../../processing/options_ttt.py
