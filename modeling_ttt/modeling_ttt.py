@@ -145,10 +145,10 @@ class TttModel(TttPreTrainedModel):
         block_length: int | None = None,
     ) -> torch.Tensor | None:
         """
-        Span ids of clean token ids by the configuration's rules, see `compute_span_ids`; with block-causal spans those
-        of blocks, `config.block_lengths[0]` tokens long where `block_length` does not say otherwise. `None` for the
-        autoregressive twin, which has no bidirectional spans. Where text is diffused the response is a span too, but
-        only labels, or whoever generates, know where it lies: see `overlay_response_spans`.
+        Return span ids of clean token ids by the configuration's rules, see `compute_span_ids`; with block-causal spans
+        those of blocks, `config.block_lengths[0]` tokens long where `block_length` does not say otherwise. `None` for
+        the autoregressive twin, which has no bidirectional spans. Where text is diffused the response is a span too,
+        but only labels, or whoever generates, know where it lies: see `overlay_response_spans`.
         """
         config = self.config
         if config.audio_objective == "autoregressive":

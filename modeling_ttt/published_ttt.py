@@ -30,7 +30,7 @@ PUBLISHED_PREFIX, PREFIX = "model.", "model.language_model."
 
 def convert_config(published: Mapping[str, Any], ids: Mapping[str, int]) -> TttConfig:
     """
-    The TttConfig of a published config.json.
+    Return the TttConfig of a published config.json.
 
     Args:
         published (`Mapping`): the published config.
@@ -54,7 +54,7 @@ def convert_config(published: Mapping[str, Any], ids: Mapping[str, int]) -> TttC
 
 def load_model(checkpoint: Path, config: TttConfig) -> TttForConditionalGeneration:
     """
-    The model with a published folder's weights and the published sampler's settings.
+    Return the model with a published folder's weights and the published sampler's settings.
 
     Raises:
         FileNotFoundError: if weights are missing.
@@ -81,7 +81,7 @@ def load_model(checkpoint: Path, config: TttConfig) -> TttForConditionalGenerati
 
 
 def load_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder's safetensors file or shards, under their published names.
+    """Return all tensors of a folder's safetensors file or shards, under their published names.
 
     Raises:
         FileNotFoundError: if a file is missing.

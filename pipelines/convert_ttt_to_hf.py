@@ -118,7 +118,7 @@ def set_special_tokens(tokenizer: PreTrainedTokenizerBase) -> TttTokenIds:
 
 def build_processor(tokenizer: PreTrainedTokenizerBase, audio_tokenizer: Path) -> Any:
     """
-    The processor of a published tokenizer, whose chat template is set, and an audio tokenizer's folder.
+    Return the processor of a published tokenizer, whose chat template is set, and an audio tokenizer's folder.
 
     Raises:
         FileNotFoundError: if there is no audio tokenizer in the folder.

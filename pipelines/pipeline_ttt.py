@@ -183,7 +183,7 @@ class TttAudioToAudioPipeline(Pipeline):
         sampling_rate: float | None = None,
         first: int = 0,
     ) -> dict[str, Any]:
-        """A batch of requests as left-padded ids; `first` is the position of the first of them among all."""
+        """Write a batch of requests as left-padded ids; `first` is the position of the first of them among all."""
         names = [f"input {first + index}" for index in range(len(input_))]
         features = self.processor.apply_chat_template(
             [self._messages(request, task, text, system_prompt) for request in input_],

@@ -430,7 +430,7 @@ def _answer_job(pipe: TttAudioToAudioPipeline, job: Job, arguments: argparse.Nam
 
 
 def play(path: Path) -> None:
-    """Plays a file with the first player installed; says so where there is none."""
+    """Play a file with the first player installed; say so where there is none."""
     command = next((command for command in PLAYERS if shutil.which(command[0])), None)
     if command is None:
         _note(f"no player found ({', '.join(command[0] for command in PLAYERS)}); the answer is in {path}")

@@ -184,7 +184,7 @@ def _resample_names(config: Glm4VoiceConfig) -> Rules:
 
 
 def read_encoder_weights(folder: Path, num_layers: int) -> dict[str, torch.Tensor]:
-    """The tokenizer's tensors by their bare names. Where names have the prefix `model.encoder.`, everything else in
+    """Return the tokenizer's tensors by bare names. Where names have the prefix `model.encoder.`, everything else in
     the file, later layers and the final norm are left out, as the published loader does."""
     weights = load_weights(folder)
     if any(name.startswith(ENCODER_PREFIX) for name in weights):
@@ -203,7 +203,7 @@ def _is_later(name: str, num_layers: int) -> bool:
 
 
 def read_decoder_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a PyTorch file, which may hold nothing but tensors by name."""
+    """Return the tensors of a PyTorch file, which may hold nothing but tensors by name."""
     _check_file(path)
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
@@ -219,7 +219,7 @@ def read_decoder_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def fold_weight_norm(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Replaces magnitudes g and directions v, in either of PyTorch's spellings, by weights g v / |v|; the norm is over
+    """Replace magnitudes g and directions v, in either of PyTorch's spellings, by weights g v / |v|; the norm is over
     all dimensions but the first."""
     folded = dict(weights)
     for magnitude, direction in (
@@ -238,7 +238,7 @@ def fold_weight_norm(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
 
 
 def convert_config(tokenizer: Path, decoder: Path) -> Glm4VoiceConfig:
-    """The configuration of two published folders; see `convert`."""
+    """Return the configuration of two published folders; see `convert`."""
     published = read_decoder_config(decoder / "config.yaml")
     vocoder = convert_vocoder_config(published)
     return Glm4VoiceConfig(
@@ -356,7 +356,7 @@ _PlainLoader.add_multi_constructor("!", _construct_plain)
 
 
 def read_decoder_config(path: Path) -> dict[str, Any]:
-    """A published config.yaml as plain values; references `!ref <key>` to keys of the top level are followed."""
+    """Return a published config.yaml as plain values; references `!ref <key>` to keys of the top level are followed."""
     _check_file(path)
     content = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)  # noqa: S506, a subclass of SafeLoader
 

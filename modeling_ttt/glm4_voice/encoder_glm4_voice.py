@@ -112,7 +112,7 @@ class Glm4VoiceQuantizer(nn.Module):
         return distances.argmin(-1).unflatten(0, hidden.shape[:2])
 
     def embed(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes (batch, codes) of one chunk to code vectors with positions, (batch, codes, d_model)."""
+        """Turn codes (batch, codes) of one chunk into code vectors with positions, (batch, codes, d_model)."""
         return self.codebook(codes) + self._rows(self.embed_positions)[: codes.shape[1]]
 
     @staticmethod

@@ -63,7 +63,7 @@ def at_least_float32(hidden: torch.Tensor) -> torch.Tensor:
 
 
 def apply_mask(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Sets padding of (batch, channels, length) to zero."""
+    """Set padding of (batch, channels, length) to zero."""
     return hidden if mask is None else hidden * mask.to(hidden.dtype)
 
 
@@ -150,7 +150,7 @@ class Glm4VoiceRelativeAttention(nn.Module):
 
 
 def relative_positions(length: int, size: int, device: torch.device) -> torch.Tensor:
-    """Sinusoids of the distances length - 1 down to 1 - length, sine at even and cosine at odd channels:
+    """Return sinusoids of the distances length - 1 down to 1 - length, sine at even and cosine at odd channels:
     (2 * length - 1, size), float32."""
     distances = torch.arange(length - 1, -length, -1, device=device, dtype=torch.float32)
     frequencies = torch.exp(torch.arange(0, size, 2, device=device).float() * (-math.log(MAX_TIMESCALE) / size))
@@ -461,7 +461,7 @@ class Glm4VoiceFlow(PreTrainedModel):
         speaker_embedding: torch.Tensor | None = None,
         prompt_mel: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """What the estimator is told: the stretched codes (batch, num_mel_bins, frames), the speaker in every frame,
+        """Return what the estimator is told: stretched codes (batch, num_mel_bins, frames), the speaker in every frame,
         and the prompt's frames followed by zeros: (batch, 3 * num_mel_bins, frames)."""
         batch, _, frames = stretched.shape
         if speaker_embedding is None:

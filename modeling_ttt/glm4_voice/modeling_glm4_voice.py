@@ -284,7 +284,7 @@ class Glm4VoiceModel(Glm4VoicePreTrainedModel):
         prompt_mel: torch.Tensor | None = None,
         initial_noise: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first half of `decode`, which see: log-mel frames (batch, num_mel_bins, frames), and how many each row
+        """Do the first half of `decode`, which see: log-mel frames (batch, num_mel_bins, frames), and how many each row
         has, (batch,)."""
         config = self.config.flow_config
         num_steps = config.num_steps if num_steps is None else num_steps

@@ -20,7 +20,7 @@ def build_sines(
     pitch: torch.Tensor, phase: torch.Tensor, noise: torch.Tensor, config: Glm4VoiceVocoderConfig
 ) -> torch.Tensor:
     """
-    The fundamental and its harmonics, with noise.
+    Return the fundamental and its harmonics, with noise.
 
     Args:
         pitch: Hz, (batch, frames), in float32 or better.
@@ -41,7 +41,7 @@ def build_sines(
 
 
 def reflected_positions(lengths: torch.Tensor, size: int, margin: int) -> torch.Tensor:
-    """Positions -margin to size + margin, mirrored at 0 and at each row's own end: (batch, size + 2 * margin)."""
+    """Return positions -margin to size + margin mirrored at 0 and at each row's own end: (batch, size + 2 * margin)."""
     positions = torch.arange(-margin, size + margin, device=lengths.device).abs()
     last = lengths[:, None] - 1
     return torch.where(positions > last, 2 * last - positions, positions.expand(len(lengths), -1)).clamp(min=0)
@@ -212,12 +212,12 @@ class Glm4VoiceVocoder(PreTrainedModel):
         return at_least_float32(self.pitch_predictor(mel, length_mask(num_frames, mel.shape[-1])))
 
     def build_source(self, pitch: torch.Tensor, phase: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """The excitation: sines of the pitch as one signal, (batch, frames * hop_length), in float32 or better."""
+        """Return the excitation: sines of the pitch as one signal (batch, frames * hop_length), float32 or better."""
         sines = build_sines(pitch, phase, noise, self.config).transpose(1, 2)
         return torch.tanh(at_least_float32(self.source_proj(sines.to(self.source_proj.weight.dtype))))[..., 0]
 
     def synthesize(self, mel: torch.Tensor, num_frames: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-        """Filters the source by the log-mel frames: waveform (batch, frames * hop_length), in float32 or better."""
+        """Filter the source by the log-mel frames: waveform (batch, frames * hop_length), in float32 or better."""
         config = self.config
         spectrum, mask = self.predict_spectrum(mel, num_frames, source)
         log_magnitude, angle = spectrum.chunk(2, 1)

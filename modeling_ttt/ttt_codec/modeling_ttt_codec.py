@@ -89,7 +89,7 @@ class TttCodecFiniteScalarQuantizer(nn.Module):
         return (digits * torch.tensor(self.bases, device=grid.device)).sum(-1)
 
     def to_grid(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes (...) to grid points (..., dims), float32."""
+        """Turn codes (...) into grid points (..., dims), float32."""
         levels = torch.tensor(self.levels, device=codes.device)
         digits = codes[..., None] // torch.tensor(self.bases, device=codes.device) % levels
         return (digits - levels // 2) / (levels // 2)
@@ -132,7 +132,7 @@ class TttCodecEncoder(nn.Module):
         return self.project(self.extract_features(mel, mask))
 
     def extract_features(self, mel: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """As `forward`, but the features before pooling: (batch, codes * frames_per_code / 2, hidden_size)."""
+        """Return what `forward` pools: (batch, codes * frames_per_code / 2, hidden_size)."""
         half_rate = mask.repeat_interleave(self.stride, 1)[..., None].to(mel.dtype)  # (batch, codes * stride, 1)
         mel = mel * half_rate.repeat_interleave(2, 1)
         hidden = F.gelu(self.conv_in(mel.transpose(1, 2)).transpose(1, 2))
@@ -226,7 +226,7 @@ def to_spectrum(waveform: torch.Tensor, n_fft: int, hop: int) -> torch.Tensor:
 
 
 def from_spectrum(spectrum: torch.Tensor, n_fft: int, hop: int) -> torch.Tensor:
-    """The waveform whose `to_spectrum` comes closest: (batch, frames, n_fft / 2 + 1) to (batch, frames * hop)."""
+    """Return the waveform with the closest `to_spectrum`: (batch, frames, n_fft / 2 + 1) to (batch, frames * hop)."""
     frames = torch.fft.irfft(spectrum, n_fft) * torch.hann_window(n_fft, device=spectrum.device)
     return overlap_add(frames, hop) / 1.5
 
@@ -396,7 +396,7 @@ class TttCodecModel(TttCodecPreTrainedModel):
         return TttCodecDecoderOutput(audio_values=waveform.clamp(-1, 1)[:, None], audio_lengths=lengths)
 
     def decode_mel(self, codes: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Codes (batch, codes) to scaled log-mel frames (batch, codes * frames_per_code, bins)."""
+        """Turn codes (batch, codes) into scaled log-mel frames (batch, codes * frames_per_code, bins)."""
         return self.decoder(self.quantizer.to_grid(codes).to(self.dtype), codes, mask)
 
     @torch.no_grad()
