@@ -22,7 +22,14 @@ from modeling_ttt import TttConfig, TttForConditionalGeneration
 from pipelines import save_repository
 from processing import TttProcessor
 from training_examples.training.arguments import ModelArguments, parse_arguments
-from training_examples.training.trainer import check_lengths, check_vocabulary, load_data, make_trainer, run
+from training_examples.training.trainer import (
+    check_lengths,
+    check_vocabulary,
+    leave_group,
+    load_data,
+    make_trainer,
+    run,
+)
 
 # All linear layers of a decoder layer, as the published script adapts them. Qwen2, Qwen3 and Llama share the names.
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -196,7 +203,7 @@ def main() -> None:
         trainer.save_model()
     if arguments.merge_to is not None and trainer.is_world_process_zero():
         save_merged(arguments.model, training.output_dir, arguments.merge_to)
-    trainer.accelerator.end_training()
+    leave_group(trainer)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,14 @@ curves (curves.png).
 from modeling_ttt import TttConfig, TttForConditionalGeneration
 from processing import TttProcessor
 from training_examples.training.arguments import ModelArguments, parse_arguments
-from training_examples.training.trainer import check_lengths, check_vocabulary, load_data, make_trainer, run
+from training_examples.training.trainer import (
+    check_lengths,
+    check_vocabulary,
+    leave_group,
+    load_data,
+    make_trainer,
+    run,
+)
 
 
 def main() -> None:
@@ -30,7 +37,7 @@ def main() -> None:
     data = train_dataset, eval_dataset
     trainer = make_trainer(arguments, training, model, processor, data, processing_class=processor)
     run(trainer)
-    trainer.accelerator.end_training()
+    leave_group(trainer)
 
 
 if __name__ == "__main__":

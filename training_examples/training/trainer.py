@@ -1,6 +1,7 @@
 """One training run of TtT with the plain Trainer: its data, its checks, its collator and metrics, and what it leaves
 behind. The options are those of arguments.py."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +139,18 @@ def run(trainer: Trainer) -> None:
     if trainer.is_world_process_zero():
         write_log(trainer.state.log_history, output_dir / "log_history.jsonl")
         plot_curves(trainer.state.log_history, output_dir / "curves.png")
+
+
+def leave_group(trainer: Trainer) -> None:
+    """
+    Leave the group of processes after the last step.
+
+    The wrapped model goes first, and the processes meet once more: if it were the last to hold the group, the group
+    would end while a thread of it still waits for the interpreter, and neither would go on.
+    """
+    trainer.model_wrapped = trainer.model
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.accelerator.free_memory()
+    gc.collect()
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
