@@ -61,7 +61,7 @@ class TttStreamer(BaseStreamer):
 
     def _read_anew(self) -> None:
         """Forget what was read of an answer."""
-        self._text = _TextDecoder(self.tokenizer)
+        self._text = TextDecoder(self.tokenizer)
         self._audio = None if self.audio_tokenizer is None else WaveformStream(self.audio_tokenizer)
         self._reader = Deinterleaver(self.token_ids, self._audio.format.num_codebooks if self._audio else 1)
 
@@ -128,7 +128,7 @@ class TttStreamer(BaseStreamer):
             yield {"audio": waveform, "sampling_rate": self.sampling_rate}
 
 
-class _TextDecoder:
+class TextDecoder:
     """Text ids to text, held back while a character is incomplete, for four ids at most: a character has at most four
     bytes and every id at least one."""
 
