@@ -184,7 +184,7 @@ def save_merged(model: Path, adapter: str, folder: Path) -> None:
 
 
 def main() -> None:
-    arguments, training = parse_arguments(LoraArguments)
+    arguments, training = parse_arguments(LoraArguments, __doc__)
     train_dataset, eval_dataset = load_data(arguments, training)
     processor = TttProcessor.from_pretrained(arguments.processor or arguments.model, load_audio_tokenizer=False)
     config = load_config(arguments)

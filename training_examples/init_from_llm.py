@@ -21,7 +21,6 @@ from transformers import (
     AutoFeatureExtractor,
     AutoModelForCausalLM,
     AutoTokenizer,
-    HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -32,6 +31,7 @@ from pipelines import save_repository
 from processing import TttAudioFormat, TttProcessor, TttTokenIds, load_audio_codec, load_feature_extractor
 from processing.audio_tokenizer_ttt import AUDIO_TOKENIZER_FOLDER
 from processing.vocabulary_ttt import AUDIO_PLACEHOLDER, END_OF_TURN, TEXT_TOKENS, audio_tokens
+from training_examples.command_line import ScriptParser
 
 BACKBONES = ("qwen2", "qwen3", "llama")  # a plain head on a plain decoder, under the names TtT uses
 # Close to the mean, new tokens take the least from the probabilities of the old ones (Hewitt, 2021).
@@ -240,7 +240,7 @@ def build_processor(args: InitArguments, tokenizer: PreTrainedTokenizerBase, aud
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(InitArguments).parse_args_into_dataclasses()
+    (args,) = ScriptParser(InitArguments, __doc__).parse_args_into_dataclasses()
     audio_tokenizer, extractor = load_audio_tokenizer(args)
     num_codes = TttAudioFormat.from_config(audio_tokenizer.config).num_codes
     tokenizer = AutoTokenizer.from_pretrained(args.llm)

@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
 from processing import TttProcessor
+from training_examples.command_line import ScriptParser
 from training_examples.preparation.examples import ExampleBuilder
 from training_examples.preparation.records import FIELDS, TASK_NAMES, RecordReader
 from training_examples.preparation.shards import ShardFolder
@@ -246,7 +246,7 @@ def prepare(args: PrepareArguments) -> dict[str, Any]:
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(PrepareArguments).parse_args_into_dataclasses()
+    (args,) = ScriptParser(PrepareArguments, __doc__).parse_args_into_dataclasses()
     print(json.dumps(prepare(args), indent=2))
 
 

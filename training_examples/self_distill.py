@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
 from modeling_ttt import TttForConditionalGeneration
 from processing import TttProcessor, deinterleave
+from training_examples.command_line import ScriptParser
 from training_examples.evaluation.whisper_judge import WhisperJudge, canonical, count_word_errors
 from training_examples.preparation.examples import ShardReport
 from training_examples.preparation.mixtures import load_mixture
@@ -244,7 +244,7 @@ def distill(args: DistillArguments, recogniser: Recogniser | None = None) -> dic
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(DistillArguments).parse_args_into_dataclasses()
+    (args,) = ScriptParser(DistillArguments, __doc__).parse_args_into_dataclasses()
     print(json.dumps(distill(args), indent=2))
 
 

@@ -25,7 +25,7 @@ from training_examples.training.trainer import (
 
 
 def main() -> None:
-    arguments, training = parse_arguments(ModelArguments)
+    arguments, training = parse_arguments(ModelArguments, __doc__)
     train_dataset, eval_dataset = load_data(arguments, training)
     config = TttConfig.from_pretrained(arguments.model, **arguments.config_options())
     processor = TttProcessor.from_pretrained(arguments.processor or arguments.model)

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import HfArgumentParser, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
+
+from training_examples.command_line import ScriptParser
 
 # Options of the configuration that a run may set.
 CONFIG_OPTIONS = (
@@ -177,9 +179,9 @@ class TttTrainingArguments(TrainingArguments):
             self.accelerator_config.dispatch_batches = False
 
 
-def parse_arguments(kind: type[Arguments]) -> tuple[Arguments, TttTrainingArguments]:
+def parse_arguments(kind: type[Arguments], description: str | None = None) -> tuple[Arguments, TttTrainingArguments]:
     """Read the command line; set threads and seed as it says."""
-    arguments, training = HfArgumentParser((kind, TttTrainingArguments)).parse_args_into_dataclasses()
+    arguments, training = ScriptParser((kind, TttTrainingArguments), description).parse_args_into_dataclasses()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     set_seed(training.seed)

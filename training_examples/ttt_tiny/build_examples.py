@@ -19,10 +19,10 @@ import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, DatasetDict
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
 from modeling_ttt.ttt_codec import TttCodecModel
 from processing import TttProcessor
+from training_examples.command_line import ScriptParser
 from training_examples.files import whole_file
 from training_examples.ttt_tiny import domain
 from training_examples.ttt_tiny.augmentation import NO_SPEECH, no_speech, record, splice_at_random
@@ -189,7 +189,7 @@ def write_examples(processor: TttProcessor, conversations: list[tuple[str, Messa
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(ExampleArguments).parse_args_into_dataclasses()
+    (args,) = ScriptParser(ExampleArguments, __doc__).parse_args_into_dataclasses()
     processor = TttProcessor.from_pretrained(args.model)
     torch.set_num_threads(1)
     rows = encode_all(args)

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from scipy.signal import resample_poly
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
+from training_examples.command_line import ScriptParser
 from training_examples.files import write_text
 from training_examples.ttt_tiny import domain
 from training_examples.ttt_tiny.domain import Item
@@ -122,7 +122,7 @@ def plan_held_out(args: SkillArguments) -> dict[str, list[dict]]:
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(SkillArguments).parse_args_into_dataclasses()
+    (args,) = ScriptParser(SkillArguments, __doc__).parse_args_into_dataclasses()
     speech, evaluation = args.output_dir / "speech", args.output_dir / "eval"
     for folder in (speech, evaluation):
         folder.mkdir(parents=True, exist_ok=True)

@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
+from training_examples.command_line import ScriptParser
 from training_examples.files import write_text
 from training_examples.ttt_tiny import domain, other_sentences
 from training_examples.ttt_tiny.augmentation import NO_SPEECH
@@ -246,7 +246,7 @@ def training_jobs(args: BuildArguments) -> Iterator[tuple[Path, list[dict]]]:
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(BuildArguments).parse_args_into_dataclasses()
+    (args,) = ScriptParser(BuildArguments, __doc__).parse_args_into_dataclasses()
     for folder in ("speech", "eval"):
         (args.output_dir / folder).mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(args.workers) as pool:

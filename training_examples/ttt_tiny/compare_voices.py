@@ -13,8 +13,8 @@ from pathlib import Path
 import librosa
 import numpy as np
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
+from training_examples.command_line import ScriptParser
 from training_examples.evaluation.figures import markdown_table
 from training_examples.evaluation.whisper_judge import WhisperJudge, count_word_errors
 from training_examples.ttt_tiny import domain
@@ -80,7 +80,7 @@ def row_of(voice: str, texts: list[str], judges: dict[str, WhisperJudge]) -> lis
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(VoiceArguments).parse_args_into_dataclasses()
+    (args,) = ScriptParser(VoiceArguments, __doc__).parse_args_into_dataclasses()
     judges = {Path(name).name: WhisperJudge(name) for name in args.whisper}
     texts = sample_texts(random.Random(args.seed), args.sentences)
     header = ["voice", *(f"{name}, WER %" for name in judges), "band, kHz", "F0 spread, semitones"]

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import EncodecFeatureExtractor, HfArgumentParser, PreTrainedTokenizerFast, Qwen2Config, set_seed
+from transformers import EncodecFeatureExtractor, PreTrainedTokenizerFast, Qwen2Config, set_seed
 
 from modeling_ttt import TttConfig, TttForConditionalGeneration, TttGenerationConfig
 from modeling_ttt.ttt_codec import TttCodecModel
 from pipelines import save_repository
 from processing import TttProcessor
 from processing.vocabulary_ttt import END_OF_TURN, added_tokens
+from training_examples.command_line import ScriptParser
 from training_examples.ttt_tiny import domain
 
 # One word of prompt leaves this domain's short sequences to speech; TttProcessor's defaults are the published ones.
@@ -95,7 +96,7 @@ def initialise_code_embeddings(model: TttForConditionalGeneration, codec: TttCod
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(CreateArguments).parse_args_into_dataclasses()
+    (args,) = ScriptParser(CreateArguments, __doc__).parse_args_into_dataclasses()
     set_seed(args.seed)
     codec = TttCodecModel.from_pretrained(args.audio_tokenizer)
     tokenizer = build_tokenizer(codec.config.codebook_size)

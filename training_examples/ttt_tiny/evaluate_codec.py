@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForAudioTokenization, EncodecFeatureExtractor, HfArgumentParser
+from transformers import AutoModelForAudioTokenization, EncodecFeatureExtractor
 
 import modeling_ttt  # noqa: F401  (registers the audio tokenizer, so that no remote code is needed)
+from training_examples.command_line import ScriptParser
 from training_examples.evaluation.figures import Figure, markdown_table, normalized, write_figures
 from training_examples.evaluation.recognisers import word_error_rate
 from training_examples.ttt_tiny.judge import domain_recognizer
@@ -65,7 +66,7 @@ def reconstruct(
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(CodecEvaluationArguments).parse_args_into_dataclasses()
+    (args,) = ScriptParser(CodecEvaluationArguments, __doc__).parse_args_into_dataclasses()
     torch.set_num_threads(args.num_threads)
     model = AutoModelForAudioTokenization.from_pretrained(args.model).to(args.device).eval()
     feature_extractor = EncodecFeatureExtractor(feature_size=1, sampling_rate=model.config.sampling_rate)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import HfArgumentParser
 
+from training_examples.command_line import ScriptParser
 from training_examples.evaluation.figures import Figure, markdown_table, remember
 from training_examples.evaluation.recognisers import Recognizer
 from training_examples.ttt_tiny import domain
@@ -65,7 +65,7 @@ def recognizer(num_workers: int) -> Recognizer:
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(SkillEvaluationArguments).parse_args_into_dataclasses()
+    (args,) = ScriptParser(SkillEvaluationArguments, __doc__).parse_args_into_dataclasses()
     torch.set_num_threads(args.num_threads)
     figures: dict[tuple[str, str, str], Figure] = {}
     with recognizer(args.num_workers) if args.listen else nullcontext() as listener:

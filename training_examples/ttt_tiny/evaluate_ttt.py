@@ -26,8 +26,8 @@ from typing import Any, Literal
 import soundfile
 import torch
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
+from training_examples.command_line import ScriptParser
 from training_examples.evaluation.figures import (
     Figure,
     markdown_table,
@@ -347,7 +347,7 @@ def plot(args: EvaluationArguments, figures: dict[str, Figure], path: Path) -> N
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses()
+    (args,) = ScriptParser(EvaluationArguments, __doc__).parse_args_into_dataclasses()
     torch.set_num_threads(args.num_threads)
     torch.set_grad_enabled(False)
     with domain_recognizer(args.num_workers) as recognizer:

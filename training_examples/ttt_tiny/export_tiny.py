@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import HfArgumentParser
 
 from modeling_ttt import TttForConditionalGeneration
 from modeling_ttt.ttt_codec import TttCodecModel
 from pipelines import save_repository
 from processing import TttProcessor
+from training_examples.command_line import ScriptParser
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("modeling_ttt", "modeling_ttt/ttt_codec", "processing", "pipelines")
@@ -61,7 +61,7 @@ def link_code(folder: Path) -> None:
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(ExportArguments).parse_args_into_dataclasses()
+    (args,) = ScriptParser(ExportArguments, __doc__).parse_args_into_dataclasses()
     model = TttForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32).eval()
     model.generation_config.audio_block_size = args.block_size
     model.generation_config.audio_steps_per_block = args.steps

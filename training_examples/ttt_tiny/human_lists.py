@@ -21,8 +21,8 @@ import librosa
 import numpy as np
 import soundfile
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
+from training_examples.command_line import ScriptParser
 from training_examples.files import write_text
 from training_examples.ttt_tiny import domain
 from training_examples.ttt_tiny.augmentation import splice
@@ -130,7 +130,7 @@ def dictation(text: str, kind: str, voice: str) -> dict:
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(HumanArguments).parse_args_into_dataclasses()
+    (args,) = ScriptParser(HumanArguments, __doc__).parse_args_into_dataclasses()
     folder, stamps, sphinx = args.output_dir / "eval", args.humans / STAMPS, args.humans / SPHINX
     texts = {speaker: digit_texts(random.Random(f"{args.seed} {speaker}"), args.strings) for speaker in SPEAKERS}
     recordings = {

@@ -22,9 +22,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 
 from modeling_ttt.ttt_codec import TttCodecConfig, TttCodecModel
+from training_examples.command_line import ScriptParser
 from training_examples.files import whole_file
 from training_examples.ttt_tiny.domain import is_held_out
 from training_examples.ttt_tiny.speech import read_shard
@@ -233,7 +234,7 @@ def load_for_stage(args: CodecArguments, folder: Path) -> TttCodecModel:
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(CodecArguments).parse_args_into_dataclasses()
+    (args,) = ScriptParser(CodecArguments, __doc__).parse_args_into_dataclasses()
     torch.set_num_threads(args.threads)
     folder = args.output_dir / args.stage
     folder.mkdir(parents=True, exist_ok=True)
