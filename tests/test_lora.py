@@ -368,7 +368,7 @@ def test_the_skill_is_measured_with_and_without_the_adapter(workspace, tmp_path,
         (tmp_path / name / "spoken_qa_seen.jsonl").write_text(json.dumps(row) + "\n")
     adapter = finetune(workspace, tmp_path / "adapter", "--max_steps 1")
     command = f"--adapter {adapter} --model {workspace / 'qwen2'} --skill_dir {tmp_path / 'new'} --listen false"
-    command += f" --old_dir {tmp_path / 'old'} --output_dir {tmp_path / 'report'} --num_threads 1"
+    command += f" --old_dir {tmp_path / 'old'} --output_dir {tmp_path / 'report'} --threads 1"
     monkeypatch.setattr(sys, "argv", ["evaluate_skill.py", *command.split()])
     evaluate_skill.main()
     table = (tmp_path / "report" / "skill.md").read_text()

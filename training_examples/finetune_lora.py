@@ -30,6 +30,7 @@ from training_examples.training.trainer import (
     make_trainer,
     run,
 )
+from training_examples.user_errors import run_command
 
 # All linear layers of a decoder layer, as the published script adapts them. Qwen2, Qwen3 and Llama share the names.
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -207,4 +208,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

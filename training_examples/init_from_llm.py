@@ -32,6 +32,8 @@ from processing import TttAudioFormat, TttProcessor, TttTokenIds, load_audio_cod
 from processing.audio_tokenizer_ttt import AUDIO_TOKENIZER_FOLDER
 from processing.vocabulary_ttt import AUDIO_PLACEHOLDER, END_OF_TURN, TEXT_TOKENS, audio_tokens
 from training_examples.command_line import ScriptParser
+from training_examples.threads import threads_field, use_threads
+from training_examples.user_errors import run_command
 
 BACKBONES = ("qwen2", "qwen3", "llama")  # a plain head on a plain decoder, under the names TtT uses
 # Close to the mean, new tokens take the least from the probabilities of the old ones (Hewitt, 2021).
@@ -72,6 +74,7 @@ class InitArguments:
         default=None, metadata={"help": "JSON file of system prompts by task, in place of the published ones."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the new rows."})
+    threads: int = threads_field()
     trust_remote_code: bool = field(default=False, metadata={"help": "Allow code in the audio tokenizer's repository."})
 
     def __post_init__(self) -> None:
@@ -241,6 +244,7 @@ def build_processor(args: InitArguments, tokenizer: PreTrainedTokenizerBase, aud
 
 def main() -> None:
     (args,) = ScriptParser(InitArguments, __doc__).parse_args_into_dataclasses()
+    use_threads(args.threads)
     audio_tokenizer, extractor = load_audio_tokenizer(args)
     num_codes = TttAudioFormat.from_config(audio_tokenizer.config).num_codes
     tokenizer = AutoTokenizer.from_pretrained(args.llm)
@@ -259,4 +263,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

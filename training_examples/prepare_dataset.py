@@ -31,9 +31,11 @@ from training_examples.preparation.examples import ExampleBuilder
 from training_examples.preparation.records import FIELDS, TASK_NAMES, RecordReader
 from training_examples.preparation.shards import ShardFolder
 from training_examples.preparation.sources import Chunk, Source, open_data_config, open_source
+from training_examples.threads import threads_field, use_threads
+from training_examples.user_errors import run_command
 
 # What may differ when a run is taken up again: it decides how fast the examples are made, not what they are.
-FREE_ARGUMENTS = ("output_dir", "batch_size", "device", "num_proc")
+FREE_ARGUMENTS = ("output_dir", "batch_size", "device", "num_proc", "threads")
 
 
 @dataclass
@@ -85,6 +87,7 @@ class PrepareArguments:
     batch_size: int = field(default=16, metadata={"help": "Audios encoded at once."})
     device: str = field(default="cpu", metadata={"help": "Where audio is encoded; processes share the GPUs of `cuda`."})
     num_proc: int = field(default=1, metadata={"help": "Processes side by side."})
+    threads: int = threads_field()
     seed: int = field(default=0, metadata={"help": "Seed of sampling and of the documents of continuation."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Allow code in the checkpoint to run."})
 
@@ -164,10 +167,10 @@ def fingerprint(processor: TttProcessor) -> str:
 _work: tuple[ExampleBuilder, ShardFolder]
 
 
-def start_worker(args: PrepareArguments, folder: ShardFolder, roots: Sequence[Path], ranks: Any) -> None:
-    """Ready a process: one thread, and the GPUs dealt out in turn."""
+def start_worker(args: PrepareArguments, folder: ShardFolder, roots: Sequence[Path], ranks: Any, threads: int) -> None:
+    """Ready a process: its threads, and the GPUs dealt out in turn."""
     global _work
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     device = f"cuda:{ranks.get() % torch.cuda.device_count()}" if args.device == "cuda" else args.device
     processor = load_processor(args)
     if processor.audio_tokenizer is not None:
@@ -194,7 +197,9 @@ def finish_all(
     ranks = context.Queue()
     for rank in range(args.num_proc):
         ranks.put(rank)
-    pool = ProcessPoolExecutor(args.num_proc, context, start_worker, (args, folder, roots, ranks))
+    pool = ProcessPoolExecutor(
+        args.num_proc, context, start_worker, (args, folder, roots, ranks, torch.get_num_threads())
+    )
     try:
         pending: set[Future] = set()
         for chunk in chunks:
@@ -209,6 +214,7 @@ def finish_all(
 
 def prepare(args: PrepareArguments) -> dict[str, Any]:
     """Make the shards that are missing; return the summary."""
+    use_threads(args.threads, args.num_proc)
     processor = load_processor(args)
     sources = open_sources(args)
     builder = make_builder(args, processor, [args.audio_root or source.root for source in sources])
@@ -251,4 +257,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -32,6 +32,8 @@ from training_examples.preparation.mixtures import load_mixture
 from training_examples.preparation.records import RejectedError
 from training_examples.preparation.shards import ShardFolder
 from training_examples.preparation.sources import Chunk
+from training_examples.threads import threads_field, use_threads
+from training_examples.user_errors import run_command
 
 FREE_ARGUMENTS = ("output_dir", "batch_size", "device", "threads")
 
@@ -69,11 +71,11 @@ class DistillArguments:
     shard_size: int = field(default=512, metadata={"help": "Examples per shard."})
     batch_size: int = field(default=32, metadata={"help": "Answers written side by side."})
     device: str = field(default="cpu", metadata={"help": "Where the model runs."})
-    threads: int = field(default=1, metadata={"help": "Torch threads on a CPU."})
+    threads: int = threads_field()
     trust_remote_code: bool = field(default=False, metadata={"help": "Allow code in the checkpoint to run."})
 
     def __post_init__(self) -> None:
-        for name in ("shard_size", "batch_size", "threads"):
+        for name in ("shard_size", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`--{name}` is {getattr(self, name)}; it must be at least 1.")
         if self.max_word_error_rate < 0:
@@ -218,9 +220,9 @@ def distill(args: DistillArguments, recogniser: Recogniser | None = None) -> dic
     Args:
         recogniser (`Recogniser`, *optional*): used in place of `--recogniser`.
     """
-    torch.set_num_threads(args.threads)
+    threads = use_threads(args.threads)
     if recogniser is None and args.recogniser is not None:
-        recogniser = WhisperJudge(args.recogniser, num_threads=args.threads)
+        recogniser = WhisperJudge(args.recogniser, num_threads=threads)
     model = TttForConditionalGeneration.from_pretrained(args.model, dtype="auto").to(args.device).eval()
     processor = TttProcessor.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
     if processor.audio_tokenizer is not None:
@@ -249,4 +251,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -22,6 +22,7 @@ from training_examples.training.trainer import (
     make_trainer,
     run,
 )
+from training_examples.user_errors import run_command
 
 
 def main() -> None:
@@ -41,4 +42,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

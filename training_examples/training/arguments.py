@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from transformers import TrainingArguments, set_seed
 
 from training_examples.command_line import ScriptParser
+from training_examples.threads import threads_field, use_threads
 
 # Options of the configuration that a run may set.
 CONFIG_OPTIONS = (
@@ -122,7 +122,7 @@ class ModelArguments:
     attn_implementation: str = field(
         default="sdpa", metadata={"help": "Attention backend.", "choices": ["sdpa", "flex_attention", "eager"]}
     )
-    threads: int = field(default=0, metadata={"help": "Torch threads; 0 leaves torch's own choice."})
+    threads: int = threads_field()
 
     def __post_init__(self):
         for name, value in self.config_options().items():
@@ -182,7 +182,6 @@ class TttTrainingArguments(TrainingArguments):
 def parse_arguments(kind: type[Arguments], description: str | None = None) -> tuple[Arguments, TttTrainingArguments]:
     """Read the command line; set threads and seed as it says."""
     arguments, training = ScriptParser((kind, TttTrainingArguments), description).parse_args_into_dataclasses()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    use_threads(arguments.threads)
     set_seed(training.seed)
     return arguments, training

@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +25,13 @@ from modeling_ttt.ttt_codec import TttCodecModel
 from processing import TttProcessor
 from training_examples.command_line import ScriptParser
 from training_examples.files import whole_file
+from training_examples.threads import threads_field, use_threads
 from training_examples.ttt_tiny import domain
 from training_examples.ttt_tiny.augmentation import NO_SPEECH, no_speech, record, splice_at_random
 from training_examples.ttt_tiny.conversations import Messages, Mixture, MixtureArguments, assistant, user
 from training_examples.ttt_tiny.speech import read_audio, read_list, read_shard, to_int16
 from training_examples.ttt_tiny.waveforms import pad
+from training_examples.user_errors import run_command
 
 
 @dataclass
@@ -39,6 +42,7 @@ class ExampleArguments(MixtureArguments):
     splices: int = field(default=40, metadata={"help": "Dictations spliced of the words of each lone voice."})
     sounds: int = field(default=1_500, metadata={"help": "Sounds in which nobody speaks."})
     workers: int = field(default=2, metadata={"help": "Processes side by side."})
+    threads: int = threads_field()
     seed: int = field(default=0, metadata={"help": "Seed of recordings and mixture."})
 
 
@@ -58,8 +62,7 @@ def encode(codec: TttCodecModel, waves: list[np.ndarray]) -> list[list[int]]:
 
 
 def load_codec(folder: Path) -> TttCodecModel:
-    """Return the audio tokenizer, on one thread."""
-    torch.set_num_threads(1)
+    """Return the audio tokenizer."""
     return TttCodecModel.from_pretrained(folder).eval()
 
 
@@ -134,7 +137,7 @@ def encode_sounds(codec_dir: Path, shard: Path, target: Path, count: int, seed: 
     return write_rows(target, {"kind": kinds, "codes": encode(codec, waves)})
 
 
-def encode_all(args: ExampleArguments) -> dict[str, list[dict]]:
+def encode_all(args: ExampleArguments, threads: int = 1) -> dict[str, list[dict]]:
     """Encode what is not yet encoded; return the rows of `assistant`, `questions`, `spliced` and `sounds`."""
     folder, codec = args.output_dir / "codes", args.model / "audio_tokenizer"
     shards = sorted((args.data_dir / "speech").glob("*.safetensors"))
@@ -149,7 +152,8 @@ def encode_all(args: ExampleArguments) -> dict[str, list[dict]]:
     splices, sounds = folder / f"spliced-{len(heard):04d}.parquet", folder / "sounds-0000.parquet"
     jobs.append((splices, encode_splices, (codec, heard, splices, args.splices, [args.seed, 10**6])))
     jobs.append((sounds, encode_sounds, (codec, heard[0], sounds, args.sounds, [args.seed, 10**6 + 1])))
-    with ProcessPoolExecutor(args.workers) as pool:
+    # Started afresh, not forked: PyTorch's threads would not survive a fork.
+    with ProcessPoolExecutor(args.workers, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
         running: list[Future] = [pool.submit(job, *rest) for target, job, rest in jobs if not target.exists()]
         for future in tqdm(running, desc="encoding", unit="shard"):
             future.result()
@@ -191,8 +195,8 @@ def write_examples(processor: TttProcessor, conversations: list[tuple[str, Messa
 def main() -> None:
     (args,) = ScriptParser(ExampleArguments, __doc__).parse_args_into_dataclasses()
     processor = TttProcessor.from_pretrained(args.model)
-    torch.set_num_threads(1)
-    rows = encode_all(args)
+    threads = use_threads(args.threads, args.workers)
+    rows = encode_all(args, threads)
     conversations = Mixture(rows, args, random.Random(args.seed)).conversations()
     print(f"{len(conversations)} conversations from {sum(map(len, rows.values()))} sentences")
     train = write_examples(processor, conversations)
@@ -205,4 +209,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

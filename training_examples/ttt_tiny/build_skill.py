@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from training_examples.command_line import ScriptParser
 from training_examples.files import write_text
+from training_examples.threads import threads_field, use_threads
 from training_examples.ttt_tiny import domain
 from training_examples.ttt_tiny.domain import Item
 from training_examples.ttt_tiny.skill import new_words, skill_items, split_of
@@ -31,6 +32,7 @@ from training_examples.ttt_tiny.synthesis import (
     random_delivery,
     speak,
 )
+from training_examples.user_errors import run_command
 
 
 @dataclass
@@ -43,6 +45,7 @@ class SkillArguments:
     )
     eval_items: int = field(default=200, metadata={"help": "Spoken questions in each held-out list."})
     seed: int = field(default=0, metadata={"help": "Seed of every draw."})
+    threads: int = threads_field()
 
     def __post_init__(self):
         if not 0.0 <= self.replay < 1.0:
@@ -123,6 +126,7 @@ def plan_held_out(args: SkillArguments) -> dict[str, list[dict]]:
 
 def main() -> None:
     (args,) = ScriptParser(SkillArguments, __doc__).parse_args_into_dataclasses()
+    use_threads(args.threads)
     speech, evaluation = args.output_dir / "speech", args.output_dir / "eval"
     for folder in (speech, evaluation):
         folder.mkdir(parents=True, exist_ok=True)
@@ -145,4 +149,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

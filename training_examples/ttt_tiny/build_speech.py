@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from training_examples.command_line import ScriptParser
 from training_examples.files import write_text
+from training_examples.threads import threads_field, use_threads
 from training_examples.ttt_tiny import domain, other_sentences
 from training_examples.ttt_tiny.augmentation import NO_SPEECH
 from training_examples.ttt_tiny.speech import pair_turns, read_list, speak_list, speak_row, to_int16, write_shard
@@ -30,6 +31,7 @@ from training_examples.ttt_tiny.synthesis import (
     Delivery,
     random_delivery,
 )
+from training_examples.user_errors import run_command
 
 DIGITS = domain.NUMBERS[:10]
 # What one voice says word by word, so that strings and sums can be spliced of it; some other words come with them.
@@ -51,6 +53,7 @@ class BuildArguments:
     evaluation_only: bool = field(default=False, metadata={"help": "Speak the held-out lists, not the training data."})
     workers: int = field(default=1, metadata={"help": "Processes that speak side by side, one thread each."})
     seed: int = field(default=0, metadata={"help": "Seed of every draw."})
+    threads: int = threads_field()
 
 
 def plan_training(args: BuildArguments) -> dict[str, list[dict]]:
@@ -247,6 +250,7 @@ def training_jobs(args: BuildArguments) -> Iterator[tuple[Path, list[dict]]]:
 
 def main() -> None:
     (args,) = ScriptParser(BuildArguments, __doc__).parse_args_into_dataclasses()
+    use_threads(args.threads, args.workers)
     for folder in ("speech", "eval"):
         (args.output_dir / folder).mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(args.workers) as pool:
@@ -266,4 +270,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -17,9 +17,11 @@ from tqdm import tqdm
 from training_examples.command_line import ScriptParser
 from training_examples.evaluation.figures import markdown_table
 from training_examples.evaluation.whisper_judge import WhisperJudge, count_word_errors
+from training_examples.threads import threads_field, use_threads
 from training_examples.ttt_tiny import domain
 from training_examples.ttt_tiny.kokoro import SAMPLING_RATE, kokoro
 from training_examples.ttt_tiny.synthesis import KOKORO_VOICES, UNHEARD_KOKORO_VOICES, level, trim
+from training_examples.user_errors import run_command
 
 
 @dataclass
@@ -31,6 +33,7 @@ class VoiceArguments:
     sentences: int = field(default=12, metadata={"help": "Half answers of the domain, half lists of content words."})
     output: Path = field(default=Path("runs/voices.md"), metadata={"help": "Where the table goes."})
     seed: int = field(default=7, metadata={"help": "Seed of the sentences."})
+    threads: int = threads_field()
 
 
 def sample_texts(rng: random.Random, count: int) -> list[str]:
@@ -81,7 +84,8 @@ def row_of(voice: str, texts: list[str], judges: dict[str, WhisperJudge]) -> lis
 
 def main() -> None:
     (args,) = ScriptParser(VoiceArguments, __doc__).parse_args_into_dataclasses()
-    judges = {Path(name).name: WhisperJudge(name) for name in args.whisper}
+    threads = use_threads(args.threads)
+    judges = {Path(name).name: WhisperJudge(name, num_threads=threads) for name in args.whisper}
     texts = sample_texts(random.Random(args.seed), args.sentences)
     header = ["voice", *(f"{name}, WER %" for name in judges), "band, kHz", "F0 spread, semitones"]
     header += ["F0 between sentences", "level between sentences, dB", "phonemes a second", "their spread, %"]
@@ -95,4 +99,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

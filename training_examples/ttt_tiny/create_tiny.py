@@ -21,7 +21,9 @@ from pipelines import save_repository
 from processing import TttProcessor
 from processing.vocabulary_ttt import END_OF_TURN, added_tokens
 from training_examples.command_line import ScriptParser
+from training_examples.threads import threads_field, use_threads
 from training_examples.ttt_tiny import domain
+from training_examples.user_errors import run_command
 
 # One word of prompt leaves this domain's short sequences to speech; TttProcessor's defaults are the published ones.
 SYSTEM_PROMPTS = {
@@ -42,6 +44,7 @@ class CreateArguments:
     num_layers: int = field(default=4, metadata={"help": "Layers of the backbone."})
     num_heads: int = field(default=6, metadata={"help": "Attention heads of the backbone."})
     seed: int = field(default=0, metadata={"help": "Seed of the weights."})
+    threads: int = threads_field()
 
 
 def build_tokenizer(num_codes: int) -> PreTrainedTokenizerFast:
@@ -97,6 +100,7 @@ def initialise_code_embeddings(model: TttForConditionalGeneration, codec: TttCod
 
 def main() -> None:
     (args,) = ScriptParser(CreateArguments, __doc__).parse_args_into_dataclasses()
+    use_threads(args.threads)
     set_seed(args.seed)
     codec = TttCodecModel.from_pretrained(args.audio_tokenizer)
     tokenizer = build_tokenizer(codec.config.codebook_size)
@@ -134,4 +138,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

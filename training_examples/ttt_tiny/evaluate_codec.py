@@ -18,8 +18,10 @@ import modeling_ttt  # noqa: F401  (registers the audio tokenizer, so that no re
 from training_examples.command_line import ScriptParser
 from training_examples.evaluation.figures import Figure, markdown_table, normalized, write_figures
 from training_examples.evaluation.recognisers import word_error_rate
+from training_examples.threads import threads_field, use_threads
 from training_examples.ttt_tiny.judge import domain_recognizer
 from training_examples.ttt_tiny.speech import read_audio, read_list
+from training_examples.user_errors import run_command
 
 LISTS = {"codec_answers": "held-out answers", "tts": "random word sequences"}
 
@@ -37,7 +39,7 @@ class CodecEvaluationArguments:
     limit: int | None = field(default=None, metadata={"help": "Rows per list; all by default."})
     batch_size: int = field(default=16, metadata={"help": "Waveforms encoded and decoded at once."})
     device: str = field(default="cpu", metadata={"help": "Device of the audio tokenizer."})
-    num_threads: int = field(default=1, metadata={"help": "Threads of PyTorch."})
+    threads: int = threads_field()
     num_workers: int = field(default=2, metadata={"help": "Processes of the recogniser."})
 
 
@@ -67,7 +69,7 @@ def reconstruct(
 
 def main() -> None:
     (args,) = ScriptParser(CodecEvaluationArguments, __doc__).parse_args_into_dataclasses()
-    torch.set_num_threads(args.num_threads)
+    use_threads(args.threads)
     model = AutoModelForAudioTokenization.from_pretrained(args.model).to(args.device).eval()
     feature_extractor = EncodecFeatureExtractor(feature_size=1, sampling_rate=model.config.sampling_rate)
     report: dict[str, dict] = {}
@@ -100,4 +102,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

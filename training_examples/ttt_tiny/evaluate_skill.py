@@ -14,15 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from training_examples.command_line import ScriptParser
 from training_examples.evaluation.figures import Figure, markdown_table, remember
 from training_examples.evaluation.recognisers import Recognizer
+from training_examples.threads import threads_field, use_threads
 from training_examples.ttt_tiny import domain
 from training_examples.ttt_tiny.judge import VOICE_MEAN, VOICE_WARP
 from training_examples.ttt_tiny.skill import new_words, skill_items, split_of
 from training_examples.ttt_tiny.talker import HeldOutLists, Talker, figures_of_list, measure_list
+from training_examples.user_errors import run_command
 
 # Rows of the table: data, figure, title.
 ROWS = [
@@ -46,7 +46,7 @@ class SkillEvaluationArguments:
     limit: int | None = field(default=None, metadata={"help": "Rows per list; all by default."})
     listen: bool = field(default=True, metadata={"help": "Have the recogniser listen to the answers."})
     batch_size: int = field(default=32, metadata={"help": "Questions answered at once."})
-    num_threads: int = field(default=2, metadata={"help": "Threads of PyTorch."})
+    threads: int = threads_field()
     num_workers: int = field(default=2, metadata={"help": "Processes of the recogniser."})
 
 
@@ -66,7 +66,7 @@ def recognizer(num_workers: int) -> Recognizer:
 
 def main() -> None:
     (args,) = ScriptParser(SkillEvaluationArguments, __doc__).parse_args_into_dataclasses()
-    torch.set_num_threads(args.num_threads)
+    use_threads(args.threads)
     figures: dict[tuple[str, str, str], Figure] = {}
     with recognizer(args.num_workers) if args.listen else nullcontext() as listener:
         for data, folder in (("new", args.skill_dir), ("old", args.old_dir)):
@@ -98,4 +98,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

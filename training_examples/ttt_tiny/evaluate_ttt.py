@@ -37,9 +37,11 @@ from training_examples.evaluation.figures import (
     write_figures,
 )
 from training_examples.evaluation.recognisers import SAMPLING_RATE, Recognizer, word_error_rate
+from training_examples.threads import threads_field, use_threads
 from training_examples.ttt_tiny.judge import domain_recognizer
 from training_examples.ttt_tiny.speech import read_audio
 from training_examples.ttt_tiny.talker import HeldOutLists, Talker, figures_of_list, measure_list
+from training_examples.user_errors import run_command
 
 VOICES = ("seen", "unheard", "unheard_natural")
 SPLITS = {
@@ -107,7 +109,7 @@ class EvaluationArguments:
     cold_runs: int = field(default=3, metadata={"help": "Starts of the command; 0 leaves them out."})
     max_new_tokens: int | None = field(default=None, metadata={"help": "Limit of an answer; the model's by default."})
     device: str = field(default="cpu", metadata={"help": "Device of the model."})
-    num_threads: int = field(default=2, metadata={"help": "Threads of PyTorch."})
+    threads: int = threads_field()
     num_workers: int = field(default=2, metadata={"help": "Processes of the recogniser."})
 
     @property
@@ -348,7 +350,7 @@ def plot(args: EvaluationArguments, figures: dict[str, Figure], path: Path) -> N
 
 def main() -> None:
     (args,) = ScriptParser(EvaluationArguments, __doc__).parse_args_into_dataclasses()
-    torch.set_num_threads(args.num_threads)
+    use_threads(args.threads)
     torch.set_grad_enabled(False)
     with domain_recognizer(args.num_workers) as recognizer:
         evaluation = Evaluation(args, recognizer)
@@ -363,4 +365,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

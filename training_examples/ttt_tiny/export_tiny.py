@@ -21,6 +21,8 @@ from modeling_ttt.ttt_codec import TttCodecModel
 from pipelines import save_repository
 from processing import TttProcessor
 from training_examples.command_line import ScriptParser
+from training_examples.threads import threads_field, use_threads
+from training_examples.user_errors import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("modeling_ttt", "modeling_ttt/ttt_codec", "processing", "pipelines")
@@ -37,6 +39,7 @@ class ExportArguments:
     copy_code: bool = field(default=False, metadata={"help": "Copy code files instead of linking them."})
     block_size: int = field(default=4, metadata={"help": "Default codes per block."})
     steps: int = field(default=8, metadata={"help": "Default denoising steps per block."})
+    threads: int = threads_field()
 
 
 def halve(folder: Path) -> None:
@@ -62,6 +65,7 @@ def link_code(folder: Path) -> None:
 
 def main() -> None:
     (args,) = ScriptParser(ExportArguments, __doc__).parse_args_into_dataclasses()
+    use_threads(args.threads)
     model = TttForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32).eval()
     model.generation_config.audio_block_size = args.block_size
     model.generation_config.audio_steps_per_block = args.steps
@@ -81,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -24,9 +24,11 @@ from tqdm import tqdm
 
 from training_examples.command_line import ScriptParser
 from training_examples.files import write_text
+from training_examples.threads import threads_field, use_threads
 from training_examples.ttt_tiny import domain
 from training_examples.ttt_tiny.augmentation import splice
 from training_examples.ttt_tiny.synthesis import SAMPLING_RATE, level, speak, trim
+from training_examples.user_errors import run_command
 
 STAMPS, SPHINX = "usr/share/tuxpaint/stamps", "usr/share/pocketsphinx/test/data"
 SPEAKERS = {"american": "{}.ogg", "british": "{}_en_GB.ogg"}
@@ -62,6 +64,7 @@ class HumanArguments:
     strings: int = field(default=90, metadata={"help": "Strings of 2 to 5 digits of each speaker."})
     control: str = field(default="kokoro:am_adam", metadata={"help": "Trained voice of the control lists."})
     seed: int = field(default=0, metadata={"help": "Seed of the strings."})
+    threads: int = threads_field()
 
 
 def read_recording(path: Path) -> np.ndarray:
@@ -131,6 +134,7 @@ def dictation(text: str, kind: str, voice: str) -> dict:
 
 def main() -> None:
     (args,) = ScriptParser(HumanArguments, __doc__).parse_args_into_dataclasses()
+    use_threads(args.threads)
     folder, stamps, sphinx = args.output_dir / "eval", args.humans / STAMPS, args.humans / SPHINX
     texts = {speaker: digit_texts(random.Random(f"{args.seed} {speaker}"), args.strings) for speaker in SPEAKERS}
     recordings = {
@@ -166,4 +170,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

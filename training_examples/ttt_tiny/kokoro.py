@@ -49,9 +49,10 @@ class Kokoro:
     @cached_property
     def _session(self):
         import onnxruntime
+        import torch
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
         return onnxruntime.InferenceSession(self.folder / "model.onnx", options, providers=["CPUExecutionProvider"])
 
     def pronounce(self, word: str) -> str | None:

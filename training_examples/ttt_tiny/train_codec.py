@@ -27,9 +27,11 @@ from transformers import set_seed
 from modeling_ttt.ttt_codec import TttCodecConfig, TttCodecModel
 from training_examples.command_line import ScriptParser
 from training_examples.files import whole_file
+from training_examples.threads import threads_field, use_threads
 from training_examples.ttt_tiny.domain import is_held_out
 from training_examples.ttt_tiny.speech import read_shard
 from training_examples.ttt_tiny.waveforms import augment, pad
+from training_examples.user_errors import run_command
 
 
 @dataclass
@@ -46,7 +48,7 @@ class CodecArguments:
     model: Path | None = field(
         default=None, metadata={"help": "Audio tokenizer to start from, in place of what earlier stages made."}
     )
-    threads: int = field(default=1, metadata={"help": "Torch threads; two processes with one each beat one with two."})
+    threads: int = threads_field()
     seed: int = field(default=0, metadata={"help": "Seed of weights, batches and augmentation."})
 
 
@@ -235,7 +237,7 @@ def load_for_stage(args: CodecArguments, folder: Path) -> TttCodecModel:
 
 def main() -> None:
     (args,) = ScriptParser(CodecArguments, __doc__).parse_args_into_dataclasses()
-    torch.set_num_threads(args.threads)
+    use_threads(args.threads)
     folder = args.output_dir / args.stage
     folder.mkdir(parents=True, exist_ok=True)
     set_seed(args.seed)
@@ -302,4 +304,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
