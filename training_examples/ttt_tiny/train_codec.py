@@ -13,7 +13,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,38 +48,46 @@ class CodecArguments:
     model: Path | None = field(
         default=None, metadata={"help": "Audio tokenizer to start from, in place of what earlier stages made."}
     )
+    fsq_levels: list[int] = field(
+        default_factory=lambda: [5, 5, 4, 4], metadata={"help": "Levels of the quantiser; their product are the codes."}
+    )
+    codes_per_second: float = field(default=12.5, metadata={"help": "Codes a second; the published rate is 12.5."})
+    sampling_rate: int = field(default=24_000, metadata={"help": "Of the waveforms in and out, in Hz."})
+    num_mel_bins: int = field(default=100, metadata={"help": "Log-mel channels."})
     threads: int = threads_field()
     seed: int = field(default=0, metadata={"help": "Seed of weights, batches and augmentation."})
 
 
 class PhonemeHead(nn.Module):
-    """Predicts phonemes at four positions per code; used in training only.
+    """Predicts phonemes at every 20 ms, four positions per code of 80 ms; used in training only.
 
     One classifier sees the quantised codes (they must carry what is said), a second the encoder's features before
     pooling (it learns much sooner, and pulls the encoder out of CTC's blank plateau).
     """
 
-    def __init__(self, dims: int, feature_size: int, num_phonemes: int, hidden_size: int = 256):
+    def __init__(self, dims: int, positions: int, feature_size: int, num_phonemes: int, hidden_size: int = 256):
         super().__init__()
+        self.positions = positions
         self.proj_in = nn.Linear(dims, hidden_size)
         self.convs = nn.ModuleList(nn.Conv1d(hidden_size, hidden_size, 3, padding=1) for _ in range(2))
-        self.upsample = nn.Linear(hidden_size, 4 * hidden_size)
+        self.upsample = nn.Linear(hidden_size, positions * hidden_size)
         self.proj_out = nn.Linear(hidden_size, num_phonemes + 1)
         self.proj_features = nn.Linear(feature_size, num_phonemes + 1)
 
     def forward(self, features: torch.Tensor, grid: torch.Tensor) -> list[torch.Tensor]:
         """
-        Return log-probabilities from the codes and from the features, each of shape `(codes * 4, batch, phonemes + 1)`;
-        the blank is 0.
+        Return log-probabilities from the codes and from the features, each of shape
+        `(codes * positions, batch, phonemes + 1)`; the blank is 0.
 
         Args:
-            features (`torch.Tensor` of shape `(batch, codes * 4, feature_size)`): of the encoder, before pooling.
+            features (`torch.Tensor` of shape `(batch, codes * positions, feature_size)`): of the encoder, before
+                pooling.
             grid (`torch.Tensor` of shape `(batch, codes, dims)`): quantised codes.
         """
         hidden = self.proj_in(grid).transpose(1, 2)
         for conv in self.convs:
             hidden = hidden + F.gelu(conv(hidden))
-        hidden = self.upsample(hidden.transpose(1, 2)).reshape(len(grid), grid.shape[1] * 4, -1)
+        hidden = self.upsample(hidden.transpose(1, 2)).reshape(len(grid), grid.shape[1] * self.positions, -1)
         logits = (self.proj_out(F.gelu(hidden)), self.proj_features(features))
         return [x.float().log_softmax(-1).transpose(0, 1) for x in logits]
 
@@ -97,10 +105,14 @@ def pronunciations() -> tuple[dict[str, list[int]], int]:
 
 
 class Speech:
-    """All sentences of one kind (`assistant` or `questions`), mapped from disk; new shards join at every epoch."""
+    """All sentences of one kind (`assistant` or `questions`), mapped from disk; new shards join at every epoch.
 
-    def __init__(self, folder: Path, kind: str, sampling_rate: int, seed: int):
+    Left out are held-out sentences, and those with a word whose pronunciation is not in `words`.
+    """
+
+    def __init__(self, folder: Path, kind: str, sampling_rate: int, seed: int, words: Container[str]):
         self.folder, self.kind, self.rng = folder, kind, random.Random(seed)
+        self.words = words
         self.sampling_rate = sampling_rate
         self.shards: set[Path] = set()
         self.sentences: list[tuple[str, np.ndarray]] = []
@@ -108,7 +120,12 @@ class Speech:
     def refresh(self) -> None:
         for path in sorted(set(self.folder.glob(f"{self.kind}-*.safetensors")) - self.shards):
             rows, waves = read_shard(path, self.sampling_rate)
-            self.sentences += [(r["text"], w) for r, w in zip(rows, waves, strict=True) if not is_held_out(r["text"])]
+            self.sentences += [
+                (row["text"], wave)
+                for row, wave in zip(rows, waves, strict=True)
+                if not (" " in row["text"] and is_held_out(row["text"]))
+                and all(word in self.words for word in row["text"].split())
+            ]
             self.shards.add(path)
         if not self.sentences:
             raise SystemExit(f"no {self.kind} shards in {self.folder}: run build_speech.py first")
@@ -158,23 +175,26 @@ def mel_loss(predicted: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) 
 
 
 def tokenizer_step(model: TttCodecModel, head: PhonemeHead, questions, answers, words) -> dict[str, torch.Tensor]:
+    count, said = len(answers) + len(questions), len(answers)
     hop, frames = model.config.hop_length, model.config.frames_per_code
-    clean, lengths = pad([wave for _, wave in answers + questions], hop)
+    # Half of all speech begins anywhere in its first code, or after silence.
+    before = [random.randrange(int(random.choice((1, 4)) * hop)) if random.random() < 0.5 else 0 for _ in range(count)]
+    clean, lengths = pad([wave for _, wave in answers + questions], hop, before)
     mask = (torch.arange(clean.shape[1] // hop) * hop < lengths[:, None]).long()
     with torch.no_grad():
-        noisy, target = model.log_mel(augment(clean)), model.log_mel(clean[: len(answers)])
+        noisy, target = model.log_mel(augment(clean, model.config.sampling_rate)), model.log_mel(clean[:said])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         features = model.encoder.extract_features(noisy, mask)
         grid = model.quantizer(model.encoder.project(features))
         log_probs = head(features, grid)
-        count = len(answers)
-        mel = model.decoder(grid[:count], model.quantizer.to_codes(grid[:count].detach()), mask[:count])
+        mel = model.decoder(grid[:said], model.quantizer.to_codes(grid[:said].detach()), mask[:said])
     labels = [torch.tensor([p for word in text.split() for p in words[word]]) for text, _ in answers + questions]
     label_lengths = torch.tensor([len(x) for x in labels])
     ctc, feature_ctc = (
-        F.ctc_loss(x, torch.cat(labels), mask.sum(-1) * 4, label_lengths, zero_infinity=True) for x in log_probs
+        F.ctc_loss(x, torch.cat(labels), mask.sum(-1) * head.positions, label_lengths, zero_infinity=True)
+        for x in log_probs
     )
-    l1, delta = mel_loss(mel, target, mask[:count].repeat_interleave(frames, 1))
+    l1, delta = mel_loss(mel, target, mask[:said].repeat_interleave(frames, 1))
     loss = 0.5 * ctc + 0.5 * feature_ctc + 2 * l1 + delta
     return {"loss": loss, "ctc": ctc, "feature_ctc": feature_ctc, "mel": l1}
 
@@ -189,7 +209,7 @@ def vocoder_step(model: TttCodecModel, segments: torch.Tensor) -> dict[str, torc
 
 
 def decoder_step(model: TttCodecModel, answers) -> dict[str, torch.Tensor]:
-    hop, frames = model.config.hop_length, model.config.frames_per_code
+    hop, frames, piece = model.config.hop_length, model.config.frames_per_code, round(model.config.frame_rate)
     clean, lengths = pad([wave for _, wave in answers], hop)
     encoded = model.encode(clean, torch.arange(clean.shape[1]) < lengths[:, None])
     # One loudness for all sentences: codes are local and cannot tell how loud the whole was.
@@ -197,17 +217,17 @@ def decoder_step(model: TttCodecModel, answers) -> dict[str, torch.Tensor]:
     target, mask = model.log_mel(clean), encoded.audio_codes_mask
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mel = model.decode_mel(encoded.audio_codes[:, 0], mask)
-        # The vocoder learns on segments of 12 codes: what matters to it is local.
-        start = random.randrange(max(int(mask.sum(-1).min()) - 12, 0) + 1)
-        frame_slice = slice(start * frames, (start + 12) * frames)
+        # The vocoder learns on segments of about a second: what matters to it is local.
+        start = random.randrange(max(int(mask.sum(-1).min()) - piece, 0) + 1)
+        frame_slice = slice(start * frames, (start + piece) * frames)
         waveform = model.vocoder(mel[:, frame_slice], mask.repeat_interleave(frames, 1)[:, frame_slice])
     l1, delta = mel_loss(mel, target, mask.repeat_interleave(frames, 1))
-    segments = clean[:, start * hop : (start + 12) * hop]
+    segments = clean[:, start * hop : (start + piece) * hop]
     spectral = spectral_loss(waveform, segments)
     spoken = model.log_mel(waveform)
     sound = (spoken - target[:, frame_slice]).abs().mean()
     # The frozen encoder hears phonemes: what it hears in the decoded speech shall be what it hears in the original.
-    segment_mask = mask[:, start : start + 12]
+    segment_mask = mask[:, start : start + piece]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         heard = model.encoder.extract_features(spoken, segment_mask)
         with torch.no_grad():
@@ -221,6 +241,22 @@ def decoder_step(model: TttCodecModel, answers) -> dict[str, torch.Tensor]:
     }
 
 
+def configure(args: CodecArguments) -> TttCodecConfig:
+    """Return the configuration that the options name, with log-mel frames every 10 ms."""
+    hop = args.sampling_rate / args.codes_per_second
+    frame = args.sampling_rate // 100
+    if hop % (2 * frame):
+        raise SystemExit(f"--codes_per_second {args.codes_per_second}: a code must last a multiple of 20 ms")
+    return TttCodecConfig(
+        sampling_rate=args.sampling_rate,
+        hop_length=int(hop),
+        mel_hop_length=frame,
+        n_fft=4 * frame,
+        num_mel_bins=args.num_mel_bins,
+        fsq_levels=args.fsq_levels,
+    )
+
+
 def load_for_stage(args: CodecArguments, folder: Path) -> TttCodecModel:
     """Load the stage's own checkpoint; else what earlier stages made; else fresh weights."""
     if (folder / "config.json").exists():
@@ -228,7 +264,7 @@ def load_for_stage(args: CodecArguments, folder: Path) -> TttCodecModel:
     if args.model is not None:
         return TttCodecModel.from_pretrained(args.model)
     if args.stage != "decoder":
-        return TttCodecModel(TttCodecConfig())
+        return TttCodecModel(configure(args))
     model = TttCodecModel.from_pretrained(args.output_dir / "tokenizer")
     vocoder = TttCodecModel.from_pretrained(args.output_dir / "vocoder").vocoder
     model.vocoder.load_state_dict(vocoder.state_dict())
@@ -243,7 +279,8 @@ def main() -> None:
     set_seed(args.seed)
     words, num_phonemes = pronunciations()
     model = load_for_stage(args, folder)
-    head = PhonemeHead(len(model.config.fsq_levels), model.config.hidden_size, num_phonemes)
+    config = model.config
+    head = PhonemeHead(len(config.fsq_levels), config.frames_per_code // 2, config.hidden_size, num_phonemes)
     stages: dict[str, list[torch.nn.Module]] = {
         "tokenizer": [model.encoder, model.decoder, head],
         "vocoder": [model.vocoder],
@@ -261,9 +298,9 @@ def main() -> None:
         head.load_state_dict(state["head"])
         step = state["step"]
     set_seed(args.seed + step)
-    rate = model.config.sampling_rate
-    answers = Speech(args.speech_dir, "assistant", rate, args.seed + step)
-    questions = Speech(args.speech_dir, "questions", rate, args.seed + step + 1)
+    rate = config.sampling_rate
+    answers = Speech(args.speech_dir, "assistant", rate, args.seed + step, words)
+    questions = Speech(args.speech_dir, "questions", rate, args.seed + step + 1, words)
     answer_batches = answers.batches(args.batch_size // 2 if args.stage == "tokenizer" else args.batch_size)
     question_batches, segments = questions.batches(args.batch_size // 2), answers.segments(args.batch_size, rate)
 

@@ -1,0 +1,84 @@
+"""Batches of waveforms that ttt-tiny's audio tokenizer learns on."""
+
+import numpy as np
+import pytest
+import torch
+
+from training_examples.ttt_tiny.train_codec import CodecArguments, PhonemeHead, configure
+from training_examples.ttt_tiny.waveforms import augment, backgrounds, bands, colors, pad, room_spectra
+
+RATE = 24_000
+
+
+def speech(batch: int = 8, seconds: float = 1.0) -> torch.Tensor:
+    torch.manual_seed(0)
+    time = torch.arange(int(seconds * RATE)) / RATE
+    tones = torch.sin(2 * torch.pi * torch.empty(batch, 1).uniform_(100, 1000) * time)
+    return 0.1 * tones * (1 + torch.sin(2 * torch.pi * 3 * time))
+
+
+def decibels(waves: torch.Tensor) -> torch.Tensor:
+    return 20 * waves.square().mean(-1).sqrt().log10()
+
+
+def test_waveforms_are_padded_to_whole_codes_after_the_silence_asked_for():
+    waves = [np.full(10, 32767, np.int16), np.full(5, -32767, np.int16)]
+    batch, lengths = pad(waves, 8, before=[0, 7])
+    assert batch.shape == (2, 16) and lengths.tolist() == [10, 12]
+    assert batch[0].tolist() == [1.0] * 10 + [0.0] * 6
+    assert batch[1].tolist() == [0.0] * 7 + [-1.0] * 5 + [0.0] * 4
+    assert pad(waves, 8)[1].tolist() == [10, 5]
+
+
+def test_recordings_stay_in_range_at_a_level_of_their_own():
+    waves = speech()
+    recorded = augment(waves, RATE)
+    assert recorded.shape == waves.shape and recorded.isfinite().all() and recorded.abs().max() <= 1
+    assert (decibels(recorded) > -39).all() and (decibels(recorded) < -11).all()
+
+
+def test_nothing_but_the_level_changes_in_clean_rows():
+    waves = speech()
+    recorded = augment(waves, RATE, clean_share=1.0)
+    torch.testing.assert_close(recorded / recorded.norm(dim=-1, keepdim=True), waves / waves.norm(dim=-1, keepdim=True))
+
+
+def test_silence_stays_finite():
+    assert augment(torch.zeros(2, RATE), RATE).isfinite().all()
+
+
+def test_rooms_hold_the_energy_they_are_told():
+    response = torch.fft.irfft(room_spectra(16, RATE, RATE), RATE)
+    assert torch.allclose(response[:, 0], torch.tensor(1.0), atol=1e-4)
+    ratio = 10 * response[:, 1:].square().sum(-1).log10()
+    assert (ratio > -15.1).all() and (ratio < -3.9).all()
+
+
+def test_telephones_and_microphones_leave_their_band():
+    frequency = torch.fft.rfftfreq(RATE, 1 / RATE)
+    gains = bands(64, frequency)
+    assert (gains[:, 1000] > 0.9).all(), "1 kHz passes"
+    assert (gains[:, 11_000] < 0.3).all() and (gains[:, 10] < 0.01).all()
+    color = colors(64, frequency, decibels=6.0)
+    assert (20 * color.log10()).abs().max() <= 6.0 + 1e-3
+
+
+def test_backgrounds_have_a_mean_square_of_one():
+    spectra = torch.fft.rfft(speech(16))
+    noise = backgrounds(spectra)
+    torch.testing.assert_close(noise.abs().square().mean(-1), torch.ones(16))
+
+
+@pytest.mark.parametrize(("rate", "codes"), [(12.5, 1920), (25.0, 960)])
+def test_the_options_name_the_codec(rate, codes):
+    config = configure(CodecArguments("tokenizer", codes_per_second=rate, fsq_levels=[8, 5, 5, 5]))
+    assert config.hop_length == codes and config.codebook_size == 1000 and config.frame_rate == rate
+    head = PhonemeHead(4, config.frames_per_code // 2, 8, 3)
+    positions = 3 * config.frames_per_code // 2
+    for log_probs in head(torch.zeros(2, positions, 8), torch.zeros(2, 3, 4)):
+        assert log_probs.shape == (positions, 2, 4)
+
+
+def test_a_rate_that_frames_do_not_divide_is_refused():
+    with pytest.raises(SystemExit, match="codes_per_second 30"):
+        configure(CodecArguments("tokenizer", codes_per_second=30))
