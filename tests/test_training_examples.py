@@ -20,12 +20,12 @@ from training_examples.ttt_tiny import (
     augmentation,
     build_examples,
     build_speech,
-    create_tiny,
     domain,
     other_sentences,
     speech,
     synthesis,
     train_codec,
+    untrained,
 )
 
 SMALL = build_speech.BuildArguments(
@@ -172,7 +172,7 @@ def test_the_domain_answers_correctly(question, answer):
 
 
 def test_every_word_is_one_token_and_typed_text_is_read_as_spoken():
-    tokenizer = create_tiny.build_tokenizer(num_codes=8)
+    tokenizer = untrained.build_tokenizer(num_codes=8)
     for word in domain.vocabulary():
         assert len(tokenizer(word)["input_ids"]) == len(tokenizer(f"one {word}")["input_ids"]) - 1 == 1
     assert tokenizer("What is 3+4?")["input_ids"] == tokenizer("what is three plus four")["input_ids"]

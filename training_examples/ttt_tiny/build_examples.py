@@ -28,9 +28,9 @@ from training_examples.files import whole_file
 from training_examples.threads import threads_field, use_threads
 from training_examples.ttt_tiny import domain
 from training_examples.ttt_tiny.augmentation import NO_SPEECH, no_speech, record, splice_at_random
+from training_examples.ttt_tiny.codes import encode, load_codec
 from training_examples.ttt_tiny.conversations import Messages, Mixture, MixtureArguments, assistant, user
 from training_examples.ttt_tiny.speech import read_audio, read_list, read_shard, to_int16
-from training_examples.ttt_tiny.waveforms import pad
 from training_examples.user_errors import run_command
 
 
@@ -44,26 +44,6 @@ class ExampleArguments(MixtureArguments):
     workers: int = field(default=2, metadata={"help": "Processes side by side."})
     threads: int = threads_field()
     seed: int = field(default=0, metadata={"help": "Seed of recordings and mixture."})
-
-
-@torch.no_grad()
-def encode(codec: TttCodecModel, waves: list[np.ndarray]) -> list[list[int]]:
-    """Return codes of int16 waveforms, in batches of similar length."""
-    order = sorted(range(len(waves)), key=lambda index: len(waves[index]))
-    codes: list[list[int]] = [[]] * len(waves)
-    for start in range(0, len(order), 32):
-        rows = order[start : start + 32]
-        batch, lengths = pad([waves[row] for row in rows], codec.config.hop_length)
-        mask = torch.arange(batch.shape[1]) < lengths[:, None]
-        output = codec.encode(batch, mask)
-        for row, row_codes, row_mask in zip(rows, output.audio_codes[:, 0], output.audio_codes_mask, strict=True):
-            codes[row] = row_codes[row_mask.bool()].tolist()
-    return codes
-
-
-def load_codec(folder: Path) -> TttCodecModel:
-    """Return the audio tokenizer."""
-    return TttCodecModel.from_pretrained(folder).eval()
 
 
 def record_all(waves: list[np.ndarray], rate: int, seed: list[int]) -> list[np.ndarray]:
