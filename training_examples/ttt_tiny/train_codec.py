@@ -46,7 +46,11 @@ class CodecArguments:
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak; 200 steps of warm-up, then cosine to a 50th."})
     save_every: int = field(default=250, metadata={"help": "Steps between checkpoints."})
     model: Path | None = field(
-        default=None, metadata={"help": "Audio tokenizer to start from, in place of what earlier stages made."}
+        default=None,
+        metadata={
+            "help": "Audio tokenizer to start from, in place of what earlier stages made; in the stage tokenizer, what "
+            "has another shape starts anew."
+        },
     )
     fsq_levels: list[int] = field(
         default_factory=lambda: [5, 5, 4, 4], metadata={"help": "Levels of the quantiser; their product are the codes."}
@@ -258,9 +262,11 @@ def configure(args: CodecArguments) -> TttCodecConfig:
 
 
 def load_for_stage(args: CodecArguments, folder: Path) -> TttCodecModel:
-    """Load the stage's own checkpoint; else what earlier stages made; else fresh weights."""
+    """Load the stage's own checkpoint; else `--model`; else what earlier stages made; else fresh weights."""
     if (folder / "config.json").exists():
         return TttCodecModel.from_pretrained(folder)
+    if args.model is not None and args.stage == "tokenizer":
+        return TttCodecModel.from_pretrained(args.model, config=configure(args), ignore_mismatched_sizes=True)
     if args.model is not None:
         return TttCodecModel.from_pretrained(args.model)
     if args.stage != "decoder":
@@ -297,6 +303,10 @@ def main() -> None:
         optimizer.load_state_dict(state["optimizer"])
         head.load_state_dict(state["head"])
         step = state["step"]
+    elif args.model is not None and (args.model / state_file.name).exists():
+        known = torch.load(args.model / state_file.name, weights_only=True)["head"]
+        fresh = head.state_dict()
+        head.load_state_dict(fresh | {key: value for key, value in known.items() if value.shape == fresh[key].shape})
     set_seed(args.seed + step)
     rate = config.sampling_rate
     answers = Speech(args.speech_dir, "assistant", rate, args.seed + step, words)
