@@ -3,9 +3,9 @@
     KOKORO_DIR=data/voices/kokoro python training_examples/ttt_tiny/build_speech.py --output_dir data/ttt_tiny
 
 Needs Kokoro-82M (see README.md beside this file), `onnxruntime`, and eSpeak NG and Flite (`apt-get install
-libespeak-ng1 espeak-ng-data libflite1`). The held-out lists are spoken first (`--evaluation_only` stops there), then
-the training shards, in an order in which everything spoken so far is a balanced set at any time: training may begin
-before the end. A shard is written whole or not at all, so a killed run goes on where it stopped. Sentences, voices,
+libespeak-ng1 espeak-ng-data libflite1`). The development lists are spoken first, which training needs; then the training
+shards, in an order in which everything spoken so far is a balanced set at any time: training may begin before the end;
+last the evaluation lists (`--evaluation_only` speaks the held-out lists alone). A shard is written whole or not at all, so a killed run goes on where it stopped. Sentences, voices,
 speeds and pitches are drawn from `--seed`; the synthesisers add noise of their own, so samples differ from run to run.
 """
 
@@ -254,12 +254,12 @@ def main() -> None:
     for folder in ("speech", "eval"):
         (args.output_dir / folder).mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(args.workers) as pool:
-        jobs = [
-            pool.submit(speak_list, args.output_dir / "eval", name, rows)
-            for name, rows in plan_evaluation(args).items()
-        ]
+        lists = list(plan_evaluation(args).items())
+        needed = [name.startswith("development_") for name, _ in lists].count(True)
+        jobs = [pool.submit(speak_list, args.output_dir / "eval", name, rows) for name, rows in lists[:needed]]
         if not args.evaluation_only:
             jobs += [pool.submit(speak_shard, path, rows) for path, rows in training_jobs(args)]
+        jobs += [pool.submit(speak_list, args.output_dir / "eval", name, rows) for name, rows in lists[needed:]]
         for job in tqdm(jobs, desc="speaking", unit="shard", smoothing=0.02):
             job.result()
     for prefix, count in (("", args.eval_items), ("development_", args.development_items)):

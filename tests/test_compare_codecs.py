@@ -1,0 +1,61 @@
+"""The comparison of audio tokenizers for ttt-tiny, from shards of speech to a row of the table."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from modeling_ttt.ttt_codec import TttCodecConfig, TttCodecModel
+from training_examples.ttt_tiny import compare_codecs, domain, speech
+from training_examples.ttt_tiny.compare_codecs import ComparisonArguments
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A folder as build_speech.py leaves it: one shard of the assistant's speech, one held-out list."""
+    rng = np.random.default_rng(0)
+    texts = ["one two", "three four", "blue dog", "six ten", "green fish"]
+    assert not any(map(domain.is_held_out, texts))
+    (tmp_path / "speech").mkdir()
+    waves = [(3000 * rng.standard_normal(9_600)).astype(np.int16) for _ in texts]
+    speech.write_shard(tmp_path / "speech" / "assistant-0000.safetensors", [{"text": text} for text in texts], waves)
+    (tmp_path / "eval").mkdir()
+    soundfile.write(tmp_path / "eval" / "0.flac", rng.standard_normal(9_600) / 10, 24_000)
+    row = {"id": "0", "task": "tts", "question": "", "answer": "nine ten", "audio": None, "answer_audio": "0.flac"}
+    (tmp_path / "eval" / f"{compare_codecs.LIST}.jsonl").write_text(json.dumps(row) + "\n")
+    torch.manual_seed(0)
+    codec = TttCodecModel(TttCodecConfig(hidden_size=8, vocoder_hidden_size=8, fsq_levels=[3, 3]))
+    codec.save_pretrained(tmp_path / "codec" / "tokenizer")
+    return tmp_path
+
+
+def test_a_codec_gets_a_row_of_what_is_lost_and_what_is_learned(data):
+    args = ComparisonArguments(
+        [data / "codec" / "tokenizer"], [], data, data / "out", max_steps=2, batch_size=2, hidden_size=16
+    )
+    torch.set_num_threads(1)
+    row = compare_codecs.measure(args, args.codecs[0], {})
+    assert row["codes"] == 9 and row["codes_per_second"] == 12.5 and row["texts"] == 5
+    assert 0 < row["loss"] < 12.5 * 12 and 0 <= row["accuracy"] <= 1
+    assert compare_codecs.measure(args, args.codecs[0], {}) == row, "a seed gives one result"
+    text = compare_codecs.table({"original speech": {"decoded": {}}, "codec": row}, [])
+    assert "| codec | 9 | 12.5 | 40 |" in text
+
+
+def test_the_twin_learns_what_can_be_learned(data):
+    args = ComparisonArguments(
+        [data / "codec" / "tokenizer"], [], data, data / "out", max_steps=1, batch_size=2, hidden_size=16
+    )
+    codec = TttCodecModel.from_pretrained(args.codecs[0]).eval()
+    torch.manual_seed(0)
+    model, processor = compare_codecs.build_model(codec, 32, 64, 1, 2)
+    model.config.audio_objective = "autoregressive"
+    collator = compare_codecs.TttDataCollator(processor)
+    examples = [compare_codecs.write_example(processor, "one two", [1, 2, 3, 4, 5])] * 4
+    before, _ = compare_codecs.held_out_loss(model, collator, examples)
+    args.max_steps, args.learning_rate = 150, 1e-2
+    compare_codecs.train_twin(args, model, collator, examples)
+    after, accuracy = compare_codecs.held_out_loss(model, collator, examples)
+    assert after < 0.5 * before and accuracy == 1.0
