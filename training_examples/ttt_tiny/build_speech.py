@@ -3,10 +3,11 @@
     KOKORO_DIR=data/voices/kokoro python training_examples/ttt_tiny/build_speech.py --output_dir data/ttt_tiny
 
 Needs Kokoro-82M (see README.md beside this file), `onnxruntime`, and eSpeak NG and Flite (`apt-get install
-libespeak-ng1 espeak-ng-data libflite1`). The development lists are spoken first, which training needs; then the training
-shards, in an order in which everything spoken so far is a balanced set at any time: training may begin before the end;
-last the evaluation lists (`--evaluation_only` speaks the held-out lists alone). A shard is written whole or not at all, so a killed run goes on where it stopped. Sentences, voices,
-speeds and pitches are drawn from `--seed`; the synthesisers add noise of their own, so samples differ from run to run.
+libespeak-ng1 espeak-ng-data libflite1`). The development lists are spoken first, which training needs; then the
+training shards, in an order in which everything spoken so far is a balanced set at any time: training may begin before
+the end; last the evaluation lists (`--evaluation_only` speaks the held-out lists alone). A shard is written whole or
+not at all, so a killed run goes on where it stopped. Sentences, voices, speeds and pitches are drawn from `--seed`; the
+synthesisers add noise of their own, so samples differ from run to run.
 """
 
 import json
