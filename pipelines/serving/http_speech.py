@@ -1,0 +1,93 @@
+"""POST /v1/audio/speech: a text read aloud, sent while it is spoken."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from fastapi import APIRouter, Request, Response
+
+from .conversation import check_texts
+from .engine import AudioDelta, Finished, Generation
+from .errors import ApiError
+from .http_support import EVENT_STREAM, AnswerResponse, read_body, service_of, sse, sse_errors
+from .options import check_speed, check_voice
+from .service import Service, failure
+from .sound import FORMATS_WRITTEN, SILENCE, WIRE_RATE, FileStream, Resampler, encode_base64
+from .wire_http import SpeechRequest
+
+router = APIRouter()
+
+
+@router.post("/v1/audio/speech")
+async def speech(request: Request) -> Response:
+    """Read a text aloud."""
+    service, body = service_of(request), await read_body(request, SpeechRequest)
+    service.check_model(body.model)
+    check_voice(body.voice, "voice")
+    check_speed(body.speed, "speed")
+    check_format(body.response_format, "response_format")
+    check_texts([("input", body.input)], service.limits.text_length)
+    if not body.input.strip():
+        raise ApiError("'input' is empty.", code="invalid_value", param="input")
+    task = body.ttt.task or "tts"
+    system = service.system_prompt(task, None, has_audio=False)
+    messages = [{"role": "system", "content": system}] if system else []
+    ids = await service.prompt([*messages, {"role": "user", "content": [{"type": "text", "text": body.input}]}])
+    generation = service.submit(ids, body.ttt)
+    if body.stream_format == "sse":
+        pieces, media_type = sse_errors(_events(service, generation, body.response_format)), EVENT_STREAM
+    else:
+        pieces, media_type = _file(service, generation, body.response_format), FORMATS_WRITTEN[body.response_format]
+    return AnswerResponse(pieces, generation, service.limits.send_seconds, media_type)
+
+
+def check_format(name: str, param: str) -> None:
+    """
+    Refuse a format that is not written here.
+
+    Raises:
+        ApiError: naming those that are.
+    """
+    if name not in FORMATS_WRITTEN:
+        message = f"Invalid value for '{param}': '{name[:100]}'; use {', '.join(FORMATS_WRITTEN)}."
+        raise ApiError(message, code="unsupported_format", param=param)
+
+
+async def _file(service: Service, generation: Generation, file_format: str) -> AsyncIterator[bytes]:
+    """Yield a sound file. Where the answer breaks off, so does the response, without its proper end."""
+    file = FileStream(WIRE_RATE, file_format)
+    resampler = Resampler(service.engine.sampling_rate, WIRE_RATE)
+    async for event in service.events(generation):
+        if isinstance(event, AudioDelta) and len(event.waveform):
+            if piece := file.push(resampler.push(event.waveform)):
+                yield piece
+        elif isinstance(event, Finished):
+            if (error := failure(event)) is not None:
+                raise error
+            yield file.push(resampler.push(SILENCE, last=True)) + file.flush()
+
+
+async def _events(service: Service, generation: Generation, file_format: str) -> AsyncIterator[bytes]:
+    """Yield the same as server-sent events, and then what it took."""
+    file = FileStream(WIRE_RATE, file_format)
+    resampler = Resampler(service.engine.sampling_rate, WIRE_RATE)
+
+    def delta(content: bytes) -> bytes:
+        return sse({"type": "speech.audio.delta", "audio": encode_base64(content)}) if content else b""
+
+    async for event in service.events(generation):
+        if isinstance(event, AudioDelta) and len(event.waveform):
+            if piece := delta(file.push(resampler.push(event.waveform))):
+                yield piece
+        elif isinstance(event, Finished):
+            if (error := failure(event)) is not None:
+                raise error
+            yield delta(file.push(resampler.push(SILENCE, last=True)) + file.flush())
+            yield sse({"type": "speech.audio.done", "usage": usage(event)})
+
+
+def usage(finished: Finished) -> dict[str, int]:
+    """Return what an answer took, in tokens."""
+    output = finished.usage.text_tokens + finished.usage.audio_codes
+    total = finished.usage.prompt_tokens + output
+    return {"input_tokens": finished.usage.prompt_tokens, "output_tokens": output, "total_tokens": total}

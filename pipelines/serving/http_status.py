@@ -1,0 +1,46 @@
+"""GET /v1/models, /health and /metrics: what is served, whether it is well, how busy it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from .http_support import service_of
+from .service import Service
+
+router = APIRouter()
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> dict[str, Any]:
+    """List the one model there is."""
+    return {"object": "list", "data": [_model(service_of(request))]}
+
+
+@router.get("/v1/models/{name:path}")
+async def model(request: Request, name: str) -> dict[str, Any]:
+    """Tell of a model."""
+    service = service_of(request)
+    service.check_model(name)
+    return _model(service)
+
+
+@router.get("/health")
+async def health(request: Request) -> Response:
+    """Tell whether requests are answered: 200, or 503 while the server stops or when its engine has died."""
+    service = service_of(request)
+    status = "draining" if service.is_draining else "ok" if service.engine.is_running else "failed"
+    return JSONResponse({"status": status, "model": service.model_name}, 200 if status == "ok" else 503)
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Give all figures in Prometheus' text format."""
+    return Response(service_of(request).metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _model(service: Service) -> dict[str, Any]:
+    return {"id": service.model_name, "object": "model", "created": service.created, "owned_by": "ttt"}

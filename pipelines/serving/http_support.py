@@ -1,0 +1,124 @@
+"""What the HTTP endpoints share: bodies read and checked, answers that stop when their reader leaves, server-sent
+events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, TypeVar
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.requests import ClientDisconnect
+
+from .engine import Generation
+from .errors import ApiError
+from .schema import Model, parse_json, validate
+from .service import Service
+
+Result = TypeVar("Result")
+EVENT_STREAM = "text/event-stream"
+logger = logging.getLogger(__name__)
+
+
+class AnswerResponse(StreamingResponse):
+    """
+    An answer that is sent while it is generated. Whatever ends it (its end, an error, a client that leaves, or takes
+    nothing for `seconds`), its generation ends, too. An error comes too late for a status; the response then breaks
+    off without its proper end, which clients notice.
+
+    Args:
+        content (`AsyncIterator[bytes]`): pieces of the body.
+        generation (`Generation`): what they come from.
+        seconds (`float`): how long a client may take nothing.
+        media_type (`str`): of the body.
+    """
+
+    def __init__(self, content: AsyncIterator[bytes], generation: Generation, seconds: float, media_type: str):
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(content, media_type=media_type, headers=headers)
+        self.generation, self.seconds = generation, seconds
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Send the answer."""
+
+        async def send_in_time(message: Any) -> None:
+            try:
+                await asyncio.wait_for(send(message), self.seconds)
+            except TimeoutError:
+                raise ClientDisconnect from None
+
+        try:
+            await super().__call__(scope, receive, send_in_time)
+        except ClientDisconnect:
+            logger.info("a client left before its answer was complete")
+        except ApiError as error:
+            logger.warning("an answer broke off: %s", error.message)
+        finally:
+            self.generation.cancel()
+
+
+def service_of(request: Request) -> Service:
+    """Return the service behind an application."""
+    return request.app.state.service
+
+
+def error_response(error: ApiError) -> Response:
+    """Return an error as OpenAI's clients read it."""
+    return JSONResponse(error.body(), error.status, headers=error.headers())
+
+
+async def read_body(request: Request, model: type[Model]) -> Model:
+    """
+    Read a JSON body.
+
+    Raises:
+        ApiError: if it is none, or does not have the form. A page of another origin can only send other types of
+            content, so the type must be JSON's.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError("Send JSON, with 'Content-Type: application/json'.", 415, "unsupported_content_type")
+    return validate(model, parse_json(await request.body()))
+
+
+async def until_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """
+    Do work while the client waits for it; cancel it when the client has left.
+
+    Raises:
+        ClientDisconnect: if it has.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientDisconnect
+    finally:
+        for other in (task, gone):
+            other.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def sse(data: dict[str, Any] | str) -> bytes:
+    """Return a server-sent event."""
+    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return f"data: {text}\n\n".encode()
+
+
+async def sse_errors(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Yield events; an error, which comes too late for a status, is the last of them."""
+    try:
+        async for event in events:
+            yield event
+    except ApiError as error:
+        yield sse(error.body())

@@ -1,0 +1,85 @@
+"""What a request may ask of generation: the field `ttt`, our one addition to OpenAI's wire formats, and what OpenAI's
+own fields mean to `generate`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from .errors import ApiError
+from .schema import Wire
+
+# The model has one voice of its own; clients must name one, and most send one of these.
+VOICES = {
+    "default", "alloy", "ash", "ballad", "cedar", "coral", "echo", "fable", "marin", "nova", "onyx", "sage", "shimmer",
+    "verse",
+}  # fmt: skip
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class TttOptions(Wire):
+    """
+    The field `ttt` of a request or session; clients of OpenAI's libraries pass it in `extra_body`.
+
+    Args:
+        task (`str`, *optional*): one of the processor's; it chooses the system prompt.
+        others (*optional*): options of `TttGenerationConfig` by their names, and `seed`.
+    """
+
+    task: str | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    audio_block_size: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    audio_steps_per_block: Annotated[int, Field(ge=1, le=1000)] | None = None
+    audio_confidence_threshold: Probability | None = None
+    audio_temperature: Annotated[float, Field(ge=0.0, le=10.0)] | None = None
+    audio_top_k: Annotated[int, Field(ge=0)] | None = None
+    audio_top_p: Probability | None = None
+    audio_order_bias: Annotated[float, Field(ge=0.0, le=100.0)] | None = None
+    max_audio_codes_per_span: Annotated[int, Field(ge=1, le=100_000)] | None = None
+
+    def generate_options(self) -> dict[str, Any]:
+        """Return what goes to `generate`."""
+        return self.model_dump(exclude={"task", "seed"}, exclude_none=True)
+
+    def updated(self, other: TttOptions | None) -> TttOptions:
+        """Return these options with those that another sets."""
+        return self if other is None else self.model_copy(update=other.model_dump(exclude_unset=True))
+
+
+def sampling(temperature: float | None, top_p: float | None) -> dict[str, Any]:
+    """Return options of `generate` for OpenAI's `temperature` and `top_p`; with neither, text is the likeliest."""
+    if temperature is None and top_p is None:
+        return {}
+    if temperature == 0.0:
+        return {"do_sample": False}
+    options: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def check_voice(voice: Any, param: str) -> None:
+    """
+    Refuse a voice that clients do not send by habit.
+
+    Raises:
+        ApiError: if it is none of `VOICES`.
+    """
+    if voice is not None and voice not in VOICES:
+        names = ", ".join(sorted(VOICES))
+        raise ApiError(
+            f"Invalid value for '{param}': the model has one voice, which goes by any of these names: {names}.",
+            code="invalid_value",
+            param=param,
+        )
+
+
+def check_speed(speed: float | None, param: str) -> None:
+    """
+    Refuse any pace but the model's own.
+
+    Raises:
+        ApiError: if it is not 1.
+    """
+    if speed is not None and speed != 1.0:
+        raise ApiError(f"Invalid value for '{param}': the pace is the model's own, 1.0.", code="invalid_value", param=param)

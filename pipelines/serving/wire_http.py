@@ -1,0 +1,175 @@
+"""The bodies of HTTP requests, as OpenAI's clients write them. A field that has no meaning here is refused by name; those
+that clients send by habit are listed with the only values that mean nothing."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from .errors import ApiError
+from .options import TttOptions
+from .schema import Wire
+
+Text = Annotated[str, Field(max_length=1_000_000)]
+Name = Annotated[str, Field(max_length=256)]
+Tokens = Annotated[int, Field(ge=1, le=100_000)]
+Temperature = Annotated[float, Field(ge=0.0, le=2.0)]
+TopP = Annotated[float, Field(gt=0.0, le=1.0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class SpeechRequest(Wire):
+    """The body of `POST /v1/audio/speech`."""
+
+    input: Text
+    model: Name
+    voice: Name | dict[str, Any] = "default"
+    response_format: Name = "wav"
+    stream_format: Literal["audio", "sse"] = "audio"
+    speed: float | None = None
+    ttt: TttOptions = Field(default_factory=TttOptions)
+
+
+class TextPart(Wire):
+    """A text in a message."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class InputAudio(Wire):
+    """A sound file in base64."""
+
+    data: str
+    format: Literal["wav", "flac", "mp3", "ogg"]
+
+
+class AudioPart(Wire):
+    """Sound in a message."""
+
+    type: Literal["input_audio"]
+    input_audio: InputAudio
+
+
+Part = Annotated[TextPart | AudioPart, Field(discriminator="type")]
+
+
+class EarlierAudio(Wire):
+    """An earlier answer, by its id."""
+
+    id: Name
+
+
+class SystemMessage(Wire):
+    """How the model is to answer."""
+
+    role: Literal["system", "developer"]
+    content: Text | Annotated[list[TextPart], Field(max_length=64)]
+    name: Name | None = None
+
+
+class UserMessage(Wire):
+    """What the user says or writes."""
+
+    role: Literal["user"]
+    content: Text | Annotated[list[Part], Field(max_length=64)]
+    name: Name | None = None
+
+
+class AssistantMessage(Wire):
+    """What the model answered before: a text, or an answer of this server by `audio.id`. Fields that an answer of this
+    server has, and which are empty in it, may stay."""
+
+    role: Literal["assistant"]
+    content: Text | Annotated[list[TextPart], Field(max_length=64)] | None = None
+    audio: EarlierAudio | None = None
+    name: Name | None = None
+    refusal: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+    function_call: None = None
+
+    @field_validator("audio", mode="before")
+    @classmethod
+    def _only_its_id(cls, audio: Any) -> Any:
+        """An answer may be sent back as it came, with its data and transcript."""
+        known = {"id", "data", "transcript", "expires_at"}
+        return {"id": audio["id"]} if isinstance(audio, dict) and "id" in audio and set(audio) <= known else audio
+
+
+Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
+
+
+class AudioOutput(Wire):
+    """What a spoken answer is to sound like."""
+
+    voice: Name | dict[str, Any]
+    format: Name
+
+
+class StreamOptions(Wire):
+    """What a stream tells beside the answer."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class ChatRequest(Wire):
+    """The body of `POST /v1/chat/completions`."""
+
+    model: Name
+    messages: Annotated[list[Message], Field(min_length=1)]
+    modalities: Annotated[list[Literal["text", "audio"]], Field(min_length=1, max_length=2)] | None = None
+    audio: AudioOutput | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Tokens | None = None
+    max_completion_tokens: Tokens | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    seed: Seed | None = None
+    n: Literal[1] | None = None
+    user: Name | None = None
+    ttt: TttOptions = Field(default_factory=TttOptions)
+
+    @property
+    def speaks(self) -> bool:
+        """Whether the answer is spoken, too."""
+        return self.modalities is not None and "audio" in self.modalities
+
+    def check(self) -> None:
+        """
+        Check what no field tells alone.
+
+        Raises:
+            ApiError: if fields do not go together.
+        """
+        if self.speaks and self.audio is None:
+            raise ApiError(
+                "Missing required parameter: 'audio', with 'voice' and 'format', where 'modalities' has \"audio\".",
+                code="missing_required_parameter",
+                param="audio",
+            )
+        if self.audio is not None and not self.speaks:
+            message = "'audio' is given, but 'modalities' has no \"audio\". Add it there, or leave 'audio' out."
+            raise ApiError(message, code="invalid_value", param="modalities")
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise ApiError(
+                "'max_tokens' is the older name of 'max_completion_tokens'; send one of them.",
+                code="invalid_value",
+                param="max_tokens",
+            )
+        if self.stream_options is not None and not self.stream:
+            raise ApiError("'stream_options' goes with 'stream'.", code="invalid_value", param="stream_options")
+
+
+class TranscriptionFields(Wire):
+    """The fields of `POST /v1/audio/transcriptions` beside the file."""
+
+    model: Name
+    response_format: Literal["json", "text"] = "json"
+    prompt: Text | None = None
+    language: Annotated[str, Field(pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]+)*$", max_length=35)] | None = None
+    stream: bool = False
+    temperature: Temperature | None = None
