@@ -30,6 +30,6 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# The command reads its arguments first, so that `ttt-talk --help` does not wait for PyTorch; it needs no registration.
-if Path(sys.argv[0]).stem != "ttt-talk":
+# The commands read their arguments first, so that --help does not wait for PyTorch; they need no registration.
+if Path(sys.argv[0]).stem not in ("ttt-talk", "ttt-serve"):
     _register()

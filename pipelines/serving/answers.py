@@ -65,8 +65,8 @@ class AnswerStore:
         answer = self._answers.get(answer_id)
         if answer is None:
             message = (
-                f"There is no answer '{answer_id[:100]}' here: it has expired, or another server gave it. Send its text "
-                "as the message's content instead."
+                f"There is no answer '{answer_id[:100]}' here: it has expired, or another server gave it. Send its "
+                "text as the message's content instead."
             )
             raise ApiError(message, 404, "audio_not_found", param)
         return answer

@@ -113,7 +113,7 @@ class Conversation:
         """
         if len(self.items) >= self.most_items:
             raise ApiError(
-                f"The conversation has {self.most_items} items, which is the most. Delete some, or begin a new session.",
+                f"The conversation has {self.most_items} items, which is the most. Delete some, or begin anew.",
                 code="conversation_full",
             )
         if any(other.id == item.id for other in self.items):
@@ -260,7 +260,9 @@ def check_texts(texts: Iterable[tuple[str, str | None]], longest: int) -> None:
     """
     for param, text in texts:
         if text is not None and len(text) > longest:
-            raise ApiError(f"'{param}' has {len(text)} characters; send {longest} or fewer.", code="too_long", param=param)
+            raise ApiError(
+                f"'{param}' has {len(text)} characters; send {longest} or fewer.", code="too_long", param=param
+            )
 
 
 __all__ = ["Conversation", "Item", "Part", "Rhythm", "check_texts", "messages", "new_id"]

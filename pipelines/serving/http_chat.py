@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from .conversation import check_texts, new_id
-from .engine import AudioDelta, Finished, Generation, TextDelta
+from .engine_requests import AudioDelta, Finished, Generation, TextDelta
 from .errors import ApiError
 from .http_speech import check_format
 from .http_support import EVENT_STREAM, AnswerResponse, read_body, service_of, sse, sse_errors, until_gone

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from fastapi import APIRouter, Request, Response
 
 from .conversation import check_texts
-from .engine import AudioDelta, Finished, Generation
+from .engine_requests import AudioDelta, Finished, Generation
 from .errors import ApiError
 from .http_support import EVENT_STREAM, AnswerResponse, read_body, service_of, sse, sse_errors
 from .options import check_speed, check_voice

@@ -13,7 +13,7 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.requests import ClientDisconnect
 
-from .engine import Generation
+from .engine_requests import Generation
 from .errors import ApiError
 from .schema import Model, parse_json, validate
 from .service import Service

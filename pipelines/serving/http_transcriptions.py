@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.datastructures import UploadFile
 
 from .conversation import check_texts
-from .engine import Finished, Generation, TextDelta
+from .engine_requests import Finished, Generation, TextDelta
 from .errors import ApiError
 from .http_support import EVENT_STREAM, AnswerResponse, service_of, sse, sse_errors, until_gone
 from .options import TttOptions, sampling
@@ -68,7 +68,9 @@ async def _read(items: list[tuple[str, Any]]) -> tuple[TranscriptionFields, byte
             raise ApiError(f"'{name[:100]}' is given twice.", code="invalid_value", param=name[:100])
         if isinstance(value, UploadFile):
             if name != "file":
-                raise ApiError(f"Unknown file: '{name[:100]}'; send it as 'file'.", code="unknown_parameter", param=name)
+                raise ApiError(
+                    f"Unknown file: '{name[:100]}'; send it as 'file'.", code="unknown_parameter", param=name
+                )
             content = await value.read()
         elif name == "file":
             raise ApiError("'file' must be an upload, with a file name.", code="invalid_value", param="file")

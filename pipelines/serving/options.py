@@ -82,4 +82,6 @@ def check_speed(speed: float | None, param: str) -> None:
         ApiError: if it is not 1.
     """
     if speed is not None and speed != 1.0:
-        raise ApiError(f"Invalid value for '{param}': the pace is the model's own, 1.0.", code="invalid_value", param=param)
+        raise ApiError(
+            f"Invalid value for '{param}': the pace is the model's own, 1.0.", code="invalid_value", param=param
+        )

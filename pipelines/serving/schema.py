@@ -68,7 +68,7 @@ def shorten(text: str, length: int = LONGEST_QUOTE) -> str:
 
 
 def _path(location: tuple[Any, ...], data: Any) -> str:
-    """Return where a problem lies, as in `session.audio.input`; pydantic's names for the branches of a union drop out."""
+    """Return where a problem lies, as in `session.audio.input`, without pydantic's names for the branches of unions."""
     path = ""
     for index, part in enumerate(location):
         if isinstance(data, Mapping) and part in data:

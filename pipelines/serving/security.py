@@ -136,7 +136,9 @@ class Guard:
         if host is None:
             raise ApiError("The header Host is missing or no name.", code="invalid_host")
         if not self.keys and not is_loopback(host) and host not in self.allowed_hosts:
-            message = f"This server does not go by the name '{host[:100]}'. Use localhost, or start it with --allowed_host."
+            message = (
+                f"This server does not go by the name '{host[:100]}'. Use localhost, or start it with --allowed_host."
+            )
             raise ApiError(message, 403, "invalid_host")
 
     def _check_origin(self, headers: dict[str, str]) -> None:

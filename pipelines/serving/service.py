@@ -12,11 +12,13 @@ import numpy as np
 
 from .answers import AnswerStore
 from .conversation import Rhythm
-from .engine import Engine, EngineClosed, Generation, GenerationRequest, Overloaded
+from .engine import Engine
+from .engine_requests import EngineClosed, Generation, GenerationRequest, Overloaded
 from .errors import ApiError, draining, overloaded
 from .limits import Limits
 from .metrics import Metrics
 from .options import TttOptions
+from .vad import WINDOW, SpeechDetector, silero_probability
 
 ANSWER_SECONDS = 300.0  # the longest an answer may take, queueing included
 
@@ -45,6 +47,14 @@ class Service:
         self.rhythm = Rhythm.of(self.processor)
         self.sessions: set[Any] = set()  # open Realtime sessions
         self.is_draining = False
+
+    def warm_up(self) -> None:
+        """Answer once, and look for speech once, so that no caller waits for what is only done once."""
+        features = self.processor(text="hello", task="text_chat")
+        codes = self.engine.encode_audio(np.zeros(self.engine.input_sampling_rate, np.float32), 16_000).result()
+        self.engine.submit(GenerationRequest(features["input_ids"], {"max_new_tokens": 64})).result()
+        self.engine.decode_audio(codes[:1]).result()
+        SpeechDetector(silero_probability()).push(np.zeros(4 * WINDOW, np.float32))
 
     def check_model(self, name: str, param: str = "model") -> None:
         """

@@ -104,7 +104,9 @@ def _read(file: soundfile.SoundFile, limits: Limits, param: str) -> np.ndarray:
         message = f"'{param}' is a file of type {file.format}. Send WAV, FLAC, OGG or MP3."
         raise ApiError(message, code="unsupported_format", param=param)
     if file.samplerate not in RATES_READ:
-        message = f"'{param}' has a sampling rate of {file.samplerate} Hz; use {RATES_READ.start} to {RATES_READ.stop - 1}."
+        message = (
+            f"'{param}' has a sampling rate of {file.samplerate} Hz; use {RATES_READ.start} to {RATES_READ.stop - 1}."
+        )
         raise ApiError(message, code="invalid_audio", param=param)
     if file.channels > limits.audio_channels:
         message = f"'{param}' has {file.channels} channels; use {limits.audio_channels} or fewer."

@@ -1,5 +1,5 @@
-"""The bodies of HTTP requests, as OpenAI's clients write them. A field that has no meaning here is refused by name; those
-that clients send by habit are listed with the only values that mean nothing."""
+"""The bodies of HTTP requests, as OpenAI's clients write them. A field that has no meaning here is refused by name;
+those that clients send by habit are listed with the only values that mean nothing."""
 
 from __future__ import annotations
 

@@ -19,7 +19,9 @@ Name = Annotated[str, Field(max_length=256)]
 Modalities = Annotated[list[Literal["audio", "text"]], Field(min_length=1, max_length=1)]
 MostTokens = Annotated[int, Field(ge=1, le=100_000)] | Literal["inf"] | None
 EmptyList = Annotated[list[Any], Field(max_length=0)] | None
-Metadata = Annotated[dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)]
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+]
 Milliseconds = Annotated[int, Field(ge=0, le=3_600_000)]
 # How long a silence ends a turn where a client leaves it to the server's understanding of speech.
 EAGERNESS = {"low": 1000, "medium": 500, "auto": 500, "high": 300}
@@ -179,7 +181,9 @@ class ResponseParams(Wire):
 
     conversation: Literal["auto", "none"] | None = None
     instructions: Text | None = None
-    input: Annotated[list[Annotated[ItemIn | ItemReference, Field(discriminator="type")]], Field(max_length=256)] | None = None
+    input: (
+        Annotated[list[Annotated[ItemIn | ItemReference, Field(discriminator="type")]], Field(max_length=256)] | None
+    ) = None
     output_modalities: Modalities | None = None
     max_output_tokens: MostTokens = None
     metadata: Metadata | None = None
