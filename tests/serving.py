@@ -47,7 +47,11 @@ class RunningServer:
         assert not self.thread.is_alive(), "the server did not stop"
 
     def request(
-        self, path: str, data: bytes | dict | None = None, headers: dict[str, str] | None = None, method: str | None = None
+        self,
+        path: str,
+        data: bytes | dict | None = None,
+        headers: dict[str, str] | None = None,
+        method: str | None = None,
     ) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body of a request; a mapping is sent as JSON."""
         headers = dict(headers or {})

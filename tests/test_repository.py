@@ -24,7 +24,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 TALK = "pip install -c constraints.txt -e . && ttt-talk tests/fixtures/question.wav reply.wav"
 TEST = 'pip install -c constraints.txt -e ".[test]" && pytest'
 PACKAGES = ["modeling_ttt", "processing", "pipelines"]  # each may import those before it
-LOCAL_CODE = ("__init__", "convert_", "ttt_talk")  # everything else may travel with a model's weights,
+LOCAL_CODE = ("__init__", "convert_", "ttt_talk", "ttt_serve")  # everything else may travel with a model's weights,
 SERVING = ROOT / "pipelines" / "serving"  # but for this
 MODEL_FOLDERS = [path.parent for path in sorted((ROOT / "model_cards").glob("*/config.json"))]
 TINY = ROOT / "model_cards" / "ttt-tiny"
@@ -57,8 +57,8 @@ def test_constraints_pin_every_direct_dependency_within_its_range():
             assert version and "+" not in version, f"{line!r} does not pin a public version"
             pins[canonicalize_name(name)] = version
     extras = project["optional-dependencies"]
-    assert {"train", "test"} <= set(extras)
-    for text in [*project["dependencies"], *extras["train"], *extras["test"]]:
+    assert {"serve", "train", "test"} <= set(extras)
+    for text in [*project["dependencies"], *(text for extra in extras.values() for text in extra)]:
         requirement = Requirement(text)
         if requirement.name == project["name"]:
             continue

@@ -236,9 +236,12 @@ class Engine:
         if request.seed is not None:
             options["seed"] = request.seed
         if "text" in request.modalities and "audio" not in request.modalities:
-            config = self.model.config
-            begins = [config.begin_of_audio_token_id, config.begin_of_last_audio_token_id]
-            options["suppress_tokens"] = [*(options.get("suppress_tokens") or []), *begins]
+            # The begin token of the last span stands where the text is complete, so it ends an answer in text.
+            config, ends = self.model.config, options.get("eos_token_id", self.model.generation_config.eos_token_id)
+            ends = [ends] if isinstance(ends, int) else list(ends or [])
+            options["eos_token_id"] = [*ends, config.begin_of_last_audio_token_id]
+            suppressed = [*(options.get("suppress_tokens") or []), config.begin_of_audio_token_id]
+            options["suppress_tokens"] = suppressed
         if options.get("stop_strings") is not None:
             options["tokenizer"] = self.processor.tokenizer
         cache = self._sessions.pop(request.session, None) if request.session is not None else None

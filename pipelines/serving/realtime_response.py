@@ -137,7 +137,7 @@ class Response:
         system: str | None = service.system_prompt(self.options.task, instructions, has_audio)
         if items and items[0].role == "system" and not instructions:
             system = None
-        most = service.engine.max_context
+        most = service.engine.max_context or 2**31
         room = min(ROOM_FOR_ANSWER, most // 2)
         while True:
             ids = await service.prompt(messages(items, system) or [{"role": "user", "content": ""}])
@@ -194,7 +194,7 @@ class Response:
 
     def wire(self, status: str, error: ApiError | None = None) -> dict[str, Any]:
         """Return the response as clients read it."""
-        details = None
+        details: dict[str, Any] | None = None
         if error is not None:
             problem = {"type": error.kind, "code": error.code, "message": error.message}
             details = {"type": "failed", "error": problem}

@@ -31,7 +31,7 @@ class PcmFormat(Wire):
     """Sound as it is sent: PCM16, little-endian, mono, 24 kHz."""
 
     type: Literal["audio/pcm"]
-    rate: Literal[24000] = WIRE_RATE
+    rate: Literal[24000] = 24000  # WIRE_RATE
 
 
 class Transcription(Wire):
