@@ -1,0 +1,89 @@
+"""95 % intervals of figures computed of sums over rows, by resampling the rows. What rows count is in scoring.py."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+RESAMPLES, SEED, TAIL = 1000, 0, 0.025
+MOST_CELLS = 5_000_000  # of a table of resamples, so that many rows take no more memory
+
+Total = Callable[[np.ndarray], np.ndarray]
+
+
+def ratio(sums: np.ndarray) -> np.ndarray:
+    """Return the first of two sums by the second, NaN where that is 0; `sums` is of shape `(..., 2)`."""
+    numerator, denominator = sums[..., 0], sums[..., 1]
+    return np.divide(numerator, denominator, out=np.full(np.shape(numerator), np.nan), where=denominator != 0)
+
+
+def resampled_sums(counts: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED) -> np.ndarray:
+    """
+    Return the sums of as many rows as there are, drawn with replacement.
+
+    Args:
+        counts (`np.ndarray` of shape `(rows, columns)`): what each row counts.
+        resamples (`int`, *optional*, defaults to 1000): how often to draw.
+        seed (`int`, *optional*, defaults to 0): of the draws.
+
+    Returns:
+        `np.ndarray` of shape `(resamples, columns)`
+    """
+    rng, rows = np.random.default_rng(seed), len(counts)
+    step = max(1, MOST_CELLS // max(rows, 1))
+    parts = [
+        rng.multinomial(rows, np.full(rows, 1 / rows), size=min(step, resamples - start)) @ counts
+        for start in range(0, resamples, step)
+    ]
+    return np.concatenate(parts)
+
+
+def bootstrap_interval(counts: np.ndarray, total: Total = ratio) -> tuple[float, float]:
+    """
+    Return the 95 % percentile interval of `total` over rows drawn with replacement.
+
+    Where every row of a share says the same, resampling would give an interval of no width; then the exact binomial
+    bound is taken (of n rows all right, at least 0.025 ** (1 / n) are).
+
+    Args:
+        counts (`np.ndarray` of shape `(rows, columns)`): what each row counts.
+        total (`Callable`, *optional*, defaults to the ratio of two columns): the figure of sums of shape
+            `(..., columns)`.
+
+    Returns:
+        `tuple[float, float]`: NaN, NaN without rows.
+    """
+    counts = np.asarray(counts, dtype=np.float64)
+    if not len(counts):
+        return np.nan, np.nan
+    if total is ratio and (counts[:, 1] == 1).all() and np.isin(counts[:, 0], (0, 1)).all():
+        if (counts[:, 0] == 1).all():
+            return float(TAIL ** (1 / len(counts))), 1.0
+        if (counts[:, 0] == 0).all():
+            return 0.0, float(1 - TAIL ** (1 / len(counts)))
+    low, high = np.nanquantile(total(resampled_sums(counts)), (TAIL, 1 - TAIL))
+    return float(low), float(high)
+
+
+def difference_interval(
+    first: np.ndarray, second: np.ndarray, paired: bool, total: Total = ratio
+) -> tuple[float, float]:
+    """
+    Return the 95 % percentile interval of the second figure less the first.
+
+    Args:
+        first, second (`np.ndarray` of shape `(rows, columns)`): what each row counts.
+        paired (`bool`): whether row r of both is the same question, so that both are drawn together.
+        total (`Callable`, *optional*, defaults to the ratio of two columns): the figure of sums.
+
+    Raises:
+        ValueError: If paired rows are not as many.
+    """
+    if paired and len(first) != len(second):
+        raise ValueError(f"paired rows must be as many in both, got {len(first)} and {len(second)}")
+    if paired:
+        sums = resampled_sums(np.hstack([first, second]))
+        differences = total(sums[:, first.shape[1] :]) - total(sums[:, : first.shape[1]])
+    else:
+        differences = total(resampled_sums(second, seed=SEED + 1)) - total(resampled_sums(first))
+    low, high = np.nanquantile(differences, (TAIL, 1 - TAIL))
+    return float(low), float(high)
