@@ -1,6 +1,6 @@
-"""The evaluation scripts: their figures, that a killed run goes on, and that they run on a whole (random) model."""
+"""Evaluation: figures, rows that survive a kill, reports and their comparison, the task set of ttt-tiny on a whole
+(random) model."""
 
-import dataclasses
 import json
 import math
 
@@ -10,35 +10,18 @@ import soundfile
 from builders import build_codec, build_model, build_processor, tone
 from transformers import EncodecFeatureExtractor
 
+from training_examples import evaluate_model
+from training_examples.evaluation.backends import Answer, Sample, TttBackend, Turn
 from training_examples.evaluation.figures import Figure, fingerprint, markdown_table, remember
-from training_examples.ttt_tiny import evaluate_ttt
+from training_examples.evaluation.listening import open_listener
+from training_examples.evaluation.measuring import Measured, of_counts, of_median, of_scorer, share_of, speed_of
+from training_examples.evaluation.options import EvaluationArguments, read_pairs
+from training_examples.evaluation.reports import Report, Section, compare, write_report
+from training_examples.evaluation.rows import Listener, Run, append_rows, read_rows
+from training_examples.ttt_tiny import task_report, task_set
 from training_examples.ttt_tiny.evaluate_codec import reconstruct
-from training_examples.ttt_tiny.evaluate_ttt import (
-    Evaluation,
-    EvaluationArguments,
-    plot,
-    report,
-)
+from training_examples.ttt_tiny.held_out import HeldOutLists
 from training_examples.ttt_tiny.speech import read_audio, read_list
-from training_examples.ttt_tiny.talker import HeldOutLists, Talker, figures_of_list
-
-
-def row(**values):
-    return {"expected": "one two", "text": "one two", "ended": True, "heard": "one two"} | values
-
-
-def test_figures_of_a_list_tell_wrong_answers_from_badly_spoken_ones():
-    rows = [row(), row(text="one three", heard="one three"), row(heard="one"), row(ended=False)]
-    figures = figures_of_list(rows)
-    assert figures["exact"] == Figure(3 / 4, 4)
-    assert figures["wer"] == Figure(1 / 8, 4)
-    assert figures["speech_wer"] == Figure(1 / 8, 4)  # against the model's own text
-    assert figures["spoken_wer"] == Figure(2 / 8, 4)  # against what should have been said
-    assert figures["ended"] == Figure(3 / 4, 4)
-
-
-def test_a_list_that_was_not_listened_to_has_no_figures_of_speech():
-    assert "speech_wer" not in figures_of_list([row(heard=None)])
 
 
 def test_figures_print_with_their_unit():
@@ -103,106 +86,406 @@ def test_reconstruction_keeps_lengths_and_does_not_depend_on_the_batch():
     assert seconds["encode"] > 0 and seconds["decode"] > 0
 
 
-class DeafRecognizer:
+# ------------------------------------------------------------------------------------------------ rows on disk
+
+
+class Echo:
+    """Answers every sample with its text in capitals, and speaks for a second; notes what it was asked."""
+
+    name = "echo"
+
+    def __init__(self, fails_on=(), **settings):
+        self.settings, self.fails_on, self.asked = settings, set(fails_on), []
+
+    def answer(self, samples, task):
+        if any(sample.id in self.fails_on for sample in samples):
+            raise ValueError("this one cannot be answered")
+        self.asked += [sample.id for sample in samples]
+        return [Answer(s.turns[-1].text.upper(), tone(1.0), 16_000, 0.5, codes=8, forwards=4) for s in samples]
+
+
+class Deaf:
     """Hears the same everywhere."""
 
-    def transcribe(self, waveforms, progress=False):
+    def transcribe(self, waveforms, sampling_rate=16_000):
         return ["one"] * len(waveforms)
 
 
+def samples(count=5):
+    return [Sample(f"s{index}", (Turn(text=f"text {index}"),), (f"TEXT {index}",), "k") for index in range(count)]
+
+
+def run_in(folder, backend, count=5):
+    return Run(folder, "list", "tts", samples(count), backend.settings)
+
+
+def test_answers_are_rows_as_they_come_and_a_second_run_asks_for_the_rest_alone(tmp_path):
+    backend = Echo(model="a")
+    run_in(tmp_path, backend, 3).answer(backend, 2)
+    assert sorted(backend.asked) == ["s0", "s1", "s2"]
+    rows = run_in(tmp_path, backend).answer(backend, 2)
+    assert sorted(backend.asked) == ["s0", "s1", "s2", "s3", "s4"]
+    assert [row["id"] for row in rows] == [f"s{index}" for index in range(5)]  # in their order
+    assert rows[1] | {"audio": None} == {
+        "id": "s1", "kind": "k", "question": "text 1", "references": ["TEXT 1"], "text": "TEXT 1", "earlier": [],
+        "audio": None, "codes": 8, "forwards": 4, "ended": None, "seconds": 0.5, "audio_seconds": 1.0,
+    }  # fmt: skip
+
+
+def test_a_line_that_a_kill_cut_off_is_answered_again(tmp_path):
+    backend = Echo(model="a")
+    run = run_in(tmp_path, backend)
+    run.answer(backend, 5)
+    path = run.folder / "rows.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    backend.asked.clear()
+    assert len(run_in(tmp_path, backend).answer(backend, 5)) == 5
+    assert backend.asked == ["s4"]
+    assert len(read_rows(path)) == 5
+
+
+def test_rows_of_other_settings_are_neither_taken_nor_overwritten(tmp_path):
+    first, second = Echo(model="a"), Echo(model="b")
+    one, other = run_in(tmp_path, first), run_in(tmp_path, second)
+    one.answer(first, 5)
+    other.answer(second, 5)
+    assert one.folder != other.folder and len(second.asked) == 5
+    assert one.stored_settings() == {"task": "tts", "model": "a"}
+
+
+def test_a_sample_that_cannot_be_answered_is_a_row_with_its_error_and_is_asked_again(tmp_path):
+    backend = Echo(fails_on=["s1"], model="a")
+    rows = run_in(tmp_path, backend).answer(backend, 5)
+    assert [row["id"] for row in rows if "error" in row] == ["s1"] and rows[1]["text"] == ""
+    backend.fails_on.clear()
+    backend.asked.clear()
+    rows = run_in(tmp_path, backend).answer(backend, 5)
+    assert backend.asked == ["s1"] and rows[1]["text"] == "TEXT 1"
+
+
+def test_a_backend_that_fails_at_everything_ends_the_run(tmp_path):
+    backend = Echo(fails_on=[f"s{index}" for index in range(9)], model="a")
+    with pytest.raises(RuntimeError, match="5 samples failed .* cannot be answered"):
+        run_in(tmp_path, backend, 9).answer(backend, 3)
+
+
+def test_samples_that_share_an_id_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="'s0'"):
+        Run(tmp_path, "list", "tts", [*samples(1), *samples(1)], {})
+
+
+def test_what_was_heard_is_remembered_and_recordings_may_go(tmp_path):
+    backend, opened = Echo(model="a"), []
+    run = run_in(tmp_path, backend)
+    run.answer(backend, 5)
+
+    def start():
+        opened.append(1)
+        return Deaf()
+
+    listener = Listener("deaf", start, {})
+    heard = run.listen(listener)
+    assert heard == {f"s{index}": "one" for index in range(5)}
+    run.drop_audio()
+    assert run.listen(listener) == heard and len(opened) == 1
+    assert not list((run.folder / "audio").glob("*"))
+
+
+def test_appending_cuts_off_what_a_kill_left(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"id": "a"}\n{"id": "b')
+    append_rows(path, [{"id": "c"}])
+    assert read_rows(path) == [{"id": "a"}, {"id": "c"}]
+
+
+# ------------------------------------------------------------------------------------------------ figures and reports
+
+
+def test_speed_is_of_sums_and_of_what_rows_know():
+    rows = [
+        {"id": "a", "codes": 10, "forwards": 5, "seconds": 1.0, "audio_seconds": 2.0},
+        {"id": "b", "codes": 20, "forwards": 5, "seconds": 1.0, "audio_seconds": 6.0},
+        {"id": "c", "codes": None, "forwards": None, "seconds": None, "audio_seconds": 0.0},
+    ]
+    values = {measured.key: measured.figure.value for measured in speed_of(rows)}
+    assert values == {"codes_per_forward": 3.0, "forwards": 5.0, "real_time_factor": 0.25}
+    assert speed_of(rows[2:]) == []
+
+
+def test_a_median_has_an_interval():
+    figure = of_median("m", "median", [1.0, 2.0, 9.0]).figure
+    assert figure.value == 2.0 and figure.low == 1.0 and figure.high == 9.0 and figure.count == 3
+
+
+def report_of(folder, name, flags, scorer=None):
+    figures = [share_of("exact", "exact text", [(f"r{i}", flag) for i, flag in enumerate(flags)])]
+    words = ["a b c d" if flag else "a b c x" for flag in flags]
+    ids = [f"r{i}" for i in range(len(flags))]
+    references = ["a b c d"] * len(flags)
+    figures.append(of_scorer("wer", "word errors", "error_rate", ids, words, references, {"normalizer": "none"}))
+    write_report(folder / name, f"report {name}", [Section("list", "A list", figures, ["A remark."], {"model": name})])
+    return folder / name
+
+
+def test_a_report_says_counts_intervals_and_settings_and_is_read_back(tmp_path):
+    folder = report_of(tmp_path, "one", [True] * 30 + [False] * 10)
+    text = (folder / "report.md").read_text()
+    assert "| exact text | 75.0 % |" in text and "| 40 |" in text and "A remark." in text and "- model: one" in text
+    report = Report.read(folder)
+    measured = report.figures["list", "wer"]
+    assert measured.figure.value == 10 / 160 and measured.lower_is_better and measured.scorer == "error_rate"
+    assert measured.figure.low < 10 / 160 < measured.figure.high
+
+
+def test_a_comparison_says_which_differences_exceed_their_intervals(tmp_path):
+    base = [True, False] * 40
+    better = [True] * 30 + base[30:]
+    slightly = [True, True] + base[2:]
+    folders = [report_of(tmp_path, name, flags) for name, flags in (("base", base), ("up", better), ("near", slightly))]
+    table = compare([Report.read(folder) for folder in folders])
+    exact = next(line for line in table.splitlines() if "exact text" in line)
+    errors = next(line for line in table.splitlines() if "word errors" in line)
+    for line in (exact, errors):
+        cells = [cell.strip() for cell in line.split("|")]
+        assert cells[5] == "better" and cells[8] == "within chance", line
+    assert "+18.8 (" in exact
+
+
+def test_reports_that_cannot_be_compared_are_refused_by_name(tmp_path):
+    one = report_of(tmp_path, "one", [True, False])
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        Report.read(tmp_path / "nowhere")
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match="other.json"):
+        Report.read(tmp_path / "other.json")
+    with pytest.raises(ValueError, match="two reports"):
+        compare([Report.read(one)])
+    write_report(tmp_path / "two", "t", [Section("another", "A list", [])])
+    with pytest.raises(ValueError, match="no figure in common"):
+        compare([Report.read(one), Report.read(tmp_path / "two")])
+
+
+def test_a_figure_of_some_of_its_rows():
+    counts = np.array([[1, 1], [0, 1], [1, 1]], float)
+    assert of_counts("k", "t", ["a", "b", "c"], counts).first(["a", "b"]).figure.value == 0.5
+
+
+def test_a_figure_that_is_none_is_no_number_in_the_file(tmp_path):
+    nothing = Measured("k", "t", Figure(math.nan, 0))
+    write_report(tmp_path, "t", [Section("s", "S", [nothing])])
+    assert json.loads((tmp_path / "report.json").read_text())["sections"][0]["figures"][0]["value"] is None
+    assert "| t | none |" in (tmp_path / "report.md").read_text()
+
+
+# ------------------------------------------------------------------------------------------------ options
+
+
+def test_options_are_read_and_wrong_ones_refused_by_name():
+    assert read_pairs("generation", ["a=1", "b=x", "c=null"]) == {"a": 1, "b": "x", "c": None}
+    with pytest.raises(ValueError, match="--generation.* a: "):
+        read_pairs("generation", ["a"])
+    with pytest.raises(ValueError, match="--batch_size.* 0"):
+        EvaluationArguments(batch_size=0)
+
+
+def test_recognisers_are_opened_by_what_they_are(tmp_path):
+    (tmp_path / "ctranslate").mkdir()
+    (tmp_path / "ctranslate" / "model.bin").write_bytes(b"")
+    (tmp_path / "ctranslate" / "preprocessor_config.json").write_text("{}")
+    (tmp_path / "asr").mkdir()
+    (tmp_path / "asr" / "preprocessor_config.json").write_text("{}")
+    (tmp_path / "lines.txt").write_text("one two\n")
+    for spec, kind, name in (
+        ("base", "whisper", "base"),
+        ("whisper:tiny.en", "whisper", "tiny.en"),
+        (str(tmp_path / "ctranslate"), "whisper", "ctranslate"),
+        (str(tmp_path / "asr"), "transformers", "asr"),
+        ("transformers:openai/whisper-tiny", "transformers", "whisper-tiny"),
+        (f"pocketsphinx:{tmp_path / 'lines.txt'}", "pocketsphinx", "lines"),
+    ):
+        listener = open_listener(spec)
+        assert (listener.settings["kind"], listener.name) == (kind, name)
+    with pytest.raises(ValueError, match="'vosk'.*pocketsphinx"):
+        open_listener("vosk:small")
+
+
+def test_pocketsphinx_hears_a_closed_domain(tmp_path):
+    (tmp_path / "lines.txt").write_text("eleven minus four is seven\nten minus two is eight\n")
+    recogniser = open_listener(f"pocketsphinx:{tmp_path / 'lines.txt'}").open()
+    wave, rate = soundfile.read("tests/fixtures/recognition/eleven_minus_four_is_seven.flac", dtype="float32")
+    assert recogniser.transcribe([wave], rate) == ["eleven minus four is seven"]
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(ValueError, match="empty.txt"):
+        open_listener(f"pocketsphinx:{tmp_path / 'empty.txt'}").open()
+
+
+def test_a_task_set_is_found_by_file_and_by_name_and_a_wrong_one_refused(tmp_path):
+    path = "training_examples/ttt_tiny/task_set.py"
+    assert evaluate_model.load_task_set(path) is task_set
+    assert evaluate_model.load_task_set("training_examples.ttt_tiny.task_set") is task_set
+    own = tmp_path / "own_set.py"
+    own.write_text("class Arguments: pass\ndef run(arguments): return 'done'\n")
+    assert evaluate_model.load_task_set(str(own)).run(None) == "done"
+    own.write_text("")
+    for wrong in (str(own), str(tmp_path / "none.py"), "training_examples.nothing"):
+        with pytest.raises(ValueError, match="--task_set"):
+            evaluate_model.load_task_set(wrong)
+    (tmp_path / "run.yaml").write_text("task_set: a.b\n")
+    assert evaluate_model.chosen_task_set([str(tmp_path / "run.yaml")]) == "a.b"
+    assert evaluate_model.chosen_task_set([str(tmp_path / "run.yaml"), "--task_set", "c"]) == "c"
+    assert evaluate_model.chosen_task_set(["--model", "m"]) == evaluate_model.BENCHMARKS
+
+
+# ------------------------------------------------------------------------------------------------ ttt-tiny
+
+
 @pytest.fixture(scope="module")
-def arguments(tmp_path_factory):
-    """A random model in a folder, and held-out lists of two rows each."""
+def folder(tmp_path_factory):
+    """A random model and its twin in folders, and held-out lists of two rows each."""
     folder = tmp_path_factory.mktemp("evaluation")
     processor = build_processor()
-    build_model(processor).save_pretrained(folder / "model")
+    model = build_model(processor)
+    model.generation_config.max_new_tokens = 60
+    model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
+    model.config.audio_objective = "autoregressive"
+    model.generation_config.max_new_tokens = 12
+    model.save_pretrained(folder / "twin")
+    processor.save_pretrained(folder / "twin")
     lists = folder / "eval"
     lists.mkdir()
     soundfile.write(lists / "speech.wav", tone(0.4), 16_000)
-    for task, suffixes in (("spoken_qa", "seen unheard unheard_natural"), ("asr", "seen unheard unheard_natural")):
-        for suffix in suffixes.split():
-            write_list(lists, f"{task}_{suffix}", task, "speech.wav")
-    write_list(lists, "development_spoken_qa_seen", "spoken_qa", "speech.wav", count=3)
-    write_list(lists, "development_asr_seen", "asr", "speech.wav", count=3)
-    write_list(lists, "development_tts", "tts", None, count=3)
+    for split, count in (("", 2), ("development_", 3)):
+        for name in ("spoken_qa_seen", "asr_seen", "other_seen", "not_heard"):
+            task = "asr" if name.startswith("asr") else "spoken_qa"
+            write_list(lists, split + name, task, "speech.wav", count)
+        write_list(lists, f"{split}tts", "tts", None, count)
+        turns = [turn("speech.wav"), turn(None)]
+        write_rows(lists, f"{split}two_turns", [{"task": "spoken_qa", "kind": "k", "turns": turns}] * count)
     write_list(lists, "text_qa", "text_qa", None)
-    write_list(lists, "tts", "tts", None)
-    return EvaluationArguments(
-        model=str(folder / "model"),
-        data_dir=lists,
-        output_dir=folder / "report",
-        steps=[2, 8],
-        thresholds=[0.9],
-        comparison_limit=1,
-        timed=1,
-        cold_runs=0,
-        max_new_tokens=12,
-        batch_size=2,
-    )
+    write_list(lists, "human_digits", "asr", "speech.wav")
+    write_list(lists, "codec_answers", "codec", None)
+    return folder
+
+
+def turn(audio):
+    return {"question": "x", "answer": "hi", "kind": "k", "audio": audio, "answer_audio": "speech.wav"}
 
 
 def write_list(folder, name, task, audio, count=2):
-    question = "" if task in ("asr", "tts") else "one plus one"
-    row = {
-        "task": task,
-        "question": question,
-        "answer": "one",
-        "kind": "k",
-        "audio": audio,
-        "answer_audio": "speech.wav",
-    }
-    lines = [json.dumps({"id": f"{name}-{index}", **row}) for index in range(count)]
+    question = "" if task in ("asr", "tts", "codec") else "one plus one"
+    spoken = None if task == "asr" else "speech.wav"
+    row = {"task": task, "question": question, "answer": "one", "kind": "k", "audio": audio, "answer_audio": spoken}
+    write_rows(folder, name, [row] * count)
+
+
+def write_rows(folder, name, rows):
+    lines = [json.dumps({"id": f"{name}-{index}", **row}) for index, row in enumerate(rows)]
     (folder / f"{name}.jsonl").write_text("\n".join(lines))
 
 
-def test_the_whole_evaluation_runs_and_goes_on_where_it_stopped(arguments, monkeypatch):
-    evaluation = Evaluation(arguments, DeafRecognizer())
-    evaluation.run()
-    figures = evaluation.figures
-    for key in ("spoken_qa_seen/exact", "asr_unheard/wer", "tts/speech_wer", "end_of_audio", "originals/tts"):
-        assert figures[key].count == (4 if key == "end_of_audio" else 2), key
-    assert figures["2 steps/tts/speech_wer"].count == figures["8 steps/tts/speech_wer"].count == 1
-    assert figures["originals/tts"].value == 0  # "one" was expected and heard
-    text = report(arguments, figures, evaluation.kinds)
-    assert "2 steps" in text and "threshold 0.9" in text and "| k |" in text
-    plot(arguments, figures, arguments.output_dir / "steps.png")
-    assert (arguments.output_dir / "steps.png").stat().st_size > 1000
+@pytest.fixture
+def one_listener(monkeypatch):
+    monkeypatch.setattr(task_set, "listeners", lambda args: [Listener("deaf", Deaf, {})])
+
+
+def arguments(folder, output, **options):
+    defaults = {"sweep_limit": 1, "blocks": [4], "steps": [2], "thresholds": [0.9], "order_biases": [0.0, 0.1]}
+    defaults |= {"timed": 1, "cold_runs": 0, "batch_size": 2}
+    return task_set.Arguments(
+        model=str(folder / "model"), data_dir=folder / "eval", output_dir=output, **(defaults | options)
+    )
+
+
+def test_ttt_tinys_task_set_measures_model_and_twin_and_goes_on_where_it_stopped(
+    folder, tmp_path, one_listener, monkeypatch
+):
+    args = arguments(folder, tmp_path, twin=str(folder / "twin"))
+    text = task_set.run(args)
+    report = Report.read(tmp_path)
+    values = {key: measured.figure for key, measured in report.figures.items()}
+    for key in ("spoken_qa_seen/exact", "asr_seen/wer", "two_turns/exact", "human_digits/k/wer", "false_alarms"):
+        assert values["model", key].count == values["twin", key].count == 2, key
+    assert values["model", "spoken_qa_seen/exact"].value == 0  # it says "hi"
+    assert values["model", "two_turns/exact"].value == values["model", "two_turns/first/exact"].value == 1
+    assert values["original", "tts/speech/deaf"].value == 0  # "one" was to be said, and "one" is always heard
+    assert values["codec", "codec_answers/speech/deaf"].count == 2
+    assert values["model", "spoken_qa_seen/speech/deaf"].value == 1  # "hi" was said, and "one" heard
+    # Every token of the twin takes a forward; 12 of them, of which the codes are fewer.
+    assert values["model", "tts/codes_per_forward"].value > 1
+    assert values["twin_speed", "speed/seconds"].count == 1
+    assert values["model_speed", "speed/first_sound"].count == 1
+    titles = [title for title in report.section_titles.values() if title.startswith("blocks of")]
+    assert len(titles) == 2 * 2 and "blocks of 26, threshold 0.9, order 0.1" in titles
+    assert values["sweep/blocks of 4, 2 steps", "tts/speech/deaf"].count == 1
+    for part in ("at least", "| autoregressive twin |", "by kind of question", "never heard by the codec"):
+        assert part in text
+    assert "Not measured, for the lists are not there: spoken_qa_unheard," in text
+    assert (tmp_path / "sweep.png").stat().st_size > 1000
+    assert not list(tmp_path.glob("sweep/*/audio/*")) and list(tmp_path.glob("model/tts-*/audio/*"))
 
     def refuse(*_, **__):
         raise AssertionError("a part that was measured is measured again")
 
-    monkeypatch.setattr(Talker, "answer", refuse)
-    again = Evaluation(arguments, DeafRecognizer())
-    again.run()
-    assert again.figures.keys() == figures.keys()
+    monkeypatch.setattr(TttBackend, "answer", refuse)
+    assert task_set.run(args) == text
 
 
-def test_the_development_split_reads_and_writes_files_of_its_own(arguments):
-    arguments = dataclasses.replace(arguments, split="development", output_dir=arguments.output_dir.parent / "choices")
-    evaluation = Evaluation(arguments, DeafRecognizer())
-    evaluation.run()
-    for name in ("spoken_qa_seen/exact", "asr_seen/wer", "tts/speech_wer"):
-        assert evaluation.figures[name].count == 3
-    assert "asr_unheard/wer" not in evaluation.figures
-    assert "development lists" in report(arguments, evaluation.figures, evaluation.kinds)
-    parts = list(arguments.output_dir.rglob("*.json"))
-    assert parts and all(path.name.startswith("development_") for path in parts)
-    assert HeldOutLists(arguments.data_dir).name("tts") == "tts"
+def test_the_development_split_reads_lists_of_its_own(folder, tmp_path, one_listener):
+    text = task_set.run(arguments(folder, tmp_path, split="development", sweep=False, timed=0))
+    assert "development lists" in text
+    figures = Report.read(tmp_path).figures
+    assert figures["model", "asr_seen/wer"].figure.count == 3
+    assert ("model", "text_qa/exact") not in figures and ("codec", "codec_answers/speech/deaf") not in figures
+    assert HeldOutLists(folder / "eval").name("tts") == "tts"
 
 
-def test_an_answer_has_ended_when_its_turn_is_over_and_no_span_hit_its_limit(arguments):
-    talker = arguments.talker(arguments.model)
-    end = talker.processor.token_ids.end_of_turn_token_id
-    limit = talker.model.generation_config.max_audio_codes_per_span
-    assert talker.has_ended([1, 2, end], 5)
-    assert not talker.has_ended([1, 2], 5)  # cut off
-    assert not talker.has_ended([1, 2, end], 0)  # never spoke
-    assert not talker.has_ended([1, 2, end], limit)  # closed at the limit
+def test_lists_that_are_all_missing_are_named(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="spoken_qa_unheard.*build_speech.py"):
+        task_set.Evaluation(arguments(folder, tmp_path, lists=["spoken_qa_unheard"]))
 
 
-def test_every_goal_of_the_report_has_a_measured_figure(arguments):
-    evaluation = Evaluation(arguments, DeafRecognizer())
-    evaluation.run()
-    missing = [key for key, *_ in evaluate_ttt.GOALS if key not in evaluation.figures and key != "cold_command"]
-    assert missing == []
+def test_an_answer_has_ended_when_its_turn_is_over_and_no_span_hit_its_limit(folder):
+    sample = Sample("a", (Turn(text="x"),))
+    (answer,) = TttBackend(str(folder / "model")).answer([sample], "text_chat")
+    assert answer.text == "hi" and answer.codes == 40 and not answer.ended  # its span is cut at 40 codes
+    (cut_off,) = TttBackend(str(folder / "model"), generation={"max_new_tokens": 5}).answer([sample], "text_chat")
+    assert not cut_off.ended and cut_off.codes < 5
+
+
+def test_the_twin_takes_a_forward_a_token(folder):
+    (answer,) = TttBackend(str(folder / "twin")).answer([Sample("a", (Turn(text="x"),))], "text_chat")
+    assert answer.forwards == 12
+
+
+def test_an_option_that_is_none_takes_off_what_the_checkpoint_sets(folder):
+    backend = TttBackend(str(folder / "model"))
+    backend.pipe.model.generation_config.audio_confidence_threshold = 0.5
+    sample = Sample("a", (Turn(text="x"),))
+    options = {"audio_block_size": 4, "audio_steps_per_block": 4}
+    (sure,) = backend.with_generation(**options).answer([sample], "text_chat")
+    (steps,) = backend.with_generation(**options, audio_confidence_threshold=None).answer([sample], "text_chat")
+    assert steps.forwards > 2 * sure.forwards  # sure of everything at once
+    assert backend.pipe.model.generation_config.audio_confidence_threshold == 0.5
+
+
+def test_samples_of_different_numbers_of_turns_are_not_one_batch(folder):
+    one, two = Sample("a", (Turn(text="x"),)), Sample("b", (Turn(text="x"), Turn(text="y")))
+    with pytest.raises(ValueError, match="number of turns"):
+        TttBackend(str(folder / "model")).answer([one, two], "text_chat")
+
+
+def test_the_goals_of_the_report_have_measured_figures(folder, tmp_path, one_listener):
+    for name in ("spoken_qa_unheard", "spoken_qa_unheard_natural", "asr_unheard", "asr_unheard_natural"):
+        write_list(folder / "eval", name, name[:3] if name[0] == "a" else "spoken_qa", "speech.wav")
+    for name in ("other_unheard", "human_other", "control_digits", "human_words"):
+        write_list(folder / "eval", name, "spoken_qa" if "other" in name else "asr", "speech.wav")
+    try:
+        task_set.run(arguments(folder, tmp_path, sweep=False))
+    finally:
+        for name in ("spoken_qa_unheard", "spoken_qa_unheard_natural", "asr_unheard", "asr_unheard_natural"):
+            (folder / "eval" / f"{name}.jsonl").unlink()
+    found = {key for section, key in Report.read(tmp_path).figures if section in ("model", "model_speed")}
+    kinds = ("dictation", "spoken then typed")  # these lists have one kind, "k"
+    wanted = {key for key, *_ in task_report.GOALS if not any(kind in key for kind in kinds)}
+    assert wanted - found == {"speed/cold_command"}

@@ -13,16 +13,28 @@ from training_examples.files import read_json, write_json
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured number: its value, how many samples it rests on, and what it counts in."""
+    """One measured number: its value, how many samples it rests on, what it counts in, and its 95 % interval."""
 
     value: float
     count: int
     unit: str = "%"
+    low: float | None = None
+    high: float | None = None
 
     def __str__(self) -> str:
+        if math.isnan(self.value):
+            return "none"
         if self.unit == "%":
             return f"{100 * self.value:.1f} %"
         return f"{self.value:.2f} {self.unit}".strip()
+
+    @property
+    def interval(self) -> str:
+        """The interval as it is printed, empty where there is none."""
+        if self.low is None or self.high is None or math.isnan(self.low) or math.isnan(self.high):
+            return ""
+        scale, digits = (100, 1) if self.unit == "%" else (1, 2)
+        return f"{scale * self.low:.{digits}f} to {scale * self.high:.{digits}f}"
 
 
 def normalized(text: str) -> str:
@@ -37,7 +49,7 @@ def fingerprint(*paths: str | Path) -> str:
     digest = hashlib.sha256()
     for root in map(Path, paths):
         for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
-            if path.is_file() and path.suffix in {".safetensors", ".json", ".jsonl"}:
+            if path.is_file() and (path == root or path.suffix in {".safetensors", ".json", ".jsonl", ".bin"}):
                 digest.update(path.relative_to(root if root.is_dir() else root.parent).as_posix().encode())
                 digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -60,8 +60,7 @@ def bootstrap_interval(counts: np.ndarray, total: Total = ratio) -> tuple[float,
             return float(TAIL ** (1 / len(counts))), 1.0
         if (counts[:, 0] == 0).all():
             return 0.0, float(1 - TAIL ** (1 / len(counts)))
-    low, high = np.nanquantile(total(resampled_sums(counts)), (TAIL, 1 - TAIL))
-    return float(low), float(high)
+    return _quantiles(total(resampled_sums(counts)))
 
 
 def difference_interval(
@@ -85,5 +84,13 @@ def difference_interval(
         differences = total(sums[:, first.shape[1] :]) - total(sums[:, : first.shape[1]])
     else:
         differences = total(resampled_sums(second, seed=SEED + 1)) - total(resampled_sums(first))
-    low, high = np.nanquantile(differences, (TAIL, 1 - TAIL))
+    return _quantiles(differences)
+
+
+def _quantiles(values: np.ndarray) -> tuple[float, float]:
+    """Return the bounds of 95 % of the values that are numbers, NaN if none is."""
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return np.nan, np.nan
+    low, high = np.quantile(values, (TAIL, 1 - TAIL))
     return float(low), float(high)

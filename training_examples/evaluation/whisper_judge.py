@@ -185,14 +185,20 @@ class WhisperJudge:
             everything that is compared; None for none.
         num_threads (`int`, *optional*, defaults to 1): CPU threads.
         compute_type (`str`, *optional*, defaults to `"int8"`): CTranslate2's number format.
+        language (`str`, *optional*, defaults to `"en"`): what is spoken.
     """
 
     def __init__(
-        self, model: str | Path, prompt: str | None = NUMBER_PROMPT, num_threads: int = 1, compute_type: str = "int8"
+        self,
+        model: str | Path,
+        prompt: str | None = NUMBER_PROMPT,
+        num_threads: int = 1,
+        compute_type: str = "int8",
+        language: str = "en",
     ):
         from faster_whisper import WhisperModel
 
-        self.prompt = prompt
+        self.prompt, self.language = prompt, language
         self._model = WhisperModel(
             str(model), device="cpu", compute_type=compute_type, cpu_threads=num_threads, num_workers=1
         )
@@ -228,6 +234,6 @@ class WhisperJudge:
             waveform = librosa.resample(waveform, orig_sr=sampling_rate, target_sr=SAMPLING_RATE)
         options: dict[str, Any] = {"beam_size": 1, "temperature": 0.0, "condition_on_previous_text": False}
         segments, _ = self._model.transcribe(
-            waveform, language="en", initial_prompt=self.prompt, without_timestamps=True, **options
+            waveform, language=self.language, initial_prompt=self.prompt, without_timestamps=True, **options
         )
         return " ".join(segment.text.strip() for segment in segments)

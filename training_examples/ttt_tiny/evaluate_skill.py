@@ -8,20 +8,21 @@ Needs the lists of build_skill.py and, for the old domain, of `build_speech.py -
 the table that is printed.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from training_examples.command_line import ScriptParser
-from training_examples.evaluation.figures import Figure, markdown_table, remember
+from training_examples.evaluation.backends import TttBackend
+from training_examples.evaluation.figures import markdown_table, normalized
+from training_examples.evaluation.measuring import Measured, of_scorer, share_of
 from training_examples.evaluation.recognisers import Recognizer
+from training_examples.evaluation.rows import Listener, Run
 from training_examples.threads import threads_field, use_threads
 from training_examples.ttt_tiny import domain
+from training_examples.ttt_tiny.held_out import HeldOutLists
 from training_examples.ttt_tiny.judge import VOICE_MEAN, VOICE_WARP
 from training_examples.ttt_tiny.skill import new_words, skill_items, split_of
-from training_examples.ttt_tiny.talker import HeldOutLists, Talker, figures_of_list, measure_list
 from training_examples.user_errors import run_command
 
 # Rows of the table: data, figure, title.
@@ -47,10 +48,9 @@ class SkillEvaluationArguments:
     listen: bool = field(default=True, metadata={"help": "Have the recogniser listen to the answers."})
     batch_size: int = field(default=32, metadata={"help": "Questions answered at once."})
     threads: int = threads_field()
-    num_workers: int = field(default=2, metadata={"help": "Processes of the recogniser."})
 
 
-def recognizer(num_workers: int) -> Recognizer:
+def recognizer() -> Recognizer:
     """Return the domain's recogniser with the words and the training sentences of the skill added."""
     sentences = [
         text for item in skill_items() if split_of(item.question) == "training" for text in (item.question, item.answer)
@@ -58,37 +58,51 @@ def recognizer(num_workers: int) -> Recognizer:
     return Recognizer(
         [*domain.vocabulary(), *new_words()],
         [*domain.lm_sentences(seed=0, n=20_000), *sentences * 10],
-        num_workers=num_workers,
         frequency_warp=VOICE_WARP,
         cepstral_mean=VOICE_MEAN,
     )
 
 
+def figures_of(run: Run, listener: Listener | None) -> dict[str, Measured]:
+    """Return exact answers and, where they are listened to, the word errors of the speech against its own text and
+    against the right one."""
+    rows = run.rows
+    ids, own = [row["id"] for row in rows], [normalized(row["text"]) for row in rows]
+    right = [row["references"][0] for row in rows]
+    exact = [(name, text == reference) for name, text, reference in zip(ids, own, right, strict=True)]
+    found = {"exact": share_of("exact", "exact text answers", exact)}
+    if listener is not None:
+        heard = list(run.listen(listener).values())
+        for key, said in (("speech_wer", own), ("spoken_wer", right)):
+            if any(said):
+                options = {"normalizer": "none"}
+                found[key] = of_scorer(key, "recogniser WER", "error_rate", ids, heard, said, options)
+    return found
+
+
 def main() -> None:
     (args,) = ScriptParser(SkillEvaluationArguments, __doc__).parse_args_into_dataclasses()
     use_threads(args.threads)
-    figures: dict[tuple[str, str, str], Figure] = {}
-    with recognizer(args.num_workers) if args.listen else nullcontext() as listener:
-        for data, folder in (("new", args.skill_dir), ("old", args.old_dir)):
-            lists, name = HeldOutLists(folder, args.split), "spoken_qa_seen"
-            before = Talker(args.model, lists)
-            after = Talker(args.adapter, lists, before)
-            for when, talker in (("before", before), ("after", after)):
-                rows = remember(
-                    args.output_dir / "parts" / f"{data}-{lists.name(name)}-{when}.json",
-                    {
-                        "model": talker.fingerprint,
-                        "list": lists.fingerprint(name),
-                        "limit": args.limit,
-                        "listen": args.listen,
-                    },
-                    partial(measure_list, talker, name, args.limit, args.batch_size, listener, {}),
-                )["rows"]
-                figures |= {(data, key, when): figure for key, figure in figures_of_list(rows).items()}
+    figures: dict[tuple[str, str, str], Measured] = {}
+    listener = Listener("pocketsphinx", recognizer, {"domain": "ttt-tiny with the skill"}) if args.listen else None
+    before = TttBackend(args.model)
+    after = TttBackend(args.adapter, processor_of=before)
+    for data, folder in (("new", args.skill_dir), ("old", args.old_dir)):
+        lists, name = HeldOutLists(folder, args.split), "spoken_qa_seen"
+        for when, backend in (("before", before), ("after", after)):
+            settings = {**backend.settings, "list": lists.fingerprint(name)}
+            samples = lists.samples(name, args.limit)
+            run = Run(args.output_dir / f"{data}-{when}", lists.name(name), lists.task(name), samples, settings)
+            run.answer(backend, args.batch_size, keep_audio=args.listen)
+            figures |= {(data, key, when): measured for key, measured in figures_of(run, listener).items()}
     table = markdown_table(
         ["", "before", "after", "samples"],
         [
-            [title, *(figures[data, key, when] for when in ("before", "after")), figures[data, key, "after"].count]
+            [
+                title,
+                *(m.figure if (m := figures.get((data, key, when))) else "" for when in ("before", "after")),
+                figures[data, key, "after"].figure.count,
+            ]
             for data, key, title in ROWS
             if (data, key, "after") in figures
         ],

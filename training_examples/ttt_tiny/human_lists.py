@@ -1,4 +1,4 @@
-"""Makes held-out lists of what people say, for evaluate_ttt.py, from recordings in two packages of Debian.
+"""Makes held-out lists of what people say, for task_set.py, from recordings in two packages of Debian.
 
     apt-get download tuxpaint-stamps-default pocketsphinx-testdata
     for package in *.deb; do dpkg -x $package data/humans; done

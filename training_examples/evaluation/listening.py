@@ -1,0 +1,105 @@
+"""Recognisers by name: faster-whisper's, any speech recogniser of Transformers, PocketSphinx with a closed domain.
+
+What they hear is kept in rows.py.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import librosa
+import numpy as np
+
+from training_examples.evaluation.figures import fingerprint
+from training_examples.evaluation.rows import Listener, Recogniser
+from training_examples.evaluation.whisper_judge import NUMBER_PROMPT, SAMPLING_RATE, WhisperJudge
+
+KINDS = ("whisper", "transformers", "pocketsphinx")
+
+
+class TransformersRecogniser:
+    """
+    Any model that `pipeline("automatic-speech-recognition")` loads.
+
+    Args:
+        model (`str`): folder or Hub name.
+        language (`str`, *optional*): told to models of many languages (Whisper's).
+        device (`str`, *optional*, defaults to `"cpu"`): where it runs.
+        batch_size (`int`, *optional*, defaults to 8): waveforms at once.
+    """
+
+    def __init__(self, model: str, language: str | None = None, device: str = "cpu", batch_size: int = 8):
+        from transformers import pipeline
+
+        self._pipe = pipeline("automatic-speech-recognition", model=model, device=device)
+        self._batch_size = batch_size
+        takes_language = getattr(self._pipe.model.generation_config, "is_multilingual", False)
+        self._options = {"generate_kwargs": {"language": language}} if language and takes_language else {}
+
+    def transcribe(self, waveforms: Sequence[np.ndarray], sampling_rate: int = SAMPLING_RATE) -> list[str]:
+        """Return one transcript for each mono waveform of shape `(samples,)`; empty for an empty one."""
+        rate = self._pipe.feature_extractor.sampling_rate
+        texts = []
+        for start in range(0, len(waveforms), self._batch_size):
+            batch = [np.asarray(wave, np.float32) for wave in waveforms[start : start + self._batch_size]]
+            if sampling_rate != rate:
+                batch = [librosa.resample(wave, orig_sr=sampling_rate, target_sr=rate) for wave in batch]
+            heard = self._pipe([{"raw": wave, "sampling_rate": rate} for wave in batch if len(wave)], **self._options)
+            found = iter(heard)
+            texts += [next(found)["text"].strip() if len(wave) else "" for wave in batch]
+        return texts
+
+
+def closed_domain(sentences: Path) -> Recogniser:
+    """
+    Return PocketSphinx over the words of a text file, whose lines are typical sentences.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds no word, or one without a pronunciation.
+    """
+    from training_examples.evaluation.recognisers import Recognizer
+
+    lines = [line.split() for line in sentences.read_text(encoding="utf-8").lower().splitlines()]
+    vocabulary = sorted({word for line in lines for word in line})
+    if not vocabulary:
+        raise ValueError(f"`--recogniser` pocketsphinx:{sentences} holds no word")
+    return Recognizer(vocabulary, [" ".join(line) for line in lines if line])
+
+
+def open_listener(spec: str, language: str = "en", device: str = "cpu", threads: int = 1) -> Listener:
+    """
+    Return a recogniser by its description; nothing is loaded yet.
+
+    Args:
+        spec (`str`): `whisper:` and a faster-whisper folder, name or Hub repository; `transformers:` and a folder or
+            Hub name; `pocketsphinx:` and a text file of sentences. Without a prefix a folder says by its files what it
+            is, and a name is faster-whisper's.
+        language (`str`, *optional*, defaults to `"en"`): what is spoken.
+        device (`str`, *optional*, defaults to `"cpu"`): of a Transformers model.
+        threads (`int`, *optional*, defaults to 1): of faster-whisper.
+
+    Raises:
+        ValueError: If the kind is unknown.
+    """
+    kind, colon, name = spec.partition(":")
+    if not colon or kind not in KINDS:
+        if colon and not Path(spec).exists():
+            raise ValueError(f"`--recogniser` {spec}: there is no kind {kind!r}; use one of {', '.join(KINDS)}.")
+        folder = Path(spec)
+        kind, name = "transformers" if (folder / "preprocessor_config.json").exists() else "whisper", spec
+        if (folder / "model.bin").exists():
+            kind = "whisper"
+    settings: dict[str, Any] = {"kind": kind, "name": name, "language": language}
+    if Path(name).exists():
+        settings["hash"] = fingerprint(name)
+
+    def start() -> Recogniser:
+        if kind == "transformers":
+            return TransformersRecogniser(name, language, device)
+        if kind == "pocketsphinx":
+            return closed_domain(Path(name))
+        prompt = NUMBER_PROMPT if language == "en" else None
+        return WhisperJudge(name, prompt=prompt, num_threads=threads, language=language)
+
+    return Listener(Path(name).stem if kind == "pocketsphinx" else Path(name).name, start, settings)

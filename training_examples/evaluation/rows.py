@@ -1,0 +1,197 @@
+"""Rows of an evaluation on disk: answers as they come, and what was heard in them; both go on where they stopped."""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import soundfile
+from tqdm.auto import tqdm
+
+from training_examples.evaluation.backends import Answer, Backend, Sample
+from training_examples.files import read_json, write_json
+
+MOST_FAILURES = 5  # samples that fail one after the other end a run: the fault is not theirs
+Row = dict[str, Any]
+
+
+class Recogniser(Protocol):
+    """Whatever reads speech."""
+
+    def transcribe(self, waveforms: Sequence[np.ndarray], sampling_rate: int) -> list[str]:
+        """Return one transcript for each mono waveform of shape `(samples,)`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Listener:
+    """A recogniser with its name in reports. `open` is called when there is something to listen to."""
+
+    name: str
+    open: Callable[[], Recogniser]
+    settings: Mapping[str, Any]
+
+
+def hash_of(value: Any, length: int = 16) -> str:
+    """Return a short hash of anything that is JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:length]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a JSONL file, none if there is no file. A last line that a kill cut off is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def append_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Append rows to a JSONL file; what a kill left of a line is cut off first."""
+    with path.open("ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+class Run:
+    """
+    The answers of one backend to one list of samples, in a folder of their own.
+
+    The folder's name ends with a hash of the settings, so that rows of another model, other options or other data are
+    never mixed with these, nor overwritten.
+
+    Args:
+        folder (`Path`): where runs are kept.
+        name (`str`): of this one.
+        task (`str`): what the backend is asked for.
+        samples (`Sequence` of [`Sample`]): of them all.
+        settings (`Mapping`): everything beside the samples that answers depend on, JSON alone.
+    """
+
+    def __init__(self, folder: Path, name: str, task: str, samples: Sequence[Sample], settings: Mapping[str, Any]):
+        self.task, self.samples = task, list(samples)
+        if twice := [name for name, count in Counter(sample.id for sample in samples).items() if count > 1][:3]:
+            raise ValueError(f"samples share ids: {twice}; every row needs an id of its own")
+        self.settings = json.loads(json.dumps({"task": task, **settings}))
+        self.folder = folder / f"{name}-{hash_of(self.settings, 8)}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "settings.json").exists():
+            write_json(self.folder / "settings.json", self.settings)
+
+    @property
+    def rows(self) -> list[Row]:
+        """The samples' rows, in their order, as far as they are answered."""
+        found = {row["id"]: row for row in read_rows(self.folder / "rows.jsonl")}  # a later row replaces an earlier
+        return [found[sample.id] for sample in self.samples if sample.id in found]
+
+    def answer(self, backend: Backend, batch_size: int, keep_audio: bool = True) -> list[Row]:
+        """
+        Answer what is not answered yet, in batches, and return the rows of all samples.
+
+        A batch that fails is asked one by one; a sample that fails alone becomes a row with `error`, whose answer
+        counts as empty, and is asked again by the next run.
+
+        Raises:
+            RuntimeError: If several samples fail one after the other.
+        """
+        finished = {row["id"] for row in self.rows if "error" not in row}
+        waiting = [sample for sample in self.samples if sample.id not in finished]
+        waiting.sort(key=lambda sample: (len(sample.turns), _size(sample)))
+        failures = 0
+        with tqdm(total=len(waiting), desc=self.folder.name, disable=not waiting) as bar:
+            while waiting:
+                turns = len(waiting[0].turns)
+                batch = [sample for sample in waiting[:batch_size] if len(sample.turns) == turns]
+                waiting = waiting[len(batch) :]
+                rows = self._ask(backend, batch, keep_audio)
+                append_rows(self.folder / "rows.jsonl", rows)
+                for row in rows:
+                    failures = failures + 1 if "error" in row else 0
+                    if failures == MOST_FAILURES:
+                        raise RuntimeError(f"{failures} samples failed one after the other, the last: {row['error']}")
+                bar.update(len(batch))
+        return self.rows
+
+    def _ask(self, backend: Backend, batch: Sequence[Sample], keep_audio: bool) -> list[Row]:
+        try:
+            answers = backend.answer(batch, self.task)
+        except Exception as error:
+            if len(batch) > 1:
+                return [row for sample in batch for row in self._ask(backend, [sample], keep_audio)]
+            return [self._row(batch[0]) | {"text": "", "error": f"{type(error).__name__}: {error}"}]
+        return [
+            self._row(sample) | self._answered(sample, answer, keep_audio)
+            for sample, answer in zip(batch, answers, strict=True)
+        ]
+
+    @staticmethod
+    def _row(sample: Sample) -> Row:
+        asked = {"question": text} if (text := sample.turns[-1].text) else {}
+        return {"id": sample.id, "kind": sample.kind, **asked, **sample.details, "references": list(sample.references)}
+
+    def _answered(self, sample: Sample, answer: Answer, keep_audio: bool) -> Row:
+        path = None
+        if keep_audio and len(answer.audio):
+            path = f"audio/{hash_of(sample.id)}.flac"
+            (self.folder / "audio").mkdir(exist_ok=True)
+            soundfile.write(self.folder / path, np.clip(answer.audio, -1.0, 1.0), answer.sampling_rate)
+        row: Row = {"text": answer.text, "earlier": answer.earlier, "audio": path, "codes": answer.codes}
+        row |= {"forwards": answer.forwards, "ended": answer.ended, "seconds": _finite(answer.seconds)}
+        return row | {"audio_seconds": len(answer.audio) / answer.sampling_rate}
+
+    def listen(self, listener: Listener, batch_size: int = 16) -> dict[str, str]:
+        """
+        Return what a recogniser heard in every answer, by id; what it heard before is remembered. Where nothing was
+        said, nothing is heard.
+
+        Raises:
+            FileNotFoundError: If an answer's recording is gone.
+        """
+        path = self.folder / f"heard-{listener.name}-{hash_of(listener.settings, 8)}.jsonl"
+        heard = {row["id"]: row["text"] for row in read_rows(path)}
+        waiting = [row for row in self.rows if row["id"] not in heard and row.get("audio")]
+        recogniser = listener.open() if waiting else None
+        for start in tqdm(range(0, len(waiting), batch_size), desc=f"{listener.name} listens", disable=not waiting):
+            assert recogniser is not None
+            rows = waiting[start : start + batch_size]
+            waves, rates = zip(
+                *(soundfile.read(self.folder / row["audio"], dtype="float32") for row in rows), strict=True
+            )
+            texts = recogniser.transcribe(waves, rates[0])
+            append_rows(path, [{"id": row["id"], "text": text} for row, text in zip(rows, texts, strict=True)])
+            heard |= {row["id"]: text for row, text in zip(rows, texts, strict=True)}
+        return {row["id"]: heard.get(row["id"], "") for row in self.rows}
+
+    def remember(self, name: str, settings: Any, compute: Callable[[Row], Any]) -> dict[str, Any]:
+        """Return what `compute` makes of every row (JSON), by id, remembered row by row under `name` and settings."""
+        path = self.folder / f"{name}-{hash_of(settings, 8)}.jsonl"
+        found = {row["id"]: row["value"] for row in read_rows(path)}
+        rows = self.rows
+        waiting = [row for row in rows if row["id"] not in found]
+        for row in tqdm(waiting, desc=name, disable=not waiting):
+            found[row["id"]] = compute(row)
+            append_rows(path, [{"id": row["id"], "value": found[row["id"]]}])
+        return {row["id"]: found[row["id"]] for row in rows}
+
+    def drop_audio(self) -> None:
+        """Remove the answers' recordings."""
+        for path in (self.folder / "audio").glob("*.flac"):
+            path.unlink()
+
+    def stored_settings(self) -> Any:
+        """Return the settings as the folder has them."""
+        return read_json(self.folder / "settings.json")
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _size(sample: Sample) -> int:
+    """Return roughly how long an answer is, so that batches are filled with what takes as long."""
+    return max(map(len, sample.references), default=0) + sum(len(turn.text or "") for turn in sample.turns)
