@@ -144,19 +144,33 @@ def deepspeed(folder: Path) -> dict[str, Any]:
     return {"zero3": train(folder, "zero3", use_cpu=False)}
 
 
-def script(folder: Path) -> dict[str, Any]:
+def script(folder: Path, name: str = "script", more: str = "") -> dict[str, Any]:
     """What a user starts: train_ttt.py, on packed rows and with an evaluation."""
-    options = f"--model {folder / 'model'} --dataset {folder / 'examples'} --output_dir {folder / 'script'}"
-    options += " --packing --max_length 128 --per_device_train_batch_size 1 --max_steps 3 --logging_steps 1 --use_cpu"
-    options += " --eval_strategy steps --eval_steps 3 --per_device_eval_batch_size 2 --ddp_backend gloo --threads 1"
+    wrappers: list[str] = []
+    leave = train_ttt.leave_group
+
+    def leave_group(trainer):
+        wrappers.append(type(trainer.model_wrapped).__name__)
+        leave(trainer)
+
+    train_ttt.leave_group = leave_group
+    options = f"--model {folder / 'model'} --dataset {folder / 'examples'} --output_dir {folder / name} {more}"
+    options += " --packing --max_length 128 --per_device_train_batch_size 1 --max_steps 3 --logging_steps 1"
+    options += " --eval_strategy steps --eval_steps 3 --per_device_eval_batch_size 2 --threads 1"
     sys.argv = ["train_ttt.py", *options.split(), "--report_to", "none", "--disable_tqdm", "true"]
     train_ttt.main()
-    return {"script": {"left_the_group": not torch.distributed.is_initialized()}}
+    return {"script": {"left_the_group": not torch.distributed.is_initialized(), "wrapper": wrappers[0]}}
+
+
+def sharded_script(folder: Path) -> dict[str, Any]:
+    """The same with --shard."""
+    return script(folder, "sharded_script", "--shard --save_only_model --save_steps 2")
 
 
 def main(folder: Path, part: str) -> None:
     torch.set_num_threads(1)
     parts = {"plain": plain, "configured": configured, "deepspeed": deepspeed, "script": script}
+    parts["sharded_script"] = sharded_script
     results = parts[part](folder)
     (folder / f"{part}-{os.environ['RANK']}.json").write_text(json.dumps(results))
     if torch.distributed.is_initialized():  # threads of the group must not outlive the interpreter

@@ -148,8 +148,12 @@ def test_processes_share_the_data_and_draw_noise_of_their_own(runs, data):
     assert sum(map(bool, first["masks"] + second["masks"])) >= 8
 
 
-def test_the_script_trains_packed_rows_in_two_processes_and_leaves_their_group(tmp_path):
-    """A group that is left to the end of the interpreter may abort it."""
+@pytest.mark.parametrize(
+    ("part", "wrapper"),
+    [("script", "DistributedDataParallel"), ("sharded_script", "FSDPTttForConditionalGeneration")],
+)
+def test_the_script_trains_on_the_cpus_of_cpu_yaml_and_leaves_the_group(tmp_path, part, wrapper):
+    """On packed rows. A group that is left to the end of the interpreter may abort it."""
     processor = build_processor()
     save_repository(build_model(processor), processor, tmp_path / "model")
     rng = random.Random(0)
@@ -160,22 +164,24 @@ def test_the_script_trains_packed_rows_in_two_processes_and_leaves_their_group(t
         rows.append(row | {"length": len(row["input_ids"]), "task": "text_chat"})
     data = Dataset.from_list(rows)
     DatasetDict({"train": data, "eval": data.select(range(5))}).save_to_disk(str(tmp_path / "examples"))
-    process = start(
-        tmp_path, "script", "torch.distributed.run", f"--nproc_per_node={PROCESSES}", port_option="--master_port"
-    )
-    (of_ranks,) = results_of(tmp_path, "script", process).values()
-    assert of_ranks == [{"left_the_group": True}] * PROCESSES
-    log = [json.loads(line) for line in (tmp_path / "script" / "log_history.jsonl").read_text().splitlines()]
+    (of_ranks,) = results_of(tmp_path, part, start_configured(tmp_path, part, "cpu.yaml")).values()
+    assert of_ranks == [{"left_the_group": True, "wrapper": wrapper}] * PROCESSES
+    log = [json.loads(line) for line in (tmp_path / part / "log_history.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3]
     (evaluation,) = (entry for entry in log if "eval_loss" in entry)
     parts = evaluation["eval_text_loss"] + evaluation["eval_audio_loss"]
     assert parts == pytest.approx(evaluation["eval_loss"], rel=1e-5)
-    assert (tmp_path / "script" / "pipeline_ttt.py").is_file()
+    assert (tmp_path / part / "pipeline_ttt.py").is_file()
+    config = json.loads((tmp_path / part / "config.json").read_text())
+    assert "distributed_config" not in config and "device_mesh" not in config
+    TttForConditionalGeneration.from_pretrained(tmp_path / part)
+    if part == "sharded_script":
+        TttForConditionalGeneration.from_pretrained(tmp_path / part / "checkpoint-2")
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_accelerate_reads_the_configuration(path):
     config = load_config_from_file(str(path))
-    assert config.mixed_precision == "bf16"
-    assert config.num_processes == {"one_gpu": 1, "deepspeed_zero3": 16}.get(path.stem, 8)
+    assert config.mixed_precision == ("no" if path.stem == "cpu" else "bf16")
+    assert config.num_processes == {"one_gpu": 1, "cpu": 2, "deepspeed_zero3": 16}.get(path.stem, 8)
     assert config.num_machines == (2 if path.stem == "deepspeed_zero3" else 1)

@@ -10,18 +10,19 @@ run that was killed goes on from its last checkpoint when started again.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, TrainingArguments
 
 from modeling_ttt import TttConfig, TttForConditionalGeneration
 from pipelines import save_repository
 from processing import TttProcessor
 from training_examples.training.arguments import ModelArguments, parse_arguments
+from training_examples.training.card import RunCard
 from training_examples.training.trainer import (
     check_lengths,
     check_vocabulary,
@@ -90,6 +91,15 @@ class LoraArguments(ModelArguments):
                 f"--quantize keeps the model in 4 bit with bitsandbytes on a CUDA GPU, but {missing}. Leave it out to "
                 "train the adapter on the unquantised model."
             )
+
+
+def check_base_name(args: LoraArguments, training: TrainingArguments) -> None:
+    """Raise a ValueError where an adapter would be pushed that names its model by a folder of this machine."""
+    if training.push_to_hub and args.base_model_name is None:
+        raise ValueError(
+            "--push_to_hub would publish an adapter that names its model by a folder of this machine, where nobody "
+            "finds it: push the model, and name it with --base_model_name OWNER/NAME."
+        )
 
 
 def read_words(item: str) -> list[str]:
@@ -177,17 +187,20 @@ def load_base(args: LoraArguments, config: TttConfig) -> TttForConditionalGenera
     return prepare_model_for_kbit_training(quantised, gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def save_merged(model: Path, adapter: str, folder: Path) -> None:
-    """Write a whole Hub folder of `model` with the adapter's change in its weights."""
+def save_merged(model: Path, adapter: str, folder: Path, card: str | None = None) -> None:
+    """Write a whole Hub folder of `model` with the adapter's change in its weights, and a card."""
     base = TttForConditionalGeneration.from_pretrained(model)
     merged = PeftModel.from_pretrained(base, adapter).merge_and_unload().eval()
-    save_repository(merged, TttProcessor.from_pretrained(model), folder)
+    save_repository(merged, TttProcessor.from_pretrained(model), folder, card=card)
 
 
 def main() -> None:
     arguments, training = parse_arguments(LoraArguments, __doc__)
+    check_base_name(arguments, training)
     train_dataset, eval_dataset = load_data(arguments, training)
-    processor = TttProcessor.from_pretrained(arguments.processor or arguments.model, load_audio_tokenizer=False)
+    # What is trained on are codes; speech is for those who listen.
+    speaks = arguments.sample_steps > 0
+    processor = TttProcessor.from_pretrained(arguments.processor or arguments.model, load_audio_tokenizer=speaks)
     config = load_config(arguments)
     check_vocabulary(config, processor)
     train_dataset = check_lengths(arguments, config, train_dataset)
@@ -196,14 +209,16 @@ def main() -> None:
     if arguments.base_model_name is not None:
         model.peft_config["default"].base_model_name_or_path = arguments.base_model_name
     model.print_trainable_parameters()
-    trainer = make_trainer(arguments, training, model, processor, (train_dataset, eval_dataset))
+    card = RunCard(arguments, training, arguments.base_model_name, adapter=True)
+    trainer = make_trainer(arguments, training, model, processor, (train_dataset, eval_dataset), card)
     run(trainer)
     if arguments.adapter_strength != 1.0:
         # What was trained is scaled by alpha / r when it is loaded; the checkpoints keep the full strength.
         model.peft_config["default"].lora_alpha = arguments.alpha * arguments.adapter_strength
         trainer.save_model()
     if arguments.merge_to is not None and trainer.is_world_process_zero():
-        save_merged(arguments.model, training.output_dir, arguments.merge_to)
+        whole = replace(card, adapter=False)
+        save_merged(arguments.model, training.output_dir, arguments.merge_to, whole.text(trainer, arguments.merge_to))
     leave_group(trainer)
 
 

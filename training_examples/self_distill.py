@@ -13,14 +13,11 @@ run that was killed goes on with the first missing shard.
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-import torch
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from modeling_ttt import TttForConditionalGeneration
@@ -33,17 +30,10 @@ from training_examples.preparation.records import RejectedError
 from training_examples.preparation.shards import ShardFolder
 from training_examples.preparation.sources import Chunk
 from training_examples.threads import threads_field, use_threads
+from training_examples.training.samples import Recogniser, answer_prompts, split_example
 from training_examples.user_errors import run_command
 
 FREE_ARGUMENTS = ("output_dir", "batch_size", "device", "threads")
-
-
-class Recogniser(Protocol):
-    """Whatever reads speech."""
-
-    def transcribe(self, waveforms: Sequence[np.ndarray], sampling_rate: int) -> list[str]:
-        """Return one transcript for each mono waveform of shape `(samples,)`."""
-        ...
 
 
 @dataclass
@@ -93,17 +83,6 @@ class DistillArguments:
             except json.JSONDecodeError:
                 options[name] = value
         return options
-
-
-def split_example(example: dict[str, Any]) -> tuple[list[int], list[int]]:
-    """Return the tokens of an example before its last scored part, and that part: the prompt and the answer."""
-    labels = np.array(example["labels"])
-    scored = np.flatnonzero(labels != -100)
-    if not len(scored):
-        raise RejectedError("unscored", "nothing of it is scored")
-    gaps = np.flatnonzero(np.diff(scored) > 1)
-    start = int(scored[gaps[-1] + 1] if len(gaps) else scored[0])
-    return example["input_ids"][:start], example["input_ids"][start : int(scored[-1]) + 1]
 
 
 class Distiller:
@@ -158,16 +137,7 @@ class Distiller:
 
     def answer(self, prompts: list[list[int]]) -> list[list[int]]:
         """Return what the model writes after each prompt, up to its end of turn."""
-        flipped = [torch.tensor(prompt[::-1]) for prompt in prompts]
-        ids = pad_sequence(flipped, batch_first=True, padding_value=-1).flip(1)  # padded on the left
-        mask = (ids >= 0).long()
-        written = self.model.generate(
-            ids.clamp(min=0).to(self.model.device), attention_mask=mask.to(self.model.device), **self.options
-        )
-        end, answers = self.processor.token_ids.end_of_turn_token_id, []
-        for row in written[:, ids.shape[1] :].tolist():
-            answers.append(row[: row.index(end) + 1] if end in row else row)
-        return answers
+        return answer_prompts(self.model, prompts, self.processor.token_ids.end_of_turn_token_id, **self.options)
 
     def judge(self, references: list[list[int]], answers: list[list[int]]) -> list[RejectedError | None]:
         """Say of each answer why it is not kept, or `None`."""

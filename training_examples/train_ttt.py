@@ -11,9 +11,16 @@ where it would have ended. The output folder gets the model with its processor, 
 curves (curves.png).
 """
 
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.distributed import DistributedConfig
+
 from modeling_ttt import TttConfig, TttForConditionalGeneration
 from processing import TttProcessor
 from training_examples.training.arguments import ModelArguments, parse_arguments
+from training_examples.training.card import RunCard
 from training_examples.training.trainer import (
     check_lengths,
     check_vocabulary,
@@ -25,18 +32,53 @@ from training_examples.training.trainer import (
 from training_examples.user_errors import run_command
 
 
+@dataclass
+class TrainArguments(ModelArguments):
+    shard: bool = field(
+        default=False,
+        metadata={
+            "help": "Spread weights, gradients and optimizer over the processes. It is FSDP2 as Transformers applies "
+            "it, on CPUs too; accelerate's fsdp2.yaml is for GPUs, and its runs can be resumed."
+        },
+    )
+
+    def sharding(self, training: TrainingArguments) -> dict[str, Any]:
+        """
+        Return what `from_pretrained` is given so that every process loads its share.
+
+        Raises:
+            ValueError: If there is one process, or the run keeps states of the optimizer, of which only the first
+                process would write its share.
+        """
+        if not self.shard:
+            return {}
+        if training.world_size == 1:
+            raise ValueError("--shard spreads a model over several processes, and there is one: see accelerate launch.")
+        if training.save_strategy != "no" and not training.save_only_model:
+            raise ValueError(
+                "A run with --shard cannot be resumed, because its optimizer is not gathered: add --save_only_model to "
+                "keep checkpoints to talk to, or --save_strategy no."
+            )
+        return {"distributed_config": DistributedConfig(fsdp_size=training.world_size)}
+
+
 def main() -> None:
-    arguments, training = parse_arguments(ModelArguments, __doc__)
+    arguments, training = parse_arguments(TrainArguments, __doc__)
     train_dataset, eval_dataset = load_data(arguments, training)
     config = TttConfig.from_pretrained(arguments.model, **arguments.config_options())
     processor = TttProcessor.from_pretrained(arguments.processor or arguments.model)
     check_vocabulary(config, processor)
     train_dataset = check_lengths(arguments, config, train_dataset)
     model = TttForConditionalGeneration.from_pretrained(
-        arguments.model, config=config, dtype=arguments.dtype, attn_implementation=arguments.attn_implementation
+        arguments.model,
+        config=config,
+        dtype=arguments.dtype,
+        attn_implementation=arguments.attn_implementation,
+        **arguments.sharding(training),
     )
     data = train_dataset, eval_dataset
-    trainer = make_trainer(arguments, training, model, processor, data, processing_class=processor)
+    card = RunCard(arguments, training)
+    trainer = make_trainer(arguments, training, model, processor, data, card, processing_class=processor)
     run(trainer)
     leave_group(trainer)
 

@@ -1,6 +1,7 @@
 """What a training run may be told: the options that train_ttt.py and finetune_lora.py share, and the Trainer's own with
 what TtT needs of them. What is done with them lives in trainer.py."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,6 +54,13 @@ class ModelArguments:
         metadata={"help": "Longer examples lose their end; with --packing the length of a row, in tokens."},
     )
     packing: bool = field(default=False, metadata={"help": "Train on rows of --max_length with several examples."})
+    tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train on batches of like length with at most so many tokens, padding included. Takes the place of "
+            "--per_device_train_batch_size."
+        },
+    )
     # None: as the model's configuration says; a new model's says what was published.
     audio_objective: str | None = field(
         default=None,
@@ -123,6 +131,23 @@ class ModelArguments:
         default="sdpa", metadata={"help": "Attention backend.", "choices": ["sdpa", "flex_attention", "eager"]}
     )
     threads: int = threads_field()
+    sample_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Answer a few held-out examples every so many steps. Text and speech go to samples/ and to "
+            "TensorBoard; 0 is never."
+        },
+    )
+    num_samples: int = field(default=4, metadata={"help": "How many held-out examples --sample_steps answers."})
+    recogniser: str | None = field(
+        default=None,
+        metadata={
+            "help": "faster-whisper model that reads the speech of --sample_steps: folder, or name such as base."
+        },
+    )
+    license: str | None = field(
+        default=None, metadata={"help": "Licence that the model card names, such as apache-2.0; by default --model's."}
+    )
 
     def __post_init__(self):
         for name, value in self.config_options().items():
@@ -134,6 +159,18 @@ class ModelArguments:
             raise ValueError("--text_objective diffusion needs --audio_objective diffusion: all is diffused, or audio.")
         if self.packing and self.max_length is None:
             raise ValueError("--packing needs --max_length, the length of a row; for example --max_length 2048.")
+        if self.tokens_per_batch is not None and (self.packing or self.streaming):
+            other = "--packing" if self.packing else "--streaming"
+            raise ValueError(
+                f"--tokens_per_batch and {other} do not go together: batches by length need the lengths of all "
+                "examples, and packed rows are of one length. With --packing, --max_length times the batch size is "
+                "the budget."
+            )
+        for name, least in (("sample_steps", 0), ("num_samples", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least {least}.")
+        if self.recogniser is not None and not self.sample_steps:
+            raise ValueError("--recogniser reads what --sample_steps answers; give that, too.")
         for name in ("model", "processor"):
             folder = getattr(self, name)
             if folder is not None and not folder.is_dir():
@@ -167,7 +204,12 @@ class TttTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        # Processes without an accelerator make a group only if they are told that they are CPUs.
+        sharded_elsewhere = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+        if num_launched() > 1 and not torch.accelerator.is_available() and not sharded_elsewhere:
+            self.use_cpu = True
         super().__post_init__()
+        check_group(self)
         if self.label_smoothing_factor != 0:
             raise ValueError(
                 f"--label_smoothing_factor is {self.label_smoothing_factor}, but the Trainer then computes a loss of "
@@ -179,9 +221,64 @@ class TttTrainingArguments(TrainingArguments):
             self.accelerator_config.dispatch_batches = False
 
 
+def num_launched() -> int:
+    """Return how many processes a launcher says that it started, 1 without one."""
+    sizes = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+    return next((int(os.environ[name]) for name in sizes if os.environ.get(name, "").isdigit()), 1)
+
+
+def check_group(training: TrainingArguments) -> None:
+    """
+    Raise a ValueError unless this process trains in one group with all that were launched with it: else every one would
+    train a model of its own into the same folder.
+    """
+    launched = num_launched()
+    if training.world_size != launched:
+        raise ValueError(
+            f"{launched} processes were launched, but this one trains in a group of {training.world_size}: each would "
+            "train a model of its own into the same folder. On CPUs start them with `accelerate launch --config_file "
+            "training_examples/accelerate_configs/cpu.yaml --num_processes N`."
+        )
+    # `accelerate launch --cpu` starts one process, whatever --num_processes says.
+    if launched == 1 and os.environ.get("MASTER_ADDR") and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        raise ValueError(
+            "`accelerate launch --cpu` starts a single process, though several were asked for. Leave --cpu out and "
+            "take `--config_file training_examples/accelerate_configs/cpu.yaml --num_processes N`."
+        )
+    if launched > 1 and training.device.type == "cpu" and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise ValueError(
+            "accelerate shards over accelerators only, and these processes are on CPUs. Take `--config_file "
+            "training_examples/accelerate_configs/cpu.yaml` and the script's own --shard, which is FSDP2, too."
+        )
+
+
 def parse_arguments(kind: type[Arguments], description: str | None = None) -> tuple[Arguments, TttTrainingArguments]:
     """Read the command line; set threads and seed as it says."""
     arguments, training = ScriptParser((kind, TttTrainingArguments), description).parse_args_into_dataclasses()
     use_threads(arguments.threads)
     set_seed(training.seed)
+    check_together(arguments, training)
     return arguments, training
+
+
+def check_together(arguments: ModelArguments, training: TrainingArguments) -> None:
+    """
+    Settle what the script's and the Trainer's options say together.
+
+    Raises:
+        ValueError: If they contradict each other.
+    """
+    if arguments.attn_implementation == "flex_attention" and training.device.type == "cpu":
+        raise ValueError(
+            "--attn_implementation flex_attention trains on GPUs only: on CPUs PyTorch has no backward pass for it. "
+            "Use --attn_implementation sdpa, which gives the same losses."
+        )
+    if arguments.tokens_per_batch is not None:
+        size = training.per_device_train_batch_size
+        if size not in (1, TrainingArguments.per_device_train_batch_size):
+            raise ValueError(
+                f"--tokens_per_batch takes the place of --per_device_train_batch_size, which is {size}; leave it out."
+            )
+        if training.train_sampling_strategy == "group_by_length":
+            raise ValueError("--tokens_per_batch puts like lengths together; leave --train_sampling_strategy out.")
+        training.per_device_train_batch_size = 1  # batch

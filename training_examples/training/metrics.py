@@ -2,6 +2,7 @@
 evaluation, the log as JSON lines and its curves as a picture."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -69,28 +70,54 @@ def _as_array(values: Any) -> Any:
 
 class TrainingScores(TrainerCallback):
     """
-    Adds text and audio loss and the accuracies of `accuracies` to what the Trainer logs while it trains.
+    Adds text and audio loss, the accuracies of `accuracies` and the speed to what the Trainer logs while it trains.
 
     A forward hook sums the model's score tables where they are; they are read, and summed over processes, once a log.
-    The two losses are the shares of the logged loss (batches that were left clean count as audio loss 0).
+    The two losses are the shares of the logged loss; a side of which nothing was scored (batches that were left clean
+    score no audio) is left out. `train_tokens_per_second` counts since the last log, and only the time of training
+    steps: not evaluating, saving or answering, nor what a resumed run spends to find its place in the data.
     """
 
     def __init__(self) -> None:
         self.total: torch.Tensor | None = None
         self.hook: Any = None
+        self.mark: float | None = None  # when the time that counts began, None before the first step
+        self.seconds, self.tokens = 0.0, 0
 
     @classmethod
-    def attach_to(cls, trainer: Trainer) -> None:
+    def attach_to(cls, trainer: Trainer) -> "TrainingScores":
         """Put these scores first in line, so that every reporter is handed the added values."""
-        trainer.callback_handler.callbacks.insert(0, cls())
+        scores = cls()
+        trainer.callback_handler.callbacks.insert(0, scores)
+        return scores
+
+    def skip_time(self) -> None:
+        """Leave out the time since the last step."""
+        self.mark = time.perf_counter()
 
     def on_train_begin(self, args, state, control, model: nn.Module | None = None, **kwargs):
         assert model is not None
-        self.total = None
+        self.total = self.mark = None
+        self.seconds, self.tokens = 0.0, state.num_input_tokens_seen
         self.hook = model.register_forward_hook(self._add)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.hook.remove()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.mark is None:
+            self.skip_time()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.mark is not None:
+            self.seconds += time.perf_counter() - self.mark
+            self.skip_time()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.skip_time()
+
+    def on_save(self, args, state, control, **kwargs):
+        self.skip_time()
 
     def _add(self, model: nn.Module, inputs: Any, outputs: Any) -> None:
         if model.training and outputs.get("score_table") is not None:
@@ -104,8 +131,15 @@ class TrainingScores(TrainerCallback):
         table = reduce(self.total, reduction="sum").cpu().double().numpy()
         self.total = None
         added = share_loss(logs["loss"], table[:, 0]) | accuracies(table[:, 1:])
+        for side, scored in (("text", table[0, 2]), ("audio", table[1:, 2].sum())):
+            if not scored:
+                del added[f"{side}_loss"]
+        if self.seconds > 0 and args.include_num_input_tokens_seen != "no":
+            added["train_tokens_per_second"] = (state.num_input_tokens_seen - self.tokens) / self.seconds
+            self.tokens, self.seconds = state.num_input_tokens_seen, 0.0
         logs.update(added)
         state.log_history[-1].update(added)
+        self.skip_time()
 
 
 def write_log(log_history: list[dict[str, Any]], path: Path) -> None:

@@ -38,17 +38,40 @@ class DataOrder(TrainerCallback):
             sampler.generator = torch.Generator().manual_seed(seed + epoch)
 
 
-def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+def checkpoints(output_dir: str | Path) -> list[tuple[Path, bool]]:
     """
-    Return the newest checkpoint that was written to its end, or `None`: the Trainer writes its state last, so a
-    checkpoint that a kill cut short has none that can be read.
+    Return the checkpoints of a run, the newest first, and whether each was written to its end: the Trainer writes its
+    state last, so a checkpoint that a kill cut short has none that can be read.
     """
     folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     by_step = {int(step): folder for folder in folders if (step := folder.name.rpartition("-")[2]).isdigit()}
-    for _, folder in sorted(by_step.items(), reverse=True):
-        try:
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return str(folder)
-    return None
+    return [(folder, _is_whole(folder)) for _, folder in sorted(by_step.items(), reverse=True)]
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+    """Return the newest checkpoint that was written to its end, or `None`."""
+    return next((str(folder) for folder, whole in checkpoints(output_dir) if whole), None)
+
+
+def describe_resuming(output_dir: str | Path, checkpoint: str | None) -> str | None:
+    """Return what a run says before it goes on: from where, and which half-written checkpoints it passes over."""
+    passed_over = []
+    for folder, whole in checkpoints(output_dir):
+        if whole:
+            break
+        passed_over.append(folder.name)
+    if checkpoint is None and not passed_over:
+        return None
+    said = "Training starts anew" if checkpoint is None else f"Training goes on from {checkpoint}"
+    if passed_over:
+        are = "was not written to its end and is" if len(passed_over) == 1 else "were not written to their end and are"
+        said += f"; {', '.join(passed_over)} {are} passed over"
+    return said + "."

@@ -2,6 +2,7 @@
 behind. The options are those of arguments.py."""
 
 import gc
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,15 @@ from transformers import Trainer, TrainingArguments
 
 from modeling_ttt import TttConfig
 from processing import TttDataCollator, TttProcessor, pack_examples
+from training_examples.evaluation.whisper_judge import WhisperJudge
 from training_examples.preparation.mixtures import load_mixture, parse_source
 from training_examples.preparation.shards import FEATURES
 from training_examples.training.arguments import ModelArguments
+from training_examples.training.batches import BatchCollator, TokenBatches
+from training_examples.training.card import CardTrainer, RunCard
 from training_examples.training.metrics import EvaluationMetrics, TrainingScores, plot_curves, write_log
-from training_examples.training.resuming import DataOrder, RankSeed, last_complete_checkpoint
+from training_examples.training.resuming import DataOrder, RankSeed, describe_resuming, last_complete_checkpoint
+from training_examples.training.samples import Samples, choose_examples
 
 PACKED_FEATURES = Features(dict.fromkeys(("input_ids", "labels", "position_ids"), List(Value("int32"))))
 
@@ -36,8 +41,13 @@ def load_data(args: ModelArguments, training: TrainingArguments) -> tuple[Any, D
         train = train.repeat(None).shuffle(seed=training.seed, buffer_size=args.shuffle_buffer_size)
     if training.eval_strategy == "no":
         return train, None
+    return train, load_held_out(args)
+
+
+def load_held_out(args: ModelArguments) -> Any:
+    """Return the evaluation split, as `load_mixture` does."""
     sources = args.eval_dataset or [str(parse_source(source)[0]) for source in args.dataset]
-    return train, load_mixture(sources, split=args.eval_split)
+    return load_mixture(sources, split=args.eval_split)
 
 
 def check_vocabulary(config: TttConfig, processor: TttProcessor) -> None:
@@ -103,42 +113,90 @@ def make_trainer(
     model: torch.nn.Module,
     processor: TttProcessor,
     data: tuple[Any, Dataset | None],
+    card: RunCard,
     **options: Any,
-) -> Trainer:
+) -> CardTrainer:
     """
-    Return the plain Trainer with this repository's collator and metrics.
+    Return the plain Trainer with this repository's collator, metrics and model cards.
 
     Args:
         data (`tuple`): from `load_data`.
+        card (`RunCard`): writes the cards.
         options: the Trainer's own.
     """
     train_dataset = pack(data[0], args.max_length, training) if args.packing else data[0]
-    trainer = Trainer(
+    collator: Any = TttDataCollator(processor, max_length=args.max_length)
+    if args.tokens_per_batch is not None:
+        train_dataset = TokenBatches(train_dataset, args.tokens_per_batch, training.seed, args.max_length)
+        collator = BatchCollator(collator)
+    trainer = CardTrainer(
+        card=card,
         model=model,
         args=training,
         train_dataset=train_dataset,
         eval_dataset=data[1],
-        data_collator=TttDataCollator(processor, max_length=args.max_length),
+        data_collator=collator,
         compute_metrics=EvaluationMetrics(),
         callbacks=[DataOrder(), *([RankSeed()] if training.world_size > 1 else [])],
         **options,
     )
-    TrainingScores.attach_to(trainer)
+    scores = TrainingScores.attach_to(trainer)
+    if args.sample_steps:
+        make_samples(args, training, model, processor).attach_to(trainer, scores.skip_time)
     return trainer
 
 
+def make_samples(args: ModelArguments, training: TrainingArguments, model: Any, processor: TttProcessor) -> Samples:
+    """
+    Return the callback that answers held-out examples.
+
+    Raises:
+        ValueError: If no process has the whole model, or there are no held-out examples to answer.
+    """
+    if is_sharded(model):
+        raise ValueError("--sample_steps needs the whole model in one process; leave it out where it is sharded.")
+    longest = model.config.text_config.max_position_embeddings // 2
+    examples = choose_examples(load_held_out(args), args.num_samples, longest)
+    if not examples:
+        raise ValueError(f"--sample_steps: no held-out example has at most {longest} tokens and an answer.")
+    # The recogniser is for the process that answers, and for it alone.
+    wanted = args.recogniser is not None and training.process_index == 0
+    recogniser = WhisperJudge(args.recogniser, num_threads=max(1, args.threads)) if wanted else None  # type: ignore[arg-type]
+    return Samples(processor, examples, args.sample_steps, Path(training.output_dir), recogniser, training.seed)
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether each process will hold a share of the model alone."""
+    accelerate_shards = any(
+        os.environ.get(name) == "true" for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    )
+    return accelerate_shards or bool(getattr(model, "is_distributed_loading_by_transformers", False))
+
+
 def run(trainer: Trainer) -> None:
-    """Train to the end, from the last checkpoint if there is one; save the model, the log and its curves."""
+    """
+    Train to the end, from the last checkpoint if there is one, and say so; save the model, the log and its curves, and
+    push them where `--push_to_hub` asks for it.
+    """
     output_dir = Path(trainer.args.output_dir)
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint or last_complete_checkpoint(output_dir))
+    checkpoint = trainer.args.resume_from_checkpoint or last_complete_checkpoint(output_dir)
+    said = describe_resuming(output_dir, checkpoint)
+    if said is not None and trainer.is_world_process_zero():
+        print(said, flush=True)
+    if checkpoint is not None and getattr(trainer.model, "is_distributed_loading_by_transformers", False):
+        raise ValueError(
+            f"--output_dir {output_dir} has a checkpoint, but a run with --shard cannot be resumed. Start from it with "
+            f"--model {checkpoint} and another --output_dir."
+        )
+    trainer.train(resume_from_checkpoint=checkpoint)
     evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
     if trainer.eval_dataset is not None and trainer.state.global_step not in evaluated:
         trainer.evaluate()
-    trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
         write_log(trainer.state.log_history, output_dir / "log_history.jsonl")
         plot_curves(trainer.state.log_history, output_dir / "curves.png")
+    trainer.save_model()  # last, so that the card, and what is pushed, has all of it
 
 
 def leave_group(trainer: Trainer) -> None:
