@@ -59,7 +59,7 @@ def start_configured(folder, part, config):
 def results_of(folder, part, process):
     """By name of the run, what each process wrote."""
     try:
-        output, _ = process.communicate(timeout=240)
+        output, _ = process.communicate(timeout=900)
     finally:
         process.kill()
     assert process.returncode == 0, output

@@ -149,6 +149,92 @@ def test_the_folder_works_as_on_the_hub(initialise, tmp_path):
     assert torch.isfinite(loss)
 
 
+CHATML_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are Tiny.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def save_instruct_llm(folder, template, special=CHATML):
+    save_llm(folder, Qwen2Config, special)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+@pytest.mark.parametrize("options", [[], ["--keep_chat_template"]])
+def test_an_instruct_model_is_asked_as_its_own_template_asks(options, initialise, tmp_path):
+    """Typed questions get, to the letter, the prompt that the language model was made for."""
+    old = save_instruct_llm(tmp_path / "llm", CHATML_TEMPLATE)
+    processor = AutoProcessor.from_pretrained(initialise(tmp_path / "llm", *options))
+    question = [{"role": "user", "content": "what is the capital of France?"}]
+    expected = old.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    messages = processor.build_messages("text_chat", text="what is the capital of France?")
+    assert processor.apply_chat_template(messages, add_generation_prompt=True) == expected
+    ids = processor(text="what is the capital of France?", task="text_chat")["input_ids"][0].tolist()
+    assert ids == old(expected)["input_ids"]
+    spoken = processor.get_task("spoken_chat").system_prompt
+    assert (spoken == "You are Tiny.") == bool(options)
+    assert "Speech Recognition" in processor.get_task("asr").system_prompt
+
+
+def test_the_language_models_template_takes_speech_too_and_is_trained_on(initialise, tmp_path):
+    marked = CHATML_TEMPLATE.replace("'<|im_end|>' + '\n' }}{% endfor", "'<|im_end|>' + '\n' }}{# its own #}{% endfor")
+    save_instruct_llm(tmp_path / "llm", marked)
+    output = initialise(tmp_path / "llm", "--keep_chat_template")
+    processor = AutoProcessor.from_pretrained(output)
+    assert "its own" in processor.chat_template and processor.tokenizer.chat_template == processor.chat_template
+    example = processor.build_example("hi", [1, 2, 3], audio_codes=[4, 5], text="say")
+    text = processor.tokenizer.decode(example["input_ids"])
+    assert text == (
+        "<|im_start|>system\nYou are Tiny.<|im_end|>\n<|im_start|>user\nsay<|begin_of_audio|><|audio_4|><|audio_5|>"
+        "<|end_of_audio|><|im_end|>\n<|im_start|>assistant\nhi<|begin_of_quad|><|audio_1|><|audio_2|><|audio_3|>"
+        "<|end_of_audio_span_last|><|im_end|>"
+    )
+    scored = [token for token, label in zip(example["input_ids"], example["labels"], strict=True) if label != -100]
+    assert processor.tokenizer.decode(scored).startswith("hi<|begin_of_quad|>")
+    pipe = pipeline("audio-to-audio", model=str(output), trust_remote_code=True)
+    assert isinstance(pipe(tone(0.3), generate_kwargs={"max_new_tokens": 4})["text"], str)
+
+
+def test_a_template_of_another_form_is_not_kept(initialise, tmp_path):
+    """Without the option, such a model is asked as TtT models are."""
+    other = "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}[assistant]"
+    save_instruct_llm(tmp_path / "llm", other)
+    processor = AutoProcessor.from_pretrained(initialise(tmp_path / "llm"))
+    assert processor.get_task("text_chat").system_prompt.startswith("You are a text-to-audio chat model")
+    with pytest.raises(ValueError, match="--keep_chat_template: .*llm writes answers otherwise than ChatML"):
+        initialise(tmp_path / "llm", "--keep_chat_template")
+    save_llm(tmp_path / "base", Qwen2Config, CHATML)
+    with pytest.raises(ValueError, match="--keep_chat_template: the chat template of .*base is missing"):
+        initialise(tmp_path / "base", "--keep_chat_template")
+
+
+def test_a_template_that_says_nothing_first_leaves_the_system_turn_out(initialise, tmp_path):
+    quiet = CHATML_TEMPLATE.replace("{{ '<|im_start|>system\nYou are Tiny.<|im_end|>\n' }}", "")
+    old = save_instruct_llm(tmp_path / "llm", quiet)
+    processor = AutoProcessor.from_pretrained(initialise(tmp_path / "llm"))
+    messages = processor.build_messages("text_chat", text="hello")
+    assert [message["role"] for message in messages] == ["user"]
+    expected = old.apply_chat_template(
+        [{"role": "user", "content": "hello"}], tokenize=False, add_generation_prompt=True
+    )
+    assert processor.apply_chat_template(messages, add_generation_prompt=True) == expected
+
+
+def test_a_first_checkpoint_says_what_it_is(initialise, tmp_path, capsys):
+    save_instruct_llm(tmp_path / "llm", CHATML_TEMPLATE)
+    output = initialise(tmp_path / "llm")
+    assert "text_chat is asked with the system prompt 'You are Tiny.'" in capsys.readouterr().out
+    card = (output / "README.md").read_text()
+    assert "license: unknown" in card and "It is there to be trained" in card and "'You are Tiny.'" in card
+    for path in [*output.rglob("*.json"), output / "README.md"]:
+        assert str(tmp_path.parent) not in path.read_text(encoding="utf-8"), path
+
+
 def test_system_prompts_and_precision_are_chosen(initialise, tmp_path):
     save_llm(tmp_path / "llm", Qwen2Config, CHATML)
     (tmp_path / "prompts.json").write_text('{"asr": "write it down"}')

@@ -3,13 +3,15 @@
     python training_examples/init_from_llm.py --llm Qwen/Qwen2.5-1.5B --audio_tokenizer model_cards/ttt-tiny \
         --output_dir runs/qwen/initial
 
-The language model (Qwen2, Qwen3 or Llama; a folder or a Hub name) keeps its weights and its text behaviour: on text
-alone its logits stay what they were. Its vocabulary gains the special tokens and one token per code, in the published
-order; their rows are drawn around the mean of the others, with their covariance. The output is one folder as on the
-Hub: model, processor, audio tokenizer, pipeline and their code.
+The language model (Qwen2, Qwen3 or Llama; a folder, a GGUF file or a Hub name) keeps its weights and its text
+behaviour: on text alone its logits stay what they were, and `text_chat` is asked as its own chat template asks. Its
+vocabulary gains the special tokens and one token per code, in the published order; their rows are drawn around the mean
+of the others, with their covariance. The output is one folder as on the Hub: model, processor, audio tokenizer,
+pipeline and their code, and a card.
 """
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,9 +32,11 @@ from modeling_ttt.generation_config_ttt import AUDIO_DEFAULTS
 from pipelines import save_repository
 from processing import TttAudioFormat, TttProcessor, TttTokenIds, load_audio_codec, load_feature_extractor
 from processing.audio_tokenizer_ttt import AUDIO_TOKENIZER_FOLDER
-from processing.vocabulary_ttt import AUDIO_PLACEHOLDER, END_OF_TURN, TEXT_TOKENS, audio_tokens
+from processing.tasks_ttt import PROMPT_AUDIO, RESPONSE_AUDIO
+from processing.vocabulary_ttt import AUDIO_PLACEHOLDER, END_OF_TURN, START_OF_TURN, TEXT_TOKENS, audio_tokens
 from training_examples.command_line import ScriptParser
 from training_examples.threads import threads_field, use_threads
+from training_examples.training.card import initial_card
 from training_examples.user_errors import run_command
 
 BACKBONES = ("qwen2", "qwen3", "llama")  # a plain head on a plain decoder, under the names TtT uses
@@ -43,7 +47,7 @@ BLOCKS_PER_SPAN = AUDIO_DEFAULTS["max_audio_codes_per_span"] // AUDIO_DEFAULTS["
 
 @dataclass
 class InitArguments:
-    llm: str = field(metadata={"help": "Text language model: folder or Hub name."})
+    llm: str = field(metadata={"help": "Text language model: folder, Hub name, or a GGUF file."})
     audio_tokenizer: str = field(
         metadata={"help": "Any Transformers audio codec: folder or Hub name; or a TtT checkpoint that has one."}
     )
@@ -72,6 +76,13 @@ class InitArguments:
     )
     system_prompts: Path | None = field(
         default=None, metadata={"help": "JSON file of system prompts by task, in place of the published ones."}
+    )
+    keep_chat_template: bool = field(
+        default=False,
+        metadata={
+            "help": "Write all prompts by the LLM's own chat template, and ask spoken chat, too, with its own system "
+            "prompt. Without it text_chat alone is asked as the LLM asks."
+        },
     )
     seed: int = field(default=0, metadata={"help": "Seed of the new rows."})
     threads: int = threads_field()
@@ -153,6 +164,60 @@ def extend_embeddings(llm: PreTrainedModel, old_size: int, new_size: int, spread
         weight.data[old_size:] = draw_rows(weight.data[:old_size], new_size - old_size, spread, generator).to(weight)
 
 
+def locate_llm(name: str) -> tuple[str, dict[str, Any]]:
+    """Return what `from_pretrained` takes to load `--llm`: a folder or Hub name, and the file of a GGUF one."""
+    path = Path(name)
+    return (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (name, {})
+
+
+def own_system_prompt(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """
+    Return what a language model's chat template says before a conversation that begins without a system turn, "" if it
+    says nothing; `None` if there is no template, or it writes turns otherwise than ChatML, in which TtT answers.
+    """
+    if not tokenizer.chat_template:
+        return None
+    question = [{"role": "user", "content": "Q"}]
+    rendered = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    start, end = re.escape(START_OF_TURN), re.escape(END_OF_TURN)
+    turns = rf"(?:{start}system\n(.*?){end}\n)?{start}user\nQ{end}\n{start}assistant\n"
+    found = re.fullmatch(turns, rendered, re.DOTALL)
+    return None if found is None else found.group(1) or ""
+
+
+def with_audio_parts(template: str) -> str:
+    """
+    Return a language model's chat template for messages whose content may be a list of parts: text, and audio, which
+    becomes the placeholders of the TtT template.
+    """
+    return (
+        "{%- set ttt = namespace(messages=[]) -%}{%- for message in messages -%}"
+        "{%- set said = namespace(text='') -%}"
+        "{%- if message['content'] is string -%}{%- set said.text = message['content'] -%}{%- else -%}"
+        "{%- for part in message['content'] -%}"
+        "{%- if part['type'] == 'text' -%}{%- set said.text = said.text + part['text'] -%}"
+        "{%- elif message['role'] == 'assistant' -%}"
+        f"{{%- set said.text = said.text + '{RESPONSE_AUDIO}' -%}}"
+        f"{{%- else -%}}{{%- set said.text = said.text + '{PROMPT_AUDIO}' -%}}"
+        "{%- endif -%}{%- endfor -%}{%- endif -%}"
+        "{%- set ttt.messages = ttt.messages + [dict(message, content=said.text)] -%}"
+        "{%- endfor -%}{%- set messages = ttt.messages -%}\n"
+    ) + template
+
+
+def check_template(name: str, tokenizer: PreTrainedTokenizerBase, prompt: str | None) -> None:
+    """Raise a ValueError unless the language model's own template writes conversations that TtT can be trained on."""
+    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    turn = f"{START_OF_TURN}assistant\nA{END_OF_TURN}"
+    if prompt is None or turn not in tokenizer.apply_chat_template(messages, tokenize=False):
+        raise ValueError(
+            f"--keep_chat_template: the chat template of {name} "
+            + ("is missing" if not tokenizer.chat_template else "writes answers otherwise than ChatML")
+            + f", but TtT's answers stand between {START_OF_TURN}assistant and {END_OF_TURN}. Leave the option out to "
+            "have the TtT template."
+        )
+
+
 def build_model(
     name: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -175,10 +240,13 @@ def build_model(
     Raises:
         ValueError: If the architecture is another, or the weights are not those of its language model.
     """
-    config = AutoConfig.from_pretrained(name)
+    name, file = locate_llm(name)
+    config = AutoConfig.from_pretrained(name, **file)
     if config.model_type not in BACKBONES:
         raise ValueError(f"`--llm` {name} is a {config.model_type!r} model; supported are {', '.join(BACKBONES)}.")
-    llm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    llm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **file)
+    for stale in ("quantization_config", "_model_name_or_path"):  # of the file; the weights are whole by now
+        vars(llm.config).pop(stale, None)
     new_size = max(tokenizer.get_vocab().values()) + 1
     extend_embeddings(llm, old_size, new_size, spread, seed)
     config = TttConfig(
@@ -227,12 +295,25 @@ def load_audio_tokenizer(args: InitArguments) -> tuple[Any, Any]:
 def build_processor(args: InitArguments, tokenizer: PreTrainedTokenizerBase, audio_tokenizer: Any, extractor: Any):
     """
     Return the processor, with its chat template set for the tokenizer too, after a try that the audio tokenizer fits.
+
+    Its `text_chat` has the language model's own default system prompt, where that has a ChatML template, so that the
+    prompt is, to the letter, the one that the language model was made for.
+
+    Raises:
+        ValueError: If the language model's own template shall be kept and cannot.
     """
-    prompts = json.loads(args.system_prompts.read_text(encoding="utf-8")) if args.system_prompts else None
+    prompts = json.loads(args.system_prompts.read_text(encoding="utf-8")) if args.system_prompts else {}
+    own = own_system_prompt(tokenizer)
+    if args.keep_chat_template:
+        check_template(args.llm, tokenizer, own)
+    if own is not None:
+        asked = ("text_chat", "spoken_chat", "spoken_qa") if args.keep_chat_template else ("text_chat",)
+        prompts = dict.fromkeys(asked, own) | prompts
     processor = TttProcessor(
         extractor,
         tokenizer,
         audio_tokenizer,
+        chat_template=with_audio_parts(tokenizer.get_chat_template()) if args.keep_chat_template else None,
         text_chunk_size=args.text_chunk_size,
         audio_chunk_size=args.audio_chunk_size,
         system_prompts=prompts,
@@ -247,7 +328,8 @@ def main() -> None:
     use_threads(args.threads)
     audio_tokenizer, extractor = load_audio_tokenizer(args)
     num_codes = TttAudioFormat.from_config(audio_tokenizer.config).num_codes
-    tokenizer = AutoTokenizer.from_pretrained(args.llm)
+    name, file = locate_llm(args.llm)
+    tokenizer = AutoTokenizer.from_pretrained(name, **file)
     old_size = max(tokenizer.get_vocab().values()) + 1
     extend_tokenizer(tokenizer, num_codes)
     processor = build_processor(args, tokenizer, audio_tokenizer, extractor)
@@ -255,11 +337,18 @@ def main() -> None:
     # Blocks last as long as the published ones, in whole frames; so does the longest span.
     model.generation_config.audio_block_size = processor.audio_format.chunk_size
     model.generation_config.max_audio_codes_per_span = BLOCKS_PER_SPAN * processor.audio_format.chunk_size
-    save_repository(model, processor, args.output_dir)
-    print(
-        f"{args.output_dir}: {model.num_parameters() / 1e6:.2f} M parameters, {old_size} text tokens of the language "
-        f"model, {model.config.vocab_size - old_size} new ones with {num_codes} codes"
+    size = f"{model.num_parameters() / 1e6:.2f} M parameters"
+    tokens = f"{old_size} text tokens of the language model, {model.config.vocab_size - old_size} new ones"
+    tokens += f" with {num_codes} codes"
+    prompt = processor.get_task("text_chat").system_prompt
+    card = initial_card(
+        args.output_dir.resolve().name,
+        args.llm,
+        args.audio_tokenizer,
+        {"size": size, "vocabulary": tokens, "text_chat is asked with": repr(prompt)},
     )
+    save_repository(model, processor, args.output_dir, card=card)
+    print(f"{args.output_dir}: {size}, {tokens}\ntext_chat is asked with the system prompt {prompt!r}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from transformers import TrainingArguments, set_seed
 
 from training_examples.command_line import ScriptParser
