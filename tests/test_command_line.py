@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from training_examples.command_line import ScriptParser
+from training_examples.finetune_lora import LoraArguments
+from training_examples.train_ttt import TrainArguments
 from training_examples.training.arguments import TttTrainingArguments
 
 ROOT = Path(__file__).parent.parent
@@ -98,6 +100,15 @@ def test_help_is_a_screen_of_our_options(script, monkeypatch, capsys):
     ours = [index for index, line in enumerate(lines) if re.match(r"  --\w+ +\w", line)]
     trainers = [index for index, line in enumerate(lines) if line.startswith("The Trainer's")]
     assert ours and all(index > max(ours[:1]) for index in trainers)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "training_examples" / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_run_file_of_ours_is_one_of_the_script_it_names(path):
+    script = re.search(r"#   python training_examples/(\w+)\.py training_examples/configs/(\S+)", path.read_text())
+    assert script.group(2) == path.name
+    kind = {"train_ttt": TrainArguments, "finetune_lora": LoraArguments}[script.group(1)]
+    namespace, unknown = ScriptParser((kind, TttTrainingArguments)).parse_known_args([str(path)])
+    assert not unknown and namespace.tokens_per_batch == 1024 and namespace.max_steps > 0
 
 
 def test_help_all_has_every_option_whole(monkeypatch, capsys):

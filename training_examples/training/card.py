@@ -203,8 +203,11 @@ class RunCard:
                 elif isinstance(value, Path):
                     value = short_name(value)
                 options[item.name] = getattr(value, "value", value)
-        trained = sum(value.numel() for value in trainer.model.parameters() if value.requires_grad)
-        total = sum(value.numel() for value in trainer.model.parameters())
+        # DeepSpeed keeps the whole size of a weight, of which each process has a share, beside it.
+        sizes = [
+            (getattr(value, "ds_numel", value.numel()), value.requires_grad) for value in trainer.model.parameters()
+        ]
+        trained, total = sum(size for size, learns in sizes if learns), sum(size for size, _ in sizes)
         facts = (
             f"{trained / 1e6:.2f} M of {total / 1e6:.2f} M parameters were trained, in {self.training.world_size} "
             f"process{'es' if self.training.world_size > 1 else ''} on {self.training.device.type}; "
