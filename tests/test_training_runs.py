@@ -86,7 +86,11 @@ def test_a_run_leaves_a_card_of_its_data_recipe_and_figures(workspace, tmp_path)
 
 
 def test_nothing_that_is_read_names_a_folder_of_the_machine(workspace, tmp_path):
-    output = start(workspace, tmp_path / "run", save_strategy="steps", save_steps=2)
+    model = shutil.copytree(workspace / "model", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config["text_config"]["_name_or_path"] = str(tmp_path / "llm")  # as checkpoints had it once
+    (model / "config.json").write_text(json.dumps(config))
+    output = start(workspace, tmp_path / "run", model=model, save_strategy="steps", save_steps=2)
     files = [path for suffix in ("*.json", "*.md", "*.jinja") for path in output.rglob(suffix)]
     assert len(files) > 10
     for path in files:

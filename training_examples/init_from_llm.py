@@ -245,7 +245,8 @@ def build_model(
     if config.model_type not in BACKBONES:
         raise ValueError(f"`--llm` {name} is a {config.model_type!r} model; supported are {', '.join(BACKBONES)}.")
     llm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **file)
-    for stale in ("quantization_config", "_model_name_or_path"):  # of the file; the weights are whole by now
+    # What only the loading needed: the folder, and how the weights lay in the file.
+    for stale in ("_name_or_path", "_model_name_or_path", "quantization_config"):
         vars(llm.config).pop(stale, None)
     new_size = max(tokenizer.get_vocab().values()) + 1
     extend_embeddings(llm, old_size, new_size, spread, seed)

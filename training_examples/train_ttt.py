@@ -66,6 +66,7 @@ def main() -> None:
     arguments, training = parse_arguments(TrainArguments, __doc__)
     train_dataset, eval_dataset = load_data(arguments, training)
     config = TttConfig.from_pretrained(arguments.model, **arguments.config_options())
+    vars(config.text_config).pop("_name_or_path", None)  # a folder of whatever machine the first checkpoint was made on
     processor = TttProcessor.from_pretrained(arguments.processor or arguments.model)
     check_vocabulary(config, processor)
     train_dataset = check_lengths(arguments, config, train_dataset)
