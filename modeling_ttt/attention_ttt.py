@@ -108,20 +108,22 @@ def open_span_ids(
     ends: Sequence[int],
     length: int,
     device: torch.device | str | None = None,
-    block_length: int | None = None,
+    block_lengths: Sequence[int | None] | None = None,
 ) -> torch.Tensor:
     """
     Number the one span that each row is writing, which reaches from `starts` to `ends` (excluded; equal for no span).
 
     Args:
-        block_length (`int`, *optional*): number its blocks of this many tokens (block-causal spans).
+        block_lengths (`list[int]`, *optional*): number its blocks of this many tokens (block-causal spans), of each
+            row; a row with `None` has a whole span.
 
     Returns:
         `torch.LongTensor` of shape `(rows, length)`: 0 inside, or 0, 1, ... in its blocks; -1 outside.
     """
     place = torch.arange(length, device=device)
     start, end = (torch.tensor(bounds, device=device)[:, None] for bounds in (starts, ends))
-    numbers = (place - start) // (block_length or length)
+    sizes = [size or length for size in block_lengths or [length]]
+    numbers = (place - start) // torch.tensor(sizes, device=device)[:, None]
     return torch.where((place >= start) & (place < end), numbers, NO_SPAN)
 
 

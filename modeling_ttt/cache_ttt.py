@@ -19,9 +19,9 @@ class TttCacheLayer(DynamicLayer):
         self.plan: WritePlan | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Take over dtype, device and shape of `(rows, heads, queries, head_dim)`; nothing is stored."""
+        """Take over dtype, device, heads and head_dim of `(rows, heads, queries, head_dim)`; nothing is stored."""
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.keys, self.values = key_states[:0, :, :0], value_states[:0, :, :0]
 
     def update(self, key_states, value_states, *args, **kwargs):
         """
@@ -36,20 +36,31 @@ class TttCacheLayer(DynamicLayer):
             self.length, self.num_known = start + queries, min(self.num_known, start)
             plan = WritePlan([start] * key_states.shape[0], queries, key_states.device)
         if not self.is_initialized:
-            shape = (plan.batch or key_states.shape[0], *key_states.shape[1:])
-            self.lazy_initialization(key_states.new_empty(shape), value_states.new_empty(shape))
-        if plan.end > self.keys.shape[2]:
-            extra = max(plan.end, self.keys.shape[2] * 3 // 2, plan.reserve) - self.keys.shape[2]
-            self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, extra))
-            self.values = torch.nn.functional.pad(self.values, (0, 0, 0, extra))
-        if plan.rows is None and plan.slots is None:
-            self.keys[:, :, plan.start : plan.end] = key_states
-            self.values[:, :, plan.start : plan.end] = value_states
-            return self.keys[:, :, : plan.end], self.values[:, :, : plan.end]
-        self.keys[plan.write_rows, :, plan.slots] = key_states.transpose(1, 2)
-        self.values[plan.write_rows, :, plan.slots] = value_states.transpose(1, 2)
-        keys, values = self.keys[:, :, : plan.end], self.values[:, :, : plan.end]
-        return (keys, values) if plan.rows is None else (keys[plan.rows], values[plan.rows])
+            self.lazy_initialization(key_states, value_states)
+        self.make_room(plan.capacity or key_states.shape[0], plan.end, plan.reserve)
+        if plan.is_ragged:
+            self.keys[plan.write_rows, :, plan.slots] = key_states[0].transpose(0, 1)
+            self.values[plan.write_rows, :, plan.slots] = value_states[0].transpose(0, 1)
+            return self.keys, self.values
+        if plan.slots is None:
+            rows = key_states.shape[0]
+            self.keys[:rows, :, plan.start : plan.end] = key_states
+            self.values[:rows, :, plan.start : plan.end] = value_states
+        else:
+            self.keys[plan.write_rows, :, plan.slots] = key_states.transpose(1, 2)
+            self.values[plan.write_rows, :, plan.slots] = value_states.transpose(1, 2)
+        if plan.rows is None:
+            rows = key_states.shape[0]
+            return self.keys[:rows, :, : plan.end], self.values[:rows, :, : plan.end]
+        return self.keys[plan.rows, :, : plan.end], self.values[plan.rows, :, : plan.end]
+
+    def make_room(self, rows: int, length: int, reserve: int = 0) -> None:
+        """Have at least so many rows, and slots in each of them; where there are too few, `reserve` slots or more."""
+        more_rows, slots = max(0, rows - self.keys.shape[0]), self.keys.shape[2]
+        extra = max(length, slots * 3 // 2, reserve) - slots if length > slots else 0
+        if more_rows or extra:
+            self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, extra, 0, 0, 0, more_rows))
+            self.values = torch.nn.functional.pad(self.values, (0, 0, 0, extra, 0, 0, 0, more_rows))
 
     def get_seq_length(self) -> int:
         return self.length or 0
@@ -90,8 +101,12 @@ class TttCacheLayer(DynamicLayer):
 
 class WritePlan:
     """
-    Where one forward writes: row `rows[i]` of the cache writes `queries` slots from `starts[i]`. `rows` None is all.
+    Where one forward writes: row `rows[i]` of a layer writes `queries` slots from `starts[i]`. `rows` None is the first
+    ones, in order. `capacity` is how many rows a layer has room for. A ragged plan writes each of the tokens of one
+    sequence to a row and slot of its own.
     """
+
+    is_ragged = False
 
     def __init__(
         self,
@@ -99,10 +114,10 @@ class WritePlan:
         queries: int,
         device: torch.device,
         rows: list[int] | None = None,
-        batch: int | None = None,
+        capacity: int | None = None,
         reserve: int = 0,
     ):
-        self.batch, self.reserve = batch, reserve
+        self.capacity, self.reserve = capacity, reserve
         self.start, self.end = min(starts), max(starts) + queries
         self.rows: torch.Tensor | None = None
         self.slots: torch.Tensor | None = None
@@ -111,6 +126,13 @@ class WritePlan:
             self.rows = None if rows is None else torch.tensor(rows, device=device)
             all_rows = torch.arange(len(starts), device=device) if self.rows is None else self.rows
             self.write_rows = all_rows[:, None]
+
+    @classmethod
+    def ragged(cls, rows: torch.Tensor, slots: torch.Tensor, end: int, capacity: int, reserve: int) -> "WritePlan":
+        """Write tokens to `rows` and `slots`, both of shape `(tokens,)`, all before `end`."""
+        plan = cls([end], 0, rows.device, None, capacity, reserve)
+        plan.is_ragged, plan.write_rows, plan.slots = True, rows, slots
+        return plan
 
 
 class TttCache(Cache):
@@ -127,7 +149,8 @@ class TttCache(Cache):
         self.num_rows = num_rows
         self._token_ids: list[list[int]] = [[] for _ in range(num_rows)]
         self.block_length: int | None = None  # in which block-causal spans were written, once `generate` has been there
-        self._kept = list(range(num_rows))  # which rows the layers still hold; the others are in `_dropped`
+        self._kept = list(range(num_rows))  # which row is in each slot of the layers; the others are in `_dropped`
+        self._capacity = num_rows  # slots of the layers
         self._dropped: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     @property
@@ -159,7 +182,7 @@ class TttCache(Cache):
         """Forget everything."""
         super().reset()
         self._token_ids = [[] for _ in range(self.num_rows)]
-        self._kept, self._dropped = list(range(self.num_rows)), {}
+        self._kept, self._dropped, self._capacity = list(range(self.num_rows)), {}, self.num_rows
 
     def drop_spans(self, is_audio: Callable[[int], bool]) -> None:
         """Forget everything from the first audio-side token of each row on, as `is_audio` tells of an id."""
@@ -176,7 +199,8 @@ class TttCache(Cache):
             layer.select_rows(rows)
             if layer.length is None and min(lengths) == max(lengths):
                 layer.length = min(lengths)
-        self.num_rows, self._kept = len(rows), list(range(len(rows)))
+        self.num_rows = self._capacity = len(rows)
+        self._kept = list(range(len(rows)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row, one copy beside the other."""
@@ -191,27 +215,71 @@ class TttCache(Cache):
         """How many rows are still in the batch."""
         return len(self._kept)
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the keys and values."""
+        layers = [layer for layer in self.layers if layer.is_initialized]
+        return sum(states.numel() * states.element_size() for layer in layers for states in (layer.keys, layer.values))
+
+    def slot(self, row: int) -> int:
+        """Where in the layers a row is."""
+        return self._kept.index(row)
+
     def write_at(self, rows: list[int], starts: list[int], queries: int, device: torch.device, reserve: int) -> None:
         """Tell the layers where the next forward, over `queries` tokens of each of `rows`, belongs."""
-        positions = [self._kept.index(row) for row in rows]
-        whole = positions == list(range(len(self._kept)))
-        plan = WritePlan(starts, queries, device, None if whole else positions, len(self._kept), reserve)
+        slots = [self._kept.index(row) for row in rows]
+        in_order = slots == list(range(len(slots)))
+        plan = WritePlan(starts, queries, device, None if in_order else slots, self._capacity, reserve)
         for layer in self.layers:
             layer.plan = plan
 
+    def write_ragged(self, slots: torch.Tensor, positions: torch.Tensor, end: int, reserve: int) -> None:
+        """Tell the layers where each token of the next forward belongs, which runs several rows as one sequence."""
+        plan = WritePlan.ragged(slots, positions, end, self._capacity, reserve)
+        for layer in self.layers:
+            layer.plan = plan
+
+    def add_row(self, row: int, source: "TttCache | None" = None, of_source: int = 0, length: int = 0) -> None:
+        """
+        Let a row join the batch under a number of its own, with the first `length` tokens of row `of_source` of another
+        cache.
+        """
+        slot = len(self._kept)
+        self._kept.append(row)
+        self._capacity = max(self._capacity, len(self._kept))
+        if source is None or not length:
+            return
+        for layer, other in zip(self.layers, source.layers, strict=True):
+            if not layer.is_initialized:
+                layer.lazy_initialization(other.keys, other.values)
+            layer.make_room(self._capacity, length, length + 512)
+            layer.keys[slot, :, :length] = other.keys[of_source, :, :length]
+            layer.values[slot, :, :length] = other.values[of_source, :, :length]
+
+    def take_row(self, row: int, token_ids: list[int]) -> "TttCache":
+        """Return a cache of one row, with the keys and values of its first tokens, which are `token_ids`."""
+        taken, slot = type(self)(len(self.layers), 1), self._kept.index(row)
+        taken._token_ids = [list(token_ids)]
+        for layer, other in zip(taken.layers, self.layers, strict=True):
+            layer.dtype, layer.device, layer.is_initialized = other.dtype, other.device, True
+            layer.keys = other.keys[slot : slot + 1, :, : len(token_ids)].clone()
+            layer.values = other.values[slot : slot + 1, :, : len(token_ids)].clone()
+            layer.length = layer.num_known = len(token_ids)
+        return taken
+
     def drop_row(self, row: int, length: int | None) -> None:
-        """Let a finished row leave the batch; its first `length` tokens are kept aside (None: nothing is)."""
-        position = self._kept.index(row)
-        keep = [i for i in range(len(self._kept)) if i != position]
-        if length is not None:
-            self._dropped[row] = [
-                (layer.keys[position, :, :length].clone(), layer.values[position, :, :length].clone())
-                for layer in self.layers
-            ]
-        self._kept = [self._kept[i] for i in keep]
-        if keep:
-            for layer in self.layers:
-                layer.keys, layer.values = layer.keys[keep], layer.values[keep]
+        """
+        Let a row leave the batch; the last one takes its slot. Its first `length` tokens are kept aside, none for None.
+        """
+        slot, last = self._kept.index(row), len(self._kept) - 1
+        for layer in self.layers:
+            if length is not None:
+                kept = layer.keys[slot, :, :length].clone(), layer.values[slot, :, :length].clone()
+                self._dropped.setdefault(row, []).append(kept)
+            if slot != last and layer.is_initialized and layer.keys.shape[0] > last:
+                layer.keys[slot], layer.values[slot] = layer.keys[last], layer.values[last]
+        self._kept[slot] = self._kept[last]
+        del self._kept[last]
 
     def close(self, token_ids: list[list[int]]) -> None:
         """Put every row back in place, trimmed to what is final. token_ids: the cached tokens of each row."""
@@ -233,7 +301,7 @@ class TttCache(Cache):
                     row_keys, row_values = keys[position, :, :length], values[position, :, :length]
                 layer.keys[row, :, :length] = row_keys
                 layer.values[row, :, :length] = row_values
-        self._kept, self._dropped = list(range(self.num_rows)), {}
+        self._kept, self._dropped, self._capacity = list(range(self.num_rows)), {}, self.num_rows
 
 
 __all__ = ["TttCache"]

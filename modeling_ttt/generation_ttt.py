@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from .cache_ttt import TttCache
-from .decoding_ttt import TttDecoder
+from .decoding_ttt import Call, TttDecoder
 from .generation_config_ttt import AUDIO_DEFAULTS, AUDIO_OPTIONS, TttGenerationConfig, read_options
 from .response_diffusion_ttt import ResponseDecoder
 
@@ -234,6 +234,39 @@ class TttGenerationMixin(GenerationMixin):
         self.generation_config = TttGenerationConfig.upgrade(self.generation_config)
         if generation_config is not None:
             generation_config = TttGenerationConfig.upgrade(generation_config)
+        if self.config.audio_objective == "autoregressive" or kwargs.get("custom_generate") is not None:
+            if past_key_values is not None:
+                kwargs["past_key_values"] = past_key_values
+            ignored = sorted(name for name in AUDIO_OPTIONS if kwargs.get(name) is not None)
+            if ignored and kwargs.get("custom_generate") is None:
+                logger.warning_once(f"{ignored} have no effect: the audio is not written by block diffusion.")
+            return super().generate(
+                inputs, generation_config, logits_processor, stopping_criteria, streamer=streamer, **kwargs
+            )
+
+        call = self.prepare_call(inputs, generation_config, logits_processor, stopping_criteria, streamer, **kwargs)
+        return self._write(call, past_key_values)
+
+    def prepare_call(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        streamer: BaseStreamer | None = None,
+        **kwargs: Any,
+    ) -> Call:
+        """
+        Check and prepare a call of `generate`, whose arguments it takes, without running it: for those who run the
+        decoding loop themselves.
+
+        Returns:
+            [`Call`]: the rows, their options, processors, criteria and noise.
+
+        Raises:
+            ValueError: as `generate`.
+        """
+        self.generation_config = TttGenerationConfig.upgrade(self.generation_config)
         shared = {
             "generation_config": generation_config,
             "logits_processor": logits_processor,
@@ -241,14 +274,6 @@ class TttGenerationMixin(GenerationMixin):
             "streamer": streamer,
             **kwargs,
         }
-        if self.config.audio_objective == "autoregressive" or kwargs.get("custom_generate") is not None:
-            if past_key_values is not None:
-                shared["past_key_values"] = past_key_values
-            ignored = sorted(name for name in AUDIO_OPTIONS if kwargs.get(name) is not None)
-            if ignored and kwargs.get("custom_generate") is None:
-                logger.warning_once(f"{ignored} have no effect: the audio is not written by block diffusion.")
-            return super().generate(inputs, **shared)
-
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         options = self._prepare_generation_config(
             generation_config, **{k: v for k, v in kwargs.items() if k in self.generation_config.__dict__}
@@ -281,69 +306,52 @@ class TttGenerationMixin(GenerationMixin):
             shared["stopping_criteria"] = StoppingCriteriaList([*(stopping_criteria or []), criterion])
             shared["stop_strings"] = None
 
-        def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
-            return model._decode(
-                input_ids,
-                model_kwargs.get("attention_mask"),
-                generation_config,
-                logits_processor,
-                stopping_criteria,
-                streamer,
-                past_key_values,
-            )
+        def prepared(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+            mask = model_kwargs.get("attention_mask")
+            return Call(self.config, input_ids, mask, generation_config, logits_processor, stopping_criteria, streamer)
 
-        return super().generate(input_ids, custom_generate=decode, **shared)
+        call = super().generate(input_ids, custom_generate=prepared, **shared)
+        self.decoder_class.check(call)
+        most = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        refuse_overflow(max(row.prompt_length for row in call.rows), call.max_new_tokens, most)
+        return call
 
-    def _decode(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        generation_config: TttGenerationConfig,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        streamer: BaseStreamer | None,
-        past_key_values: Cache | None,
-    ) -> TttGenerateOutput | torch.Tensor:
-        """Run the decoding loop on what GenerationMixin prepared, and packs its result."""
-        as_dict = bool(generation_config.return_dict_in_generate)
-        cache = _import_cache(past_key_values, input_ids, attention_mask)
-        keep_cache = cache is not None or (as_dict and generation_config.use_cache is not False)
-        decoder_class = ResponseDecoder if self.config.text_objective == "diffusion" else TttDecoder
-        decoder = decoder_class(
-            self,
-            input_ids,
-            attention_mask,
-            generation_config,
-            logits_processor,
-            stopping_criteria,
-            streamer,
-            cache,
-            keep_cache,
-        )
-        longest = max(row.prompt_length for row in decoder.rows)
-        refuse_overflow(longest, decoder.max_new_tokens, decoder.max_positions)
-        decoder.run()
+    @property
+    def decoder_class(self) -> type[TttDecoder]:
+        """The decoding loop of this kind of model."""
+        return ResponseDecoder if self.config.text_objective == "diffusion" else TttDecoder
 
-        new_tokens = [row.ids[row.prompt_length :] for row in decoder.rows]
+    def _write(self, call: Call, past_key_values: Cache | None) -> TttGenerateOutput | torch.Tensor:
+        """Run the decoding loop on one call, and pack its result."""
+        as_dict = bool(call.options.return_dict_in_generate)
+        cache = _import_cache(past_key_values, call.input_ids, call.attention_mask)
+        keep_cache = cache is not None or (as_dict and call.options.use_cache is not False)
+        if cache is None:
+            cache = TttCache(self.config.get_text_config().num_hidden_layers, len(call.rows))
+        longest = max(row.prompt_length for row in call.rows) + call.max_new_tokens + 1
+        decoder = self.decoder_class(self, cache, longest)
+        decoder.run(call, keep_cache)
+
+        new_tokens = [row.ids[row.prompt_length :] for row in call.rows]
         longest = max(map(len, new_tokens))
-        pad = generation_config._pad_token_tensor
+        pad = call.options._pad_token_tensor
         padding = int(pad) if pad is not None else 0
         answers = torch.tensor(
-            [answer + [padding] * (longest - len(answer)) for answer in new_tokens], device=input_ids.device
+            [answer + [padding] * (longest - len(answer)) for answer in new_tokens], device=self.device
         )
-        sequences = torch.cat([input_ids, answers], dim=1)
+        sequences = torch.cat([call.input_ids, answers], dim=1)
         if not as_dict:
             return sequences
-        forwards = torch.tensor([row.forwards for row in decoder.rows])
+        forwards = torch.tensor([row.forwards for row in call.rows])
         return TttGenerateOutput(
             sequences=sequences,
-            past_key_values=decoder.cache if keep_cache else None,
+            past_key_values=cache if keep_cache else None,
             num_forwards=decoder.runner.num_forwards,
             num_token_positions=decoder.runner.num_token_positions,
             forwards_per_row=forwards,
             tokens_per_forward=torch.tensor([len(answer) for answer in new_tokens]) / forwards,
-            scores=tuple(decoder.scores) if decoder.scores is not None else None,
-            logits=tuple(decoder.logits) if decoder.logits is not None else None,
+            scores=tuple(call.scores) if call.scores is not None else None,
+            logits=tuple(call.logits) if call.logits is not None else None,
         )
 
     def _default_max_new_tokens(

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from .decoding_ttt import UNDECIDED, Row, TttDecoder
+from .decoding_ttt import UNDECIDED, Call, Row, TttDecoder
 
 logger = logging.get_logger(__name__)
 
@@ -28,19 +28,25 @@ class ResponseDecoder(TttDecoder):
         ValueError: if `audio_guidance_scale` is not 0.
     """
 
-    def __init__(self, model: Any, *args: Any):
-        super().__init__(model, *args)
-        if self.options.audio_guidance_scale:
-            raise ValueError(
-                f"`audio_guidance_scale` is {self.options.audio_guidance_scale}; a diffused response has none, use 0."
-            )
-        if self.processors:
-            names = sorted(type(processor).__name__ for processor in self.processors)
-            logger.warning_once(f"{names} have no effect: a diffused response is not written left to right.")
-        self.end_tokens = self.eos_tokens
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
         self.first_candidate, self.last_candidate = 0, self.vocab_size - 1
         self.forbidden_in_span = [self.mask_token]
         self.text_first = False
+
+    @classmethod
+    def check(cls, call: Call) -> None:
+        """Raise a ValueError for guidance; warn of what has no effect."""
+        if call.options.audio_guidance_scale:
+            raise ValueError(
+                f"`audio_guidance_scale` is {call.options.audio_guidance_scale}; a diffused response has none, use 0."
+            )
+        if call.processors:
+            names = sorted(type(processor).__name__ for processor in call.processors)
+            logger.warning_once(f"{names} have no effect: a diffused response is not written left to right.")
+
+    def _end_tokens(self, row: Row) -> set[int]:
+        return row.call.eos_tokens
 
     def _find_open_span(self, ids: list[int]) -> int | None:
         """Step 1: behind every prompt the response is the open span."""
@@ -49,17 +55,18 @@ class ResponseDecoder(TttDecoder):
     def _start_block(self, row: Row) -> None:
         """Step 2."""
         super()._start_block(row)
-        row.block = row.block[: self.max_new_tokens - row.new_tokens]
+        row.block = row.block[: row.call.max_new_tokens - row.new_tokens]
 
     def _finish_block(self, row: Row) -> None:
         """Step 5, once everything up to the first end of the sequence is decided."""
-        end = next((i for i, token in enumerate(row.block) if token in self.end_tokens or token == UNDECIDED), None)
+        end = self._first_end(row)
         if end is not None and row.block[end] == UNDECIDED:
             return
         written, row.block = row.block[: None if end is None else end + 1], []
         row.ids += written
-        self._stream(written)
-        row.done = end is not None or row.new_tokens >= self.max_new_tokens
+        if end is not None or row.new_tokens >= row.call.max_new_tokens:
+            row.reason = "length" if end is None else "stop"
+        self._stream(row, written)
         self._stop([row])
         if not row.done:
             self._start_block(row)

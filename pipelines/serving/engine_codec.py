@@ -81,12 +81,21 @@ class AnswerThread:
         self._thread.start()
 
     def close(self, timeout: float | None = None) -> None:
-        """Stop; answers that are not read to their end stay where they are."""
+        """
+        Read all answers to their end, whether or not anyone takes them, and stop; what is left after `timeout` seconds
+        is cancelled. All have ended by now.
+        """
         with self._changed:
             self._is_open = False
+            for answer in self._answers.values():
+                self._queue(answer)
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join(timeout)
+        for answer in list(self._answers.values()):
+            answer.generation.cancel()  # which leaves nothing to be decoded
+        if self._thread.is_alive():
+            self._thread.join()
 
     def push(self, generation: Generation, piece: list[int] | Finished) -> None:
         """Take the next ids of an answer, or its end."""
@@ -105,7 +114,7 @@ class AnswerThread:
                 self._queue(answer)
 
     def _queue(self, answer: _Answer) -> None:
-        if not answer.is_queued and answer.pieces and answer.generation.has_room:
+        if not answer.is_queued and answer.pieces and (answer.generation.has_room or not self._is_open):
             answer.is_queued = True
             self._ready.append(answer)
             self._changed.notify_all()
@@ -113,10 +122,10 @@ class AnswerThread:
     def _run(self) -> None:
         while True:
             with self._changed:
-                while self._is_open and not self._ready:
+                while not self._ready:
+                    if not self._is_open:
+                        return
                     self._changed.wait()
-                if not self._is_open:
-                    return
                 answer = self._ready.popleft()
                 piece = answer.pieces.popleft()
             self._read(answer, piece)
