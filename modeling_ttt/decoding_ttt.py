@@ -488,12 +488,9 @@ class TttDecoder:
 
         groups = group_rows(rows, lambda row: row.call.audio_key)
         for positions in groups:
-            together = len(groups) == 1
-            self._denoise_alike(
-                [rows[i] for i in positions],
-                logits if together else logits[positions],
-                undecided if together else undecided[positions],
-            )
+            width = max(sizes[i] for i in positions)
+            of_group = slice(None) if len(groups) == 1 else positions
+            self._denoise_alike([rows[i] for i in positions], logits[of_group, :width], undecided[of_group, :width])
 
     def _denoise_alike(self, rows: list[Row], logits: torch.Tensor, undecided: torch.Tensor) -> None:
         """

@@ -60,7 +60,7 @@ def draw_options(draw: random.Random) -> dict:
         ("repetition_penalty", 1.3),
         ("max_audio_codes_per_span", 5),
         ("audio_guidance_scale", 0.5),
-        ("min_new_tokens", 5),
+        ("min_new_tokens", 1),
     ):
         if draw.random() < 0.25:
             options[name] = value
@@ -205,9 +205,8 @@ def test_speech_is_what_the_processor_decodes():
         decoded = engine.decode_audio(answer["audio_codes"].tolist()).result(60)
         np.testing.assert_allclose(decoded, answer["audio"], atol=1e-5)
 
-        text, waveform, end = engine.submit(
-            GenerationRequest(prompt, {"max_new_tokens": 9}, modalities=("text",))
-        ).result(60)
+        request = GenerationRequest(prompt, {"max_new_tokens": 9}, modalities=("text",))
+        text, waveform, end = engine.submit(request).result(60)
         assert text.startswith("hi") and not waveform.size and end.usage.audio_codes == 0
 
 
@@ -230,13 +229,14 @@ def test_answers_are_read_in_asyncio_and_cancelled_there():
     prompt, options = [1, 2, 3], {"max_new_tokens": 200, "min_new_tokens": 200, "audio_block_size": 4}
 
     async def read(engine: Engine, most: int) -> Finished:
-        generation, number = engine.submit(GenerationRequest(prompt, options)), 0
+        generation = engine.submit(GenerationRequest(prompt, options))
+        events = []
         async for event in generation:
-            number += 1
-            if number == most:
+            events.append(event)
+            if len(events) == most:
                 generation.cancel()
-        assert generation.finished is event
-        return event
+        assert generation.finished is events[-1]
+        return events[-1]
 
     async def main() -> list[Finished]:
         async with Engine(model, PROCESSOR, max_rows=4) as engine:
