@@ -361,7 +361,7 @@ class Engine:
             raise ValueError("`input_ids` must be a sequence of token ids, of one or more.")
         size = self.model.config.get_text_config().vocab_size
         for position, token in enumerate(input_ids):
-            if not isinstance(token, Integral) or isinstance(token, bool) or not 0 <= token < size:
+            if not isinstance(token, Integral) or isinstance(token, bool) or not 0 <= int(token) < size:
                 raise ValueError(f"`input_ids` holds {token!r} at position {position}; ids are from 0 to {size - 1}.")
         return [int(token) for token in input_ids]
 
