@@ -284,7 +284,7 @@ def test_a_bad_record_is_skipped_and_listed_with_its_reason(model, speech, tmp_p
     assert len(examples) == 2 and summary["rejected"] == 7
     listed = {row["record"]: (row["kind"], row["reason"]) for row in rejections(tmp_path / "out")}
     assert {record: kind for record, (kind, _) in listed.items()} == {
-        1: "unreadable audio",
+        1: "missing audio",
         2: "unreadable audio",
         3: "long audio",
         4: "no audio",
@@ -293,7 +293,7 @@ def test_a_bad_record_is_skipped_and_listed_with_its_reason(model, speech, tmp_p
         7: "too long",
     }
     assert "missing.wav" in listed[1][1] and "3.1 s" in listed[3][1] and "<|im_end|>" in listed[6][1]
-    assert summary["rejected_kinds"]["unreadable audio"] == 2
+    assert summary["rejected_kinds"]["missing audio"] == summary["rejected_kinds"]["unreadable audio"] == 1
     assert rejections(tmp_path / "out")[0]["source"] == str(path) and rejections(tmp_path / "out")[0]["task"] == "tts"
 
 
@@ -519,6 +519,58 @@ def test_going_on_with_another_audio_tokenizer_is_refused(model, speech, tmp_pat
     processor.save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="tokenizers was"):
         run(tmp_path / "model", tmp_path / "out", speech / "list.jsonl", tasks=["asr"])
+
+
+def test_audio_beyond_the_limits_is_rejected_and_counted(model, speech, tmp_path):
+    write_wav(tmp_path / "zeros.wav", np.zeros(3 * 16_000, dtype=np.float32))
+    write_wav(tmp_path / "clipped.wav", np.clip(5 * tone(1.0), -1, 1))
+    write_wav(tmp_path / "short.wav", tone(0.2))
+    write_wav(tmp_path / "spoken.wav", tone(1.0))
+    texts = {"zeros": "x", "clipped": "x", "short": "x", "spoken": "one two three"}
+    rows = [{"audio": f"{name}.wav", "text": text} for name, text in texts.items()]
+    rows += [{"audio": "spoken.wav", "text": "y"}, {"audio": "spoken.wav", "text": "so many words " * 5}]
+    path = write_lines(tmp_path / "list.jsonl", rows)
+    limits = {"min_audio_seconds": 0.3, "min_speaking_rate": 2.0, "max_speaking_rate": 30.0}
+    kinds = ["silent audio", "clipped audio", "short audio", "slow speech", "fast speech"]
+    for task in ("asr", "tts", "continuation"):
+        summary, examples = run(model, tmp_path / task, path, tasks=[task], **limits)
+        assert len(examples) == 1 and summary["rejected_kinds"] == dict.fromkeys(kinds, 1)
+        assert [row["kind"] for row in rejections(tmp_path / task)] in (kinds, sorted(kinds, key=kinds.index))
+    columns = ["answer=text", "answer_audio=audio"]  # what the user says is not known, what the answer says is
+    summary, _ = run(model, tmp_path / "chat", path, tasks=["text_chat"], columns=columns, **limits)
+    assert summary["rejected_kinds"] == dict.fromkeys(kinds, 1)
+    summary, _ = run(model, tmp_path / "heard", path, tasks=["spoken_chat"], columns=["answer=text"], **limits)
+    assert summary["rejected_kinds"] == dict.fromkeys(kinds[:3], 1)
+    for name, value in (("min_audio_seconds", 40.0), ("min_speaking_rate", -1.0), ("max_clipping", 2.0)):
+        with pytest.raises(ValueError, match=f"--{name}"):
+            run(model, tmp_path / "wrong", path, tasks=["asr"], **{name: value})
+
+
+def test_shards_shrink_so_that_every_process_has_work_and_a_run_keeps_its_own(model, tmp_path):
+    def sizes(**options):
+        args = PrepareArguments(model=str(model), output_dir=tmp_path, source=["x"], **options)
+        return prepare_dataset.records_per_shard(args, [60, 9])
+
+    assert sizes(num_proc=4) == 5 and sizes() == 18
+    assert sizes(num_proc=4, shard_size=50) == 50
+    assert sizes(num_proc=4, tasks=["continuation"]) == 1000  # utterances of a chapter stay together
+    args = PrepareArguments(model=str(model), output_dir=tmp_path, source=["x"])
+    assert prepare_dataset.records_per_shard(args, [10**6]) == 1000
+    assert prepare_dataset.records_per_shard(args, [None]) == 1000
+
+    path = write_lines(tmp_path / "list.jsonl", [{"text": f"a{i}"} for i in range(9)])
+    summary, expected = run(model, tmp_path / "out", path)
+    assert summary["shards"] == 3
+    shards = ShardFolder(tmp_path / "out", "train").shards()
+    shards[1].unlink()
+    (tmp_path / "out" / ".train" / "0000-000001.json").unlink()
+    arguments = PrepareArguments(model=str(model), output_dir=tmp_path / "out", source=[str(path)], max_length=1024)
+    arguments.num_proc = 9  # would make other shards
+    assert prepare_dataset.records_per_shard(arguments, [9]) == 1
+    arguments.num_proc = 1
+    assert ShardFolder(tmp_path / "out", "train").arguments()["records per shard"] == 3
+    assert prepare(arguments)["shards"] == 3
+    assert read_examples(tmp_path / "out") == expected
 
 
 @pytest.mark.slow

@@ -14,9 +14,10 @@ reads the result.
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,12 +29,18 @@ from tqdm import tqdm
 from processing import TttProcessor
 from training_examples.command_line import ScriptParser
 from training_examples.preparation.examples import ExampleBuilder
-from training_examples.preparation.records import FIELDS, TASK_NAMES, RecordReader
+from training_examples.preparation.layouts import LAYOUTS
+from training_examples.preparation.recordings import AudioLimits
+from training_examples.preparation.records import CONTINUATION, FIELDS, TASK_NAMES, RecordReader
 from training_examples.preparation.shards import ShardFolder
 from training_examples.preparation.sources import Chunk, Source, open_data_config, open_source
 from training_examples.threads import threads_field, use_threads
 from training_examples.user_errors import run_command
+from training_examples.workers import worker_pool
 
+MOST_RECORDS = 1000  # a shard, by default
+SHARDS_PER_PROCESS = 4  # so that no process waits long for the last one, and a killed run loses little
+SIZE_KEY = "records per shard"
 # What may differ when a run is taken up again: it decides how fast the examples are made, not what they are.
 FREE_ARGUMENTS = ("output_dir", "batch_size", "device", "num_proc", "threads")
 
@@ -51,6 +58,13 @@ class PrepareArguments:
     )
     name: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     revision: str | None = field(default=None, metadata={"help": "Revision of a Hub dataset."})
+    layout: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Layout of a corpus: {', '.join(LAYOUTS)}. By default it is found by looking.",
+            "choices": list(LAYOUTS),
+        },
+    )
     split: str = field(default="train", metadata={"help": "Split to read."})
     output_split: str = field(default="", metadata={"help": "Split to write; the one read by default."})
     streaming: bool = field(default=False, metadata={"help": "Read record by record instead of building a cache."})
@@ -76,14 +90,33 @@ class PrepareArguments:
         default=True,
         metadata={"help": "Recognition answers with the heard codes after the text, as published; else text alone."},
     )
+    min_audio_seconds: float = field(default=0.0, metadata={"help": "Shorter audio is rejected."})
     max_audio_seconds: float = field(default=30.0, metadata={"help": "Longer audio is rejected."})
+    min_level: float = field(
+        default=-60.0, metadata={"help": "Audio is rejected as silent whose loudest 50 ms stay below so many dB."}
+    )
+    max_clipping: float = field(
+        default=0.05, metadata={"help": "Audio is rejected as clipped with a larger share of samples at full scale."}
+    )
+    min_speaking_rate: float = field(
+        default=0.0, metadata={"help": "Speech with its text is rejected below so many characters a second; 0 is off."}
+    )
+    max_speaking_rate: float = field(
+        default=0.0, metadata={"help": "Speech with its text is rejected above so many characters a second; 0 is off."}
+    )
     max_length: int = field(default=2048, metadata={"help": "Longer examples are rejected, in tokens."})
     sampling_rate: int | None = field(default=None, metadata={"help": "Of audio given as bare numbers, Hz."})
     audio_root: Path | None = field(
         default=None, metadata={"help": "Where relative audio paths start; by default the folder of their file."}
     )
     max_records: int | None = field(default=None, metadata={"help": "Read only so many records of each source."})
-    shard_size: int = field(default=1000, metadata={"help": "Records per shard."})
+    shard_size: int | None = field(
+        default=None,
+        metadata={
+            "help": f"Records per shard, which is saved as soon as it is done; by default {MOST_RECORDS}, and fewer "
+            "where that would leave processes without work."
+        },
+    )
     batch_size: int = field(default=16, metadata={"help": "Audios encoded at once."})
     device: str = field(default="cpu", metadata={"help": "Where audio is encoded; processes share the GPUs of `cuda`."})
     num_proc: int = field(default=1, metadata={"help": "Processes side by side."})
@@ -95,8 +128,17 @@ class PrepareArguments:
         if bool(self.source) == (self.data_config is not None):
             raise ValueError("Give either `--source` or `--data_config`.")
         for name in ("max_audio_seconds", "max_length", "shard_size", "batch_size", "num_proc"):
-            if getattr(self, name) <= 0:
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"`--{name}` is {getattr(self, name)}; it must be above 0.")
+        for name in ("min_audio_seconds", "min_speaking_rate", "max_speaking_rate"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`--{name}` is {getattr(self, name)}; it must be at least 0.")
+        for name in ("audio_seconds", "speaking_rate"):
+            least, most = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
+            if most and least > most:
+                raise ValueError(f"`--min_{name}` is {least:g}, above `--max_{name}` {most:g}.")
+        if not 0 <= self.max_clipping <= 1:
+            raise ValueError(f"`--max_clipping` is {self.max_clipping}; it is a share, from 0 to 1.")
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(f"`--device` is {self.device!r}, but PyTorch finds no GPU; use cpu.")
         self.output_split = self.output_split or self.split
@@ -130,7 +172,14 @@ def make_builder(args: PrepareArguments, processor: TttProcessor, roots: Sequenc
         RecordReader(processor, args.tasks, args.pairs("columns"), args.pairs("questions"), args.asr_speech),
         roots,
         max_length=args.max_length,
-        max_audio_seconds=args.max_audio_seconds,
+        limits=AudioLimits(
+            args.min_audio_seconds,
+            args.max_audio_seconds,
+            args.min_level,
+            args.max_clipping,
+            args.min_speaking_rate,
+            args.max_speaking_rate,
+        ),
         batch_size=args.batch_size,
         sampling_rate=args.sampling_rate,
         seed=args.seed,
@@ -141,7 +190,7 @@ def open_sources(args: PrepareArguments) -> list[Source]:
     if args.data_config is not None:
         sources = open_data_config(args.data_config, args.streaming, args.seed)
     else:
-        options = (args.split, args.name, args.revision, args.streaming)
+        options = (args.split, args.name, args.revision, args.streaming, args.layout)
         sources = [source for location in args.source for source in open_source(location, *options)]
     if args.max_records is not None:
         for source in sources:
@@ -162,6 +211,20 @@ def fingerprint(processor: TttProcessor) -> str:
             digest.update(name.encode())
             digest.update(value.contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
+
+
+def records_per_shard(args: PrepareArguments, sizes: Sequence[int | None]) -> int:
+    """
+    Return how many records a shard has: `--shard_size`, or as many as give each process some shards to do.
+
+    Utterances that make a document together stay in one shard, so for continuation it is not made smaller.
+    """
+    if args.shard_size is not None:
+        return args.shard_size
+    total = sum(size or 0 for size in sizes)
+    if None in sizes or CONTINUATION in args.tasks or not total:
+        return MOST_RECORDS
+    return min(MOST_RECORDS, math.ceil(total / (SHARDS_PER_PROCESS * args.num_proc)))
 
 
 _work: tuple[ExampleBuilder, ShardFolder]
@@ -193,13 +256,10 @@ def finish_all(
     args: PrepareArguments, folder: ShardFolder, roots: Sequence[Path], chunks: Iterable[Chunk]
 ) -> Iterator[dict[str, Any]]:
     """Yield the reports of the chunks, as they are finished by `num_proc` processes."""
-    context = get_context("spawn")  # a fork would inherit threads and an initialised GPU
-    ranks = context.Queue()
+    ranks = get_context("spawn").Queue()
     for rank in range(args.num_proc):
         ranks.put(rank)
-    pool = ProcessPoolExecutor(
-        args.num_proc, context, start_worker, (args, folder, roots, ranks, torch.get_num_threads())
-    )
+    pool = worker_pool(args.num_proc, start_worker, (args, folder, roots, ranks, torch.get_num_threads()))
     try:
         pending: set[Future] = set()
         for chunk in chunks:
@@ -223,13 +283,12 @@ def prepare(args: PrepareArguments) -> dict[str, Any]:
     sizes = [source.num_records for source in sources]
     settings = {f"--{f.name}": getattr(args, f.name) for f in dataclasses.fields(args) if f.name not in FREE_ARGUMENTS}
     folder = ShardFolder(args.output_dir, args.output_split)
-    folder.begin({**settings, "number of records": sizes, "tokenizers": fingerprint(processor)})
+    size = folder.arguments().get(SIZE_KEY) or records_per_shard(args, sizes)  # a run that goes on keeps its shards
+    folder.begin({**settings, "number of records": sizes, "tokenizers": fingerprint(processor), SIZE_KEY: size})
 
     reports = folder.finished()
     states = [{chunk: r["state"] for (s, chunk), r in reports.items() if s == index} for index in range(len(sources))]
-    chunks = (
-        chunk for index, source in enumerate(sources) for chunk in source.chunks(index, args.shard_size, states[index])
-    )
+    chunks = (chunk for index, source in enumerate(sources) for chunk in source.chunks(index, size, states[index]))
     if args.num_proc == 1:
         if processor.audio_tokenizer is not None:
             processor.audio_tokenizer.to(args.device)

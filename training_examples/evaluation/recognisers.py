@@ -9,9 +9,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
-from multiprocessing import get_context
 from pathlib import Path
 
 import jiwer
@@ -19,6 +17,8 @@ import librosa
 import numpy as np
 import pocketsphinx
 from tqdm.auto import tqdm
+
+from training_examples.workers import worker_pool
 
 SAMPLING_RATE = 16_000
 # What the uniform half of the language model expects: sequences of this many words (they decide how likely an end is).
@@ -144,8 +144,7 @@ class Recognizer:
         self._decoder = None if num_workers > 1 else _Decoder(*settings)
         self._pool = None
         if num_workers > 1:
-            # Started afresh, not forked: the caller may have threads (PyTorch's) that a fork would break.
-            self._pool = ProcessPoolExecutor(num_workers, get_context("spawn"), _start_worker, settings)
+            self._pool = worker_pool(num_workers, _start_worker, settings)
 
     def __enter__(self) -> "Recognizer":
         return self

@@ -9,11 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets.utils.file_utils import xopen
 
 from processing import TttProcessor, TttTokenIds
 from processing.audio_codes_ttt import encode_waveforms
-from processing.audio_input_ttt import load_waveform
 from processing.vocabulary_ttt import (
     BEGIN_OF_AUDIO,
     BEGIN_OF_LAST_AUDIO,
@@ -21,6 +19,7 @@ from processing.vocabulary_ttt import (
     END_OF_AUDIO,
     END_OF_LAST_AUDIO,
 )
+from training_examples.preparation.recordings import AudioLimits, load_recording
 from training_examples.preparation.records import Draft, RecordReader, RejectedError
 from training_examples.preparation.sources import Chunk
 
@@ -67,7 +66,7 @@ class ExampleBuilder:
         reader (`RecordReader`): says what to make of each record.
         roots (`Sequence[Path]`): for each source, the folder that relative audio paths start from.
         max_length (`int`, *optional*, defaults to 2048): longer examples are rejected, in tokens.
-        max_audio_seconds (`float`, *optional*, defaults to 30.0): longer audio is rejected.
+        limits (`AudioLimits`, *optional*): audio beyond them is rejected.
         batch_size (`int`, *optional*, defaults to 16): audios encoded at once.
         sampling_rate (`int`, *optional*): of audio given as bare numbers, in Hz.
         seed (`int`, *optional*, defaults to 0): draws which utterances of a recording are spoken.
@@ -77,7 +76,7 @@ class ExampleBuilder:
     reader: RecordReader
     roots: Sequence[Path]
     max_length: int = 2048
-    max_audio_seconds: float = 30.0
+    limits: AudioLimits = AudioLimits()
     batch_size: int = 16
     sampling_rate: int | None = None
     seed: int = 0
@@ -100,9 +99,14 @@ class ExampleBuilder:
 
         encoded: list[tuple[int, Draft]] = []
         for record, draft in drafts:
-            errors = [e for column in draft.audios if isinstance(e := codes[record, column], RejectedError)]
-            if errors:
-                report.reject(record, draft.task, errors[0])
+            try:
+                for column in draft.audios:
+                    if isinstance(error := codes[record, column], RejectedError):
+                        raise error
+                for column, text in draft.spoken.items():
+                    self.limits.check_speaking_rate(text, seconds[record, column])
+            except RejectedError as error:
+                report.reject(record, draft.task, error)
             else:
                 encoded.append((record, draft))
 
@@ -149,18 +153,10 @@ class ExampleBuilder:
         return codes, seconds
 
     def _load(self, audio: Any, root: Path) -> np.ndarray:
-        """Return a waveform at the audio tokenizer's rate."""
-        try:
-            if isinstance(audio, list) and self.sampling_rate is None:
-                raise ValueError("audio of bare numbers needs their `--sampling_rate`")
-            source = read_path(audio, root)
-            rate = self.processor.feature_extractor.sampling_rate
-            waveform = load_waveform(source, rate, self.sampling_rate)
-        except (ValueError, OSError) as error:
-            raise RejectedError("unreadable audio", str(error)) from error
-        if len(waveform) > self.max_audio_seconds * rate:
-            limit = self.max_audio_seconds
-            raise RejectedError("long audio", f"{len(waveform) / rate:.1f} s, above `--max_audio_seconds` {limit:g}")
+        """Return a waveform at the audio tokenizer's rate that keeps the limits."""
+        rate = self.processor.feature_extractor.sampling_rate
+        waveform = load_recording(audio, root, rate, self.sampling_rate)
+        self.limits.check(waveform, rate)
         return waveform
 
     def _encode_batch(self, waveforms: list[np.ndarray]) -> list[list[int] | RejectedError]:
@@ -174,7 +170,9 @@ class ExampleBuilder:
                 self.processor.audio_tokenizer, self.processor.feature_extractor, waveforms, self.batch_size
             )
         except torch.OutOfMemoryError as error:
-            raise RuntimeError("The device is out of memory; choose a smaller `--batch_size`.") from error
+            raise ValueError(
+                f"`--batch_size` is {self.batch_size}, too much for the device's memory; choose a smaller one."
+            ) from error
         except torch.AcceleratorError:
             raise  # the device's fault, not the audio's
         except (ValueError, RuntimeError) as error:
@@ -250,22 +248,6 @@ class ExampleBuilder:
 
     def _tokenize(self, text: str) -> list[int]:
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def read_path(audio: Any, root: Path) -> Any:
-    """
-    Return audio as `load_waveform` takes it: relative paths start at `root`, addresses of other file systems (`hf://`,
-    `zip://`) are read.
-    """
-    path = audio.get("path") if isinstance(audio, dict) and audio.get("bytes") is None else audio
-    if not isinstance(path, str):
-        return audio
-    if "://" not in path:
-        return str(root / path) if not path.startswith("data:") else path
-    if path.startswith(("http://", "https://", "file://")):
-        return path
-    with xopen(path, "rb") as file:
-        return file.read()
 
 
 def fill(content: Any, record: int, codes: dict[Key, Any]) -> Any:

@@ -60,7 +60,8 @@ class Draft:
     An example before its audio is encoded. `audios` holds the audio as the source has it, by column.
 
     Either a conversation (`messages`, whose audio parts name a column), a `document` in the published form, or one
-    utterance of a recording (its text in `document`, its only audio); records of one recording share `group`.
+    utterance of a recording (its text in `document`, its only audio); records of one recording share `group`. `spoken`
+    has the text of an audio where it is known.
     """
 
     task: str
@@ -68,6 +69,7 @@ class Draft:
     document: str = ""
     audios: dict[str, Any] = field(default_factory=dict)
     group: Any = None
+    spoken: dict[str, str] = field(default_factory=dict)
 
 
 class RecordReader:
@@ -164,7 +166,7 @@ class RecordReader:
         if task == CONTINUATION:
             draft.document = self._text(record, task, "text")
             draft.group = record.get(self._column(task, "group"))
-            self._add_audio(draft, record, "audio")
+            draft.spoken[self._add_audio(draft, record, "audio")] = draft.document
             return draft
         recipe = RECIPES[task]
         heard = self._add_audio(draft, record, recipe.audio) if recipe.audio else None
@@ -175,10 +177,13 @@ class RecordReader:
             text = question if given is None else self._text(record, task, "instruction")
         elif recipe.text is not None:
             text = self._text(record, task, recipe.text)
-        answer: list[dict[str, Any]] = [{"type": "text", "text": self._text(record, task, recipe.answer)}]
+        said = self._text(record, task, recipe.answer)
+        answer: list[dict[str, Any]] = [{"type": "text", "text": said}]
         speech = recipe.speech if task != "asr" or self.asr_speech else None
         if speech and (recipe.speech_needed or record.get(self._column(task, speech)) is not None):
             answer.append({"type": "audio", "audio": self._add_audio(draft, record, speech)})
+        if self._column(task, recipe.speech) in draft.audios and (speech or task == "asr"):
+            draft.spoken[self._column(task, recipe.speech)] = said
         request = self.processor.build_messages(recipe.prompt, text=text, audio=heard)
         draft.messages = [*request, {"role": "assistant", "content": answer}]
         return draft

@@ -47,6 +47,11 @@ class ShardFolder:
         """Return the Parquet files, in the order of the records."""
         return sorted(self.data.glob(f"{self.split}-*.parquet"))
 
+    def arguments(self) -> dict[str, Any]:
+        """Return what the folder was begun with, nothing if it is new."""
+        file = self.reports / "arguments.json"
+        return read_json(file) if file.exists() else {}
+
     def begin(self, arguments: Mapping[str, Any]) -> None:
         """
         Keep what the examples depend on beside them.
@@ -56,9 +61,8 @@ class ShardFolder:
         """
         self.data.mkdir(parents=True, exist_ok=True)
         self.reports.mkdir(exist_ok=True)
-        file = self.reports / "arguments.json"
         now = json.loads(json.dumps(arguments, default=str))
-        before = read_json(file) if file.exists() else now
+        before = self.arguments() or now
         changes = [
             f"{key} was {before.get(key)} and is {value}" for key, value in now.items() if before.get(key) != value
         ]
@@ -67,7 +71,7 @@ class ShardFolder:
                 f"`--output_dir` {self.folder} was begun otherwise: {'; '.join(changes)}. Repeat the former arguments "
                 "to go on, or choose another folder or `--output_split`."
             )
-        write_json(file, now)
+        write_json(self.reports / "arguments.json", now)
 
     def write(self, chunk: Chunk, examples: Sequence[dict[str, Any]], report: dict[str, Any]) -> None:
         """Write the examples of a chunk and then its report, which marks the chunk as finished."""

@@ -1,15 +1,17 @@
-"""Opens any `datasets` source as records of plain Python values: Hub names, files, folders, saved datasets, streams and
-data_config lists. What a record means lives in records.py."""
+"""Opens any source as records of plain Python values: Hub names, files, folders, saved datasets, streams and
+data_config lists. Layouts of corpora are the business of layouts.py; what a record means lives in records.py."""
 
 import glob
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets import Audio, ClassLabel, Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+
+from training_examples.preparation.layouts import data_files, find_layout
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -36,15 +38,13 @@ class Source:
         name (`str`): how errors call it.
         dataset (`Dataset` or `IterableDataset`): its records.
         root (`Path`): the folder that relative audio paths start from.
-        is_audio_folder (`bool`, *optional*, defaults to `False`): it lists files as the `audiofolder` builder expects:
-            `file_name` is read as `audio`, `X_file_name` as `X`. (That builder itself needs torchcodec even where audio
-            is only read.)
+        adapt (`Callable`, *optional*): names a record's columns as layouts.py does.
     """
 
     name: str
     dataset: Dataset | IterableDataset
     root: Path
-    is_audio_folder: bool = False
+    adapt: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         for column, feature in (self.dataset.features or {}).items():
@@ -60,11 +60,10 @@ class Source:
 
     @property
     def column_names(self) -> list[str]:
-        """Names of the columns, of the first record where a stream does not know them beforehand."""
-        names = self.dataset.column_names
-        if names is None:
-            names = list(next(iter(self.dataset.take(1)), {}))
-        return [self._column(name) for name in names]
+        """Names of the columns, of the first record where they are not known beforehand."""
+        if self.adapt is not None or self.dataset.column_names is None:
+            return [name for row in self.dataset.take(1) for name in self._plain(row)]
+        return self.dataset.column_names
 
     def chunks(self, index: int, size: int, finished: Mapping[int, dict[str, Any] | None]) -> Iterator[Chunk]:
         """
@@ -95,16 +94,28 @@ class Source:
     def _plain(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return a record with the names of its class labels."""
         named = {c: name_of(row[c]) for c, name_of in self._labels.items() if row[c] is not None}
-        return {self._column(name): value for name, value in {**row, **named}.items()}
+        return self.adapt({**row, **named}) if self.adapt is not None else {**row, **named}
 
-    def _column(self, name: str) -> str:
-        if self.is_audio_folder and name.endswith("file_name"):
-            return name.removesuffix("file_name").removesuffix("_") or "audio"
-        return name
+
+def name_audio(row: dict[str, Any]) -> dict[str, Any]:
+    """
+    Return a record of files listed as the `audiofolder` builder expects them: `file_name` becomes `audio`,
+    `X_file_name` X. (That builder itself needs torchcodec even where audio is only read.)
+    """
+    suffix = "file_name"
+    return {
+        (name.removesuffix(suffix).removesuffix("_") or "audio") if name.endswith(suffix) else name: value
+        for name, value in row.items()
+    }
 
 
 def open_source(
-    location: str, split: str = "train", name: str | None = None, revision: str | None = None, streaming: bool = False
+    location: str,
+    split: str = "train",
+    name: str | None = None,
+    revision: str | None = None,
+    streaming: bool = False,
+    layout: str | None = None,
 ) -> list[Source]:
     """
     Open one source.
@@ -112,19 +123,26 @@ def open_source(
     Args:
         location (`str`): a JSON, JSONL, CSV, Parquet or Arrow file (wildcards allowed), a folder saved by
             `save_to_disk`, a folder with `metadata.csv`, `.jsonl` or `.parquet` files whose `file_name` names the
-            audio, any other folder that `load_dataset` reads, or a dataset on the Hub.
+            audio, a folder or file in one of the `LAYOUTS`, any other folder that `load_dataset` reads, or a dataset on
+            the Hub.
         split (`str`, *optional*, defaults to `"train"`): of a dataset that has splits; single files have none.
         name, revision (`str`, *optional*): configuration and revision of a dataset on the Hub.
         streaming (`bool`, *optional*, defaults to `False`): read record by record, without building a cache.
+        layout (`str`, *optional*): one of `LAYOUTS`, if it shall not be found by looking.
 
     Returns:
         `list[Source]`: one per file, otherwise one.
 
     Raises:
         FileNotFoundError: If no file matches.
-        ValueError: If a file is of another type, or the split is not there.
+        ValueError: If a file is of another type, the split is not there, or the layout is another or not clear.
     """
     path = Path(location)
+    if layout is not None or not _is_saved(path):
+        found = find_layout(path, split, layout)
+        if found is not None:
+            kind, listed = found
+            return [Source(location, kind.open(listed, streaming), listed[0].parent, kind.adapt)]
     if path.is_dir():
         return _open_folder(path, split, streaming)
     if BUILDERS.get(_suffix(path)) is None:
@@ -132,7 +150,7 @@ def open_source(
             raise ValueError(f"`--source` {location}: cannot read this type of file; use {', '.join(BUILDERS)}.")
         dataset = load_dataset(location, name, split=split, revision=revision, streaming=streaming)
         return [Source(location, dataset, Path())]
-    files = sorted(glob.glob(location))
+    files = [location] if path.is_file() else sorted(glob.glob(location))
     if not files:
         raise FileNotFoundError(f"`--source` {location}: there is no such file.")
     return [_open_file(Path(file), streaming) for file in files]
@@ -172,13 +190,18 @@ def open_data_config(file: Path, streaming: bool = False, seed: int = 0) -> list
     return sources
 
 
-def _open_file(path: Path, streaming: bool, is_audio_folder: bool = False) -> Source:
-    dataset = load_dataset(BUILDERS[_suffix(path)], data_files=str(path), split="train", streaming=streaming)
-    return Source(str(path), dataset, path.parent, is_audio_folder)
+def _open_file(path: Path, streaming: bool, adapt: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> Source:
+    dataset = load_dataset(BUILDERS[_suffix(path)], data_files=data_files(path), split="train", streaming=streaming)
+    return Source(str(path), dataset, path.parent, adapt)
+
+
+def _is_saved(path: Path) -> bool:
+    """Return whether `save_to_disk` wrote this folder."""
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
 def _open_folder(path: Path, split: str, streaming: bool) -> list[Source]:
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+    if _is_saved(path):
         dataset = load_from_disk(str(path))
         if isinstance(dataset, DatasetDict):
             if split not in dataset:
@@ -188,7 +211,7 @@ def _open_folder(path: Path, split: str, streaming: bool) -> list[Source]:
     base = path / split if (path / split).is_dir() else path
     metadata = sorted(file for name in METADATA_FILES for file in base.rglob(name))
     if metadata:
-        return [_open_file(file, streaming, is_audio_folder=True) for file in metadata]
+        return [_open_file(file, streaming, name_audio) for file in metadata]
     return [Source(str(path), load_dataset(str(path), split=split, streaming=streaming), path)]
 
 

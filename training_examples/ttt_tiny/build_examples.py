@@ -9,9 +9,8 @@ by shard (Parquet), so a killed run goes on where it stopped, and goes on with t
 
 import random
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +31,7 @@ from training_examples.ttt_tiny.codes import encode, load_codec
 from training_examples.ttt_tiny.conversations import Messages, Mixture, MixtureArguments, assistant, user
 from training_examples.ttt_tiny.speech import read_audio, read_list, read_shard, to_int16
 from training_examples.user_errors import run_command
+from training_examples.workers import worker_pool
 
 
 @dataclass
@@ -132,8 +132,7 @@ def encode_all(args: ExampleArguments, threads: int = 1) -> dict[str, list[dict]
     splices, sounds = folder / f"spliced-{len(heard):04d}.parquet", folder / "sounds-0000.parquet"
     jobs.append((splices, encode_splices, (codec, heard, splices, args.splices, [args.seed, 10**6])))
     jobs.append((sounds, encode_sounds, (codec, heard[0], sounds, args.sounds, [args.seed, 10**6 + 1])))
-    # Started afresh, not forked: PyTorch's threads would not survive a fork.
-    with ProcessPoolExecutor(args.workers, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+    with worker_pool(args.workers, torch.set_num_threads, (threads,)) as pool:
         running: list[Future] = [pool.submit(job, *rest) for target, job, rest in jobs if not target.exists()]
         for future in tqdm(running, desc="encoding", unit="shard"):
             future.result()

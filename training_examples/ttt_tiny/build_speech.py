@@ -13,10 +13,10 @@ synthesisers add noise of their own, so samples differ from run to run.
 import json
 import random
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from training_examples.command_line import ScriptParser
@@ -33,6 +33,7 @@ from training_examples.ttt_tiny.synthesis import (
     random_delivery,
 )
 from training_examples.user_errors import run_command
+from training_examples.workers import worker_pool
 
 DIGITS = domain.NUMBERS[:10]
 # What one voice says word by word, so that strings and sums can be spliced of it; some other words come with them.
@@ -251,10 +252,10 @@ def training_jobs(args: BuildArguments) -> Iterator[tuple[Path, list[dict]]]:
 
 def main() -> None:
     (args,) = ScriptParser(BuildArguments, __doc__).parse_args_into_dataclasses()
-    use_threads(args.threads, args.workers)
+    threads = use_threads(args.threads, args.workers)
     for folder in ("speech", "eval"):
         (args.output_dir / folder).mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(args.workers) as pool:
+    with worker_pool(args.workers, torch.set_num_threads, (threads,)) as pool:
         lists = list(plan_evaluation(args).items())
         needed = [name.startswith("development_") for name, _ in lists].count(True)
         jobs = [pool.submit(speak_list, args.output_dir / "eval", name, rows) for name, rows in lists[:needed]]
