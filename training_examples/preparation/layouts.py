@@ -187,7 +187,8 @@ class Tars(Layout):
 
     def _groups(self, file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield key and fields of the records of a tar: what audio is where, and the content of everything else."""
-        key, fields = "", {}
+        key = ""
+        fields: dict[str, Any] = {}
         with tarfile.open(file, "r:") as tar:
             for member in tar:
                 found = MEMBER.fullmatch(member.name)
