@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from training_examples.ttt_tiny.train_codec import CodecArguments, PhonemeHead, configure
+from training_examples.ttt_tiny.train_codec import CodecArguments, Critic, PhonemeHead, configure
 from training_examples.ttt_tiny.waveforms import augment, backgrounds, bands, colors, pad, room_spectra
 
 RATE = 24_000
@@ -82,3 +82,21 @@ def test_the_options_name_the_codec(rate, codes):
 def test_a_rate_that_frames_do_not_divide_is_refused():
     with pytest.raises(SystemExit, match="codes_per_second 30"):
         configure(CodecArguments("tokenizer", codes_per_second=30))
+
+
+def test_the_critic_learns_to_tell_noise_from_speech_and_teaches_the_decoder_alone():
+    torch.manual_seed(0)
+    critic = Critic(rows=4, samples=4_000)
+    critic.optimizer.param_groups[0]["lr"] = 3e-3
+    real = speech(8, 0.25)
+    losses = []
+    for _ in range(12):
+        decoded = (0.1 * torch.randn(8, real.shape[1])).requires_grad_()
+        found = critic.losses(real, decoded)
+        (found["adversarial"] + found["matching"]).backward()
+        assert decoded.grad is not None and decoded.grad.abs().sum() > 0
+        assert not found["critic"].requires_grad
+        critic.forget_gradients()
+        losses.append(float(found["critic"]))
+    assert losses[0] == pytest.approx(2.0, abs=0.3) and losses[-1] < 0.7 * losses[0]
+    assert all(parameter.grad is None for parameter in critic.model.parameters())

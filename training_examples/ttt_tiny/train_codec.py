@@ -28,6 +28,7 @@ from modeling_ttt.ttt_codec import TttCodecConfig, TttCodecModel
 from training_examples.command_line import ScriptParser
 from training_examples.files import whole_file
 from training_examples.threads import threads_field, use_threads
+from training_examples.ttt_tiny.discriminator import Discriminator
 from training_examples.ttt_tiny.domain import is_held_out
 from training_examples.ttt_tiny.speech import read_shard
 from training_examples.ttt_tiny.waveforms import augment, pad
@@ -58,6 +59,9 @@ class CodecArguments:
     codes_per_second: float = field(default=12.5, metadata={"help": "Codes a second; the published rate is 12.5."})
     sampling_rate: int = field(default=24_000, metadata={"help": "Of the waveforms in and out, in Hz."})
     num_mel_bins: int = field(default=100, metadata={"help": "Log-mel channels."})
+    adversarial_steps: int = field(
+        default=0, metadata={"help": "Last steps of the stage decoder in which a discriminator takes part."}
+    )
     threads: int = threads_field()
     seed: int = field(default=0, metadata={"help": "Seed of weights, batches and augmentation."})
 
@@ -212,7 +216,35 @@ def vocoder_step(model: TttCodecModel, segments: torch.Tensor) -> dict[str, torc
     return {"loss": spectral + (model.log_mel(waveform) - mel).abs().mean(), "spectral": spectral}
 
 
-def decoder_step(model: TttCodecModel, answers) -> dict[str, torch.Tensor]:
+class Critic:
+    """A discriminator that takes part in the stage decoder, and its optimiser.
+
+    Args:
+        rows (`int`): segments it sees of every batch.
+        samples (`int`): their length.
+    """
+
+    def __init__(self, rows: int, samples: int):
+        self.model, self.rows, self.samples = Discriminator(), rows, samples
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), 3e-4, betas=(0.8, 0.9), weight_decay=0.01)
+
+    def losses(self, real: torch.Tensor, decoded: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Learn from segments of (batch, samples), and return what the decoder shall learn from them."""
+        rows = torch.randperm(len(real))[: self.rows]
+        start = random.randrange(max(real.shape[1] - self.samples, 0) + 1)
+        real, decoded = (wave[rows, start : start + self.samples] for wave in (real, decoded))
+        own = self.model.own_loss(real, decoded)
+        own.backward()
+        self.optimizer.step()
+        adversarial, matching = self.model.decoder_losses(real, decoded)
+        return {"adversarial": adversarial, "matching": matching, "critic": own.detach()}
+
+    def forget_gradients(self) -> None:
+        """Drop the gradients that the decoder's loss left here."""
+        self.optimizer.zero_grad()
+
+
+def decoder_step(model: TttCodecModel, answers, critic: Critic | None = None) -> dict[str, torch.Tensor]:
     hop, frames, piece = model.config.hop_length, model.config.frames_per_code, round(model.config.frame_rate)
     clean, lengths = pad([wave for _, wave in answers], hop)
     encoded = model.encode(clean, torch.arange(clean.shape[1]) < lengths[:, None])
@@ -237,12 +269,12 @@ def decoder_step(model: TttCodecModel, answers) -> dict[str, torch.Tensor]:
         with torch.no_grad():
             said = model.encoder.extract_features(model.log_mel(segments), segment_mask)
     content = (heard.float() - said.float()).abs().mean()
-    return {
-        "loss": 2 * l1 + delta + spectral + sound + content,
-        "mel": l1,
-        "spectral": spectral,
-        "content": content,
-    }
+    loss = 2 * l1 + delta + spectral + sound + content
+    found: dict[str, torch.Tensor] = {}
+    if critic is not None:
+        found = critic.losses(segments, waveform)
+        loss = loss + 0.1 * found["adversarial"] + 0.5 * found["matching"]
+    return {"loss": loss, "mel": l1, "spectral": spectral, "content": content, **found}
 
 
 def configure(args: CodecArguments) -> TttCodecConfig:
@@ -316,6 +348,7 @@ def main() -> None:
 
     progress, started = tqdm(total=args.max_steps, initial=step, desc=args.stage), time.time()
     running: dict[str, float] = {}
+    critic: Critic | None = None
     while step < args.max_steps:
         scale = min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.max_steps)))
         for group in optimizer.param_groups:
@@ -325,11 +358,15 @@ def main() -> None:
         elif args.stage == "vocoder":
             losses = vocoder_step(model, next(segments))
         else:
-            losses = decoder_step(model, next(answer_batches))
+            if critic is None and step >= args.max_steps - args.adversarial_steps:
+                critic = Critic(rows=8, samples=rate // 2)
+            losses = decoder_step(model, next(answer_batches), critic)
         losses["loss"].backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        if critic is not None:
+            critic.forget_gradients()
         step += 1
         for name, value in losses.items():
             running[name] = 0.98 * running.get(name, value.item()) + 0.02 * value.item()
