@@ -23,6 +23,7 @@ from transformers import set_seed
 
 from modeling_ttt import TttForConditionalGeneration
 from modeling_ttt.ttt_codec import TttCodecModel
+from modeling_ttt.ttt_codec.configuration_ttt_codec import VOCODERS
 from processing import TttDataCollator, TttProcessor
 from training_examples.command_line import ScriptParser
 from training_examples.evaluation.figures import fingerprint, markdown_table, remember
@@ -45,6 +46,10 @@ class ComparisonArguments:
     data_dir: Path = field(default=Path("data/ttt_tiny"), metadata={"help": "Output of build_speech.py."})
     output_dir: Path = field(default=Path("runs/codecs"), metadata={"help": "Where rows and table go."})
     shards: int | None = field(default=None, metadata={"help": "Shards of the assistant's speech; all by default."})
+    vocoder: str = field(
+        default="griffin_lim",
+        metadata={"help": "From mel to waveform: neural, where its stage has been trained.", "choices": [*VOCODERS]},
+    )
     sentences: int = field(default=60, metadata={"help": "Held-out texts that are judged."})
     max_steps: int = field(default=600, metadata={"help": "Steps of the small twin."})
     batch_size: int = field(default=32, metadata={"help": "Texts a step."})
@@ -156,6 +161,7 @@ def measure(args: ComparisonArguments, folder: Path | None, judges: dict[str, Wh
         return {"decoded": word_errors(judges, texts, waves, 24_000)}
     set_seed(args.seed)
     codec = load_codec(folder)
+    codec.config.vocoder = args.vocoder
     rate = codec.config.sampling_rate
     waves = [to_int16(read_audio(args.data_dir / "eval", row["answer_audio"], rate)) for row in rows]
     held_out_codes = encode(codec, waves)
@@ -208,6 +214,7 @@ def main() -> None:
     settings = {
         "steps": args.max_steps, "batch": args.batch_size, "rate": args.learning_rate, "width": args.hidden_size,
         "sentences": args.sentences, "shards": args.shards, "seed": args.seed, "judges": names,
+        "vocoder": args.vocoder,
     }  # fmt: skip
     results: dict[str, dict[str, Any]] = {}
     for folder in [None, *args.codecs]:

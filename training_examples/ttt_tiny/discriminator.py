@@ -18,7 +18,6 @@ class SpectrogramDiscriminator(nn.Module):
     def __init__(self, n_fft: int, channels: int = 12):
         super().__init__()
         self.n_fft = n_fft
-        self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
         sizes = [2, channels, channels, 2 * channels, 2 * channels]
         self.convs = nn.ModuleList(
             nn.utils.parametrizations.weight_norm(
@@ -30,8 +29,9 @@ class SpectrogramDiscriminator(nn.Module):
 
     def forward(self, waveform: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Return scores of patches of (batch, samples), and what the layers found."""
+        window = torch.hann_window(self.n_fft, device=waveform.device)
         spectrum = torch.stft(
-            waveform.float(), self.n_fft, self.n_fft // 4, window=self.window, normalized=True, return_complex=True
+            waveform.float(), self.n_fft, self.n_fft // 4, window=window, normalized=True, return_complex=True
         )
         # (batch, 2, frames, bins); the square root of the magnitude keeps quiet parts in sight.
         spectrum = spectrum * (spectrum.abs() + 1e-6).rsqrt()
