@@ -126,8 +126,9 @@ def test_answers_are_rows_as_they_come_and_a_second_run_asks_for_the_rest_alone(
     rows = run_in(tmp_path, backend).answer(backend, 2)
     assert sorted(backend.asked) == ["s0", "s1", "s2", "s3", "s4"]
     assert [row["id"] for row in rows] == [f"s{index}" for index in range(5)]  # in their order
-    assert rows[1] | {"audio": None} == {
-        "id": "s1", "kind": "k", "question": "text 1", "references": ["TEXT 1"], "text": "TEXT 1", "earlier": [],
+    assert rows[1] | {"audio": None, "sample": ""} == {
+        "id": "s1", "sample": "", "kind": "k", "question": "text 1", "references": ["TEXT 1"], "text": "TEXT 1",
+        "earlier": [],
         "audio": None, "codes": 8, "forwards": 4, "ended": None, "seconds": 0.5, "audio_seconds": 1.0,
     }  # fmt: skip
 
@@ -167,6 +168,20 @@ def test_a_backend_that_fails_at_everything_ends_the_run(tmp_path):
     backend = Echo(fails_on=[f"s{index}" for index in range(9)], model="a")
     with pytest.raises(RuntimeError, match="5 samples failed .* cannot be answered"):
         run_in(tmp_path, backend, 9).answer(backend, 3)
+
+
+def test_a_sample_of_other_content_is_asked_again_and_listened_to_again(tmp_path):
+    backend, listener = Echo(model="a"), Listener("deaf", Deaf, {})
+    run = run_in(tmp_path, backend, 2)
+    run.answer(backend, 5)
+    run.listen(listener)
+    changed = [Sample("s0", (Turn(text="other"),), ("OTHER",), "k"), *samples(2)[1:]]
+    again = Run(tmp_path, "list", "tts", changed, backend.settings)
+    assert [row["id"] for row in again.rows] == ["s1"] and again.data_hash != run.data_hash
+    backend.asked.clear()
+    assert [row["text"] for row in again.answer(backend, 5)] == ["OTHER", "TEXT 1"] and backend.asked == ["s0"]
+    again.listen(listener)
+    assert [row["id"] for row in read_rows(next(again.folder.glob("heard-*")))] == ["s0", "s1", "s0"]
 
 
 def test_samples_that_share_an_id_are_refused(tmp_path):

@@ -33,7 +33,7 @@ class TransformersRecogniser:
 
         self._pipe = pipeline("automatic-speech-recognition", model=model, device=device)
         self._batch_size = batch_size
-        takes_language = getattr(self._pipe.model.generation_config, "is_multilingual", False)
+        takes_language = getattr(getattr(self._pipe.model, "generation_config", None), "is_multilingual", False)
         self._options = {"generate_kwargs": {"language": language}} if language and takes_language else {}
 
     def transcribe(self, waveforms: Sequence[np.ndarray], sampling_rate: int = SAMPLING_RATE) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from training_examples.evaluation.figures import Figure
-from training_examples.evaluation.intervals import bootstrap_interval, ratio
+from training_examples.evaluation.intervals import bootstrap_interval, ratio, resampled_sums
 from training_examples.evaluation.rows import Row
 from training_examples.evaluation.scoring import RowScorer, load_scorer
 
@@ -70,6 +70,11 @@ class Measured:
             content["key"], content["title"], figure, content["lower_is_better"], tuple(content["ids"]), counts,
             content["scorer"], content["note"],
         )  # fmt: skip
+
+    def draws(self, seed: int = 0) -> np.ndarray:
+        """Return the figure of rows drawn with replacement, again and again, of shape `(resamples,)`."""
+        assert self.counts is not None
+        return total_of(self.scorer)(resampled_sums(self.counts, seed=seed))
 
     def first(self, ids: Iterable[str]) -> "Measured":
         """Return the same figure of some of its rows."""

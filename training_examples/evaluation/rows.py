@@ -42,6 +42,25 @@ def hash_of(value: Any, length: int = 16) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:length]
 
 
+def audio_bytes(audio: Any) -> bytes:
+    """Return the bytes by which audio is told from other audio: those of its file or of its samples."""
+    if audio is None:
+        return b""
+    if isinstance(audio, Mapping):
+        return b"".join(audio_bytes(audio[key]) for key in ("bytes", "array", "path") if audio.get(key) is not None)
+    if isinstance(audio, bytes):
+        return audio
+    if isinstance(audio, str | Path):
+        return Path(audio).read_bytes() if Path(audio).is_file() else str(audio).encode()
+    return np.ascontiguousarray(audio).tobytes()
+
+
+def sample_hash(sample: Sample) -> str:
+    """Return a short hash of all that a sample asks and wants: texts, references and the bytes of its audio."""
+    audio = [hashlib.sha256(audio_bytes(turn.audio)).hexdigest() for turn in sample.turns]
+    return hash_of([sample.id, sample.kind, list(sample.references), [turn.text for turn in sample.turns], audio])
+
+
 def read_rows(path: Path) -> list[Row]:
     """Return the rows of a JSONL file, none if there is no file. A last line that a kill cut off is left out."""
     if not path.exists():
@@ -77,6 +96,7 @@ class Run:
         self.task, self.samples = task, list(samples)
         if twice := [name for name, count in Counter(sample.id for sample in samples).items() if count > 1][:3]:
             raise ValueError(f"samples share ids: {twice}; every row needs an id of its own")
+        self.hashes = {sample.id: sample_hash(sample) for sample in self.samples}
         self.settings = json.loads(json.dumps({"task": task, **settings}))
         self.folder = folder / f"{name}-{hash_of(self.settings, 8)}"
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -85,9 +105,14 @@ class Run:
 
     @property
     def rows(self) -> list[Row]:
-        """The samples' rows, in their order, as far as they are answered."""
+        """The samples' rows, in their order, as far as they are answered; rows of other content are not theirs."""
         found = {row["id"]: row for row in read_rows(self.folder / "rows.jsonl")}  # a later row replaces an earlier
-        return [found[sample.id] for sample in self.samples if sample.id in found]
+        return [found[name] for name, content in self.hashes.items() if found.get(name, {}).get("sample") == content]
+
+    @property
+    def data_hash(self) -> str:
+        """A short hash of all samples."""
+        return hash_of(list(self.hashes.values()))
 
     def answer(self, backend: Backend, batch_size: int, keep_audio: bool = True) -> list[Row]:
         """
@@ -129,10 +154,10 @@ class Run:
             for sample, answer in zip(batch, answers, strict=True)
         ]
 
-    @staticmethod
-    def _row(sample: Sample) -> Row:
+    def _row(self, sample: Sample) -> Row:
         asked = {"question": text} if (text := sample.turns[-1].text) else {}
-        return {"id": sample.id, "kind": sample.kind, **asked, **sample.details, "references": list(sample.references)}
+        row = {"id": sample.id, "kind": sample.kind, "sample": self.hashes[sample.id], **asked, **sample.details}
+        return row | {"references": list(sample.references)}
 
     def _answered(self, sample: Sample, answer: Answer, keep_audio: bool) -> Row:
         path = None
@@ -153,7 +178,8 @@ class Run:
             FileNotFoundError: If an answer's recording is gone.
         """
         path = self.folder / f"heard-{listener.name}-{hash_of(listener.settings, 8)}.jsonl"
-        heard = {row["id"]: row["text"] for row in read_rows(path)}
+        keys = {row["id"]: _answer_key(row) for row in self.rows}
+        heard = {row["id"]: row["text"] for row in read_rows(path) if row["answer"] == keys.get(row["id"])}
         waiting = [row for row in self.rows if row["id"] not in heard and row.get("audio")]
         recogniser = listener.open() if waiting else None
         for start in tqdm(range(0, len(waiting), batch_size), desc=f"{listener.name} listens", disable=not waiting):
@@ -163,19 +189,24 @@ class Run:
                 *(soundfile.read(self.folder / row["audio"], dtype="float32") for row in rows), strict=True
             )
             texts = recogniser.transcribe(waves, rates[0])
-            append_rows(path, [{"id": row["id"], "text": text} for row, text in zip(rows, texts, strict=True)])
-            heard |= {row["id"]: text for row, text in zip(rows, texts, strict=True)}
+            found = {row["id"]: text for row, text in zip(rows, texts, strict=True)}
+            append_rows(path, [{"id": name, "answer": keys[name], "text": text} for name, text in found.items()])
+            heard |= found
         return {row["id"]: heard.get(row["id"], "") for row in self.rows}
 
-    def remember(self, name: str, settings: Any, compute: Callable[[Row], Any]) -> dict[str, Any]:
-        """Return what `compute` makes of every row (JSON), by id, remembered row by row under `name` and settings."""
+    def remember(
+        self, name: str, settings: Any, compute: Callable[[Row], Any], kind: str | None = None
+    ) -> dict[str, Any]:
+        """Return what `compute` makes of every row (JSON), or of those of one kind, by id; remembered row by row under
+        `name` and settings."""
         path = self.folder / f"{name}-{hash_of(settings, 8)}.jsonl"
-        found = {row["id"]: row["value"] for row in read_rows(path)}
-        rows = self.rows
+        rows = [row for row in self.rows if kind is None or row["kind"] == kind]
+        keys = {row["id"]: _answer_key(row) for row in rows}
+        found = {row["id"]: row["value"] for row in read_rows(path) if row["answer"] == keys.get(row["id"])}
         waiting = [row for row in rows if row["id"] not in found]
         for row in tqdm(waiting, desc=name, disable=not waiting):
             found[row["id"]] = compute(row)
-            append_rows(path, [{"id": row["id"], "value": found[row["id"]]}])
+            append_rows(path, [{"id": row["id"], "answer": keys[row["id"]], "value": found[row["id"]]}])
         return {row["id"]: found[row["id"]] for row in rows}
 
     def drop_audio(self) -> None:
@@ -186,6 +217,11 @@ class Run:
     def stored_settings(self) -> Any:
         """Return the settings as the folder has them."""
         return read_json(self.folder / "settings.json")
+
+
+def _answer_key(row: Row) -> str:
+    """Return a hash of an answer, so that what was heard in an earlier one is not taken for it."""
+    return hash_of([row["sample"], row["text"], row.get("codes"), row.get("audio_seconds")])
 
 
 def _finite(value: float) -> float | None:
