@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from .http_support import service_of
+from .options import TttOptions
 from .service import Service
 
 router = APIRouter()
@@ -43,4 +44,8 @@ async def metrics(request: Request) -> Response:
 
 
 def _model(service: Service) -> dict[str, Any]:
-    return {"id": service.model_name, "object": "model", "created": service.created, "owned_by": "ttt"}
+    """What OpenAI's clients read and, under `ttt`, what there is to choose from in a request's field of that name."""
+    config = service.engine.model.generation_config
+    defaults = {name: getattr(config, name, None) for name in TttOptions.model_fields if name not in ("task", "seed")}
+    choices = {"tasks": list(service.processor.tasks), "defaults": defaults}
+    return {"id": service.model_name, "object": "model", "created": service.created, "owned_by": "ttt", "ttt": choices}
