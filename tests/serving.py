@@ -1,9 +1,13 @@
 """A server for tests, the real one, in a thread of its own: on a free port of this machine."""
 
 import argparse
+import base64
 import contextlib
 import json
+import socket
+import struct
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -99,3 +103,81 @@ def question_pcm(rate: int = 24_000) -> bytes:
 
 def silence_pcm(seconds: float, rate: int = 24_000) -> bytes:
     return np.zeros(int(seconds * rate), "<i2").tobytes()
+
+
+class RealtimeClient:
+    """A plain client of /v1/realtime: events out, events in."""
+
+    def __init__(self, server: RunningServer, path: str = "/v1/realtime", **options):
+        from websockets.sync.client import connect
+
+        self.socket = connect(server.ws + path, max_size=None, compression=None, ping_interval=None, **options)
+
+    def __enter__(self) -> "RealtimeClient":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.socket.close()
+
+    def send(self, kind: str, **fields) -> None:
+        self.socket.send(json.dumps({"type": kind, **fields}))
+
+    def next(self) -> dict:
+        return json.loads(self.socket.recv(timeout=SECONDS))
+
+    def until(self, *kinds: str) -> list[dict]:
+        """Events up to the first of one of these types."""
+        events = [self.next()]
+        while events[-1]["type"] not in kinds:
+            events.append(self.next())
+        return events
+
+    def ask(self, kind: str, answer: str, **fields) -> dict:
+        """Send an event; return the first of a type that follows."""
+        self.send(kind, **fields)
+        return self.until(answer)[-1]
+
+    def error(self, kind: str, **fields) -> dict:
+        """Send an event that is refused; return the error."""
+        return self.ask(kind, "error", **fields)["error"]
+
+    def say(self, text: str, **item) -> str:
+        """Add the user's text; return its item's id."""
+        content = [{"type": "input_text", "text": text}]
+        added = self.ask(
+            "conversation.item.create",
+            "conversation.item.done",
+            item={"type": "message", "role": "user", "content": content},
+            **item,
+        )
+        return added["item"]["id"]
+
+    def append(self, pcm: bytes) -> None:
+        self.send("input_audio_buffer.append", audio=base64.b64encode(pcm).decode())
+
+    def configure(self, **session) -> dict:
+        return self.ask("session.update", "session.updated", session={"type": "realtime", **session})["session"]
+
+    def abort(self) -> None:
+        """Vanish without a word."""
+        self.socket.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.socket.socket.close()
+
+
+def spoken_pcm(events: list[dict]) -> bytes:
+    """The sound in events, PCM16."""
+    return b"".join(base64.b64decode(e["delta"]) for e in events if e["type"] == "response.output_audio.delta")
+
+
+def wait_until(condition, what: str) -> None:
+    """Wait until something is so."""
+    ends = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < ends, f"{what} did not come about"
+        time.sleep(0.02)
+
+
+def is_at_rest(server: RunningServer) -> bool:
+    """Whether nothing is being answered, encoded or talked about."""
+    stats = server.service.engine.stats()
+    return not (stats.rows or stats.queued or stats.encoding or server.service.sessions)

@@ -95,7 +95,7 @@ class RealtimeSession:
         self.buffer = InputBuffer(limits.audio_seconds, VAD_THREADS, silero_probability)
         self.buffer.configure(self.settings.vad)
         self.response: Response | None = None  # the one in the conversation that is being written
-        self.is_draining = False
+        self._is_leaving, self._has_ended = asyncio.Event(), asyncio.Event()
         self._aside: list[Response] = []
         self._tasks: set[asyncio.Task[Any]] = set()
         self._encodings: dict[str, asyncio.Task[None]] = {}  # by item
@@ -122,10 +122,11 @@ class RealtimeSession:
         """Serve the client until it leaves, is silent for too long, reads too slowly, or the server stops."""
         session = self.settings.wire(self.id, self.expires_at)
         self.outbox.put({"type": "session.created", "session": session})
-        reading, sending = asyncio.create_task(self._read()), asyncio.create_task(self.outbox.run())
+        sending = asyncio.create_task(self.outbox.run())
+        tasks = [sending, asyncio.create_task(self._read()), asyncio.create_task(self._leave())]
         try:
-            await asyncio.wait({reading, sending}, return_when=asyncio.FIRST_COMPLETED)
-            code, reason = self._outcome(reading if reading.done() else sending)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            code, reason = self._outcome(next(task for task in tasks if task.done()))
             if code and not sending.done():
                 await asyncio.wait_for(self.outbox.empty(), self.service.limits.send_seconds)
             if code:
@@ -133,7 +134,8 @@ class RealtimeSession:
         except (TimeoutError, RuntimeError, WebSocketDisconnect):
             pass  # there is nobody to say goodbye to
         finally:
-            await self._end([reading, sending])
+            await self._end(tasks)
+            self._has_ended.set()
 
     def _outcome(self, task: asyncio.Task[Any]) -> tuple[int, str]:
         """Return how to close the connection; 0 where the client has closed it."""
@@ -215,16 +217,17 @@ class RealtimeSession:
             logger.error("session %s: a task failed", self.id, exc_info=error)
 
     async def drain(self) -> None:
-        """Finish the answer that is being written, and say goodbye."""
-        self.is_draining = True
+        """Take no more requests, finish the answer that is being written, and say goodbye."""
+        self._is_leaving.set()
+        await self._has_ended.wait()
+
+    async def _leave(self) -> tuple[int, str]:
+        """Wait until the session is to end and nothing is being written; return why, as `_read` does."""
+        await self._is_leaving.wait()
         while self.response is not None or self._aside:
             await asyncio.sleep(0.05)
         self._error(draining(), None)
-        try:
-            await asyncio.wait_for(self.outbox.empty(), self.service.limits.send_seconds)
-            await self.socket.close(1001, "the server is shutting down")
-        except (TimeoutError, RuntimeError, OSError):
-            pass
+        return 1001, "the server is shutting down"
 
     # ---- settings ----------------------------------------------------------------------------------------------------
 
@@ -404,7 +407,7 @@ class RealtimeSession:
 
     async def _respond(self, params: ResponseParams) -> None:
         """Have a response written."""
-        if self.is_draining:
+        if self._is_leaving.is_set():
             raise draining()
         if params.audio is not None and params.audio.output is not None:
             params.audio.output.check("response.audio.output")
