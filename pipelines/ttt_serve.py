@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Sequence
@@ -165,6 +166,27 @@ def api_keys(arguments: argparse.Namespace) -> list[str]:
     return keys
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """
+    Return a socket that is bound, so that a port that is taken is told before a model is loaded.
+
+    Raises:
+        OSError: if it cannot be.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except OSError:
+            bound.close()
+            raise
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}, port {port} ({error.strerror}); choose others") from error
+    return bound
+
+
 def build_service(arguments: argparse.Namespace) -> Service:
     """
     Load the model, start its engine, and have both answer once, so that the first caller does not wait for what is
@@ -260,13 +282,14 @@ def run(arguments: argparse.Namespace) -> int:
         raise RuntimeError(
             f'the package {error.name} is missing: pip install -c constraints.txt -e ".[serve]"'
         ) from error
+    bound = listen(arguments.host, arguments.port)
     service = build_service(arguments)
     # uvicorn raises the signals it took once more when it is done; they have had their effect by then.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     server = make_server(service, arguments, keys)
     try:
-        server.run()
+        server.run(sockets=[bound])
     finally:
         service.engine.close(drain=False, timeout=5.0)
     return 0 if server.started else 1

@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 import soundfile
+from websockets.exceptions import ConnectionClosed
 
 from pipelines.serving.engine import Engine
 from pipelines.serving.limits import Limits
@@ -181,3 +183,12 @@ def is_at_rest(server: RunningServer) -> bool:
     """Whether nothing is being answered, encoded or talked about."""
     stats = server.service.engine.stats()
     return not (stats.rows or stats.queued or stats.encoding or server.service.sessions)
+
+
+def closing(client: RealtimeClient) -> tuple[int, list[dict]]:
+    """How the server closes a connection, and what it says before."""
+    events = []
+    with pytest.raises(ConnectionClosed) as closed:
+        while True:
+            events.append(client.next())
+    return closed.value.rcvd.code, events

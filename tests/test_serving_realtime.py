@@ -5,8 +5,8 @@ import json
 
 import pytest
 from builders import build_model, build_processor
-from serving import RealtimeClient, is_at_rest, question_pcm, serve, silence_pcm, spoken_pcm, wait_until
-from websockets.exceptions import ConnectionClosed, InvalidStatus
+from serving import RealtimeClient, closing, is_at_rest, question_pcm, serve, silence_pcm, spoken_pcm, wait_until
+from websockets.exceptions import InvalidStatus
 
 from pipelines.serving.limits import Limits
 
@@ -359,15 +359,6 @@ def test_what_looks_like_a_token_is_text(server, client):
 def limited(**limits):
     processor = build_processor()
     return serve(build_model(processor), processor, limits=Limits(**limits))
-
-
-def closing(client: RealtimeClient) -> tuple[int, list[dict]]:
-    """How the server closes a connection, and what it says before."""
-    events = []
-    with pytest.raises(ConnectionClosed) as closed:
-        while True:
-            events.append(client.next())
-    return closed.value.rcvd.code, events
 
 
 def test_a_silent_session_is_closed():

@@ -65,7 +65,7 @@ def check_voice(voice: Any, param: str) -> None:
     Raises:
         ApiError: if it is none of `VOICES`.
     """
-    if voice is not None and voice not in VOICES:
+    if voice is not None and (not isinstance(voice, str) or voice not in VOICES):
         names = ", ".join(sorted(VOICES))
         raise ApiError(
             f"Invalid value for '{param}': the model has one voice, which goes by any of these names: {names}.",

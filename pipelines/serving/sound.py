@@ -53,7 +53,7 @@ def pcm_to_float(pcm: bytes | bytearray | memoryview) -> np.ndarray:
 
 def float_to_pcm(samples: np.ndarray) -> bytes:
     """Return float samples of shape `(samples,)`, full scale 1, as little-endian PCM16."""
-    return (samples.clip(-1.0, 1.0) * 32767.0).round().astype("<i2").tobytes()
+    return (samples * 32768.0).round().clip(-32768, 32767).astype("<i2").tobytes()
 
 
 class Resampler:
@@ -140,7 +140,8 @@ def encode_file(samples: np.ndarray, rate: int, file_format: str) -> bytes:
     if file_format == "pcm":
         return float_to_pcm(samples)
     file = io.BytesIO()
-    soundfile.write(file, samples.clip(-1.0, 1.0), rate, format=file_format.upper(), subtype="PCM_16")
+    pcm = np.frombuffer(float_to_pcm(samples), dtype="<i2")
+    soundfile.write(file, pcm, rate, format=file_format.upper(), subtype="PCM_16")
     return file.getvalue()
 
 

@@ -1,0 +1,326 @@
+"""The HTTP endpoints with a small model: what is refused and how it is told, uploads within limits, who may come in."""
+
+import base64
+import io
+import json
+import socket
+
+import numpy as np
+import pytest
+import soundfile
+from builders import build_model, build_processor, tone
+from serving import QUESTION, RealtimeClient, is_at_rest, serve, wait_until
+from websockets.exceptions import InvalidStatus
+
+from pipelines.serving.limits import Limits
+
+SPEECH = {"model": "ttt-tiny", "input": "hello", "voice": "alloy"}
+CHAT = {"model": "ttt-tiny", "messages": [{"role": "user", "content": "hello"}]}
+KEY, OTHER_KEY = "a-key-that-opens-it", "another-key-that-does"
+LIMITS = Limits(audio_seconds=5.0, text_length=300, messages=10, body_bytes=600_000)
+
+
+@pytest.fixture(scope="module")
+def server():
+    processor = build_processor()
+    with serve(build_model(processor), processor, limits=LIMITS) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def locked():
+    processor = build_processor()
+    with serve(build_model(processor), processor, keys=[OTHER_KEY, KEY]) as running:
+        yield running
+
+
+def form(fields: dict[str, str], files: dict[str, bytes]) -> tuple[bytes, dict[str, str]]:
+    """A multipart body and its headers."""
+    parts = []
+    for name, value in fields.items():
+        parts.append(f'--B\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode())
+    for name, content in files.items():
+        head = f'--B\r\nContent-Disposition: form-data; name="{name}"; filename="a.wav"\r\n\r\n'
+        parts.append(head.encode() + content + b"\r\n")
+    return b"".join(parts) + b"--B--\r\n", {"Content-Type": "multipart/form-data; boundary=B"}
+
+
+def wav(samples: np.ndarray, rate: int = 16_000, file_format: str = "WAV") -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format=file_format)
+    return file.getvalue()
+
+
+def heard(content: bytes, **part) -> dict:
+    audio = {"data": base64.b64encode(content).decode(), "format": "wav", **part}
+    return {**CHAT, "messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": audio}]}]}
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "code"),
+    [
+        ("/v1/audio/speech", {**SPEECH, "colour": 1}, "colour", "unknown_parameter"),
+        ("/v1/audio/speech", {"model": "ttt-tiny"}, "input", "missing_required_parameter"),
+        ("/v1/audio/speech", {**SPEECH, "input": 7}, "input", "invalid_value"),
+        ("/v1/audio/speech", {**SPEECH, "input": " "}, "input", "invalid_value"),
+        ("/v1/audio/speech", {**SPEECH, "input": "a" * 301}, "input", "too_long"),
+        ("/v1/audio/speech", {**SPEECH, "response_format": "mp3"}, "response_format", "unsupported_format"),
+        ("/v1/audio/speech", {**SPEECH, "speed": 2.0}, "speed", "invalid_value"),
+        ("/v1/audio/speech", {**SPEECH, "voice": "my aunt"}, "voice", "invalid_value"),
+        ("/v1/audio/speech", {**SPEECH, "voice": {"id": "x"}}, "voice", "invalid_value"),
+        ("/v1/audio/speech", {**SPEECH, "instructions": "be glad"}, "instructions", "unknown_parameter"),
+        ("/v1/audio/speech", {**SPEECH, "ttt": {"custom_generate": "x"}}, "ttt.custom_generate", "unknown_parameter"),
+        ("/v1/audio/speech", {**SPEECH, "ttt": {"audio_block_size": 0}}, "ttt.audio_block_size", "invalid_value"),
+        ("/v1/chat/completions", {**CHAT, "tools": [{}]}, "tools", "unknown_parameter"),
+        ("/v1/chat/completions", {**CHAT, "n": 2}, "n", "invalid_value"),
+        ("/v1/chat/completions", {**CHAT, "messages": []}, "messages", "invalid_value"),
+        ("/v1/chat/completions", {**CHAT, "messages": CHAT["messages"] * 11}, "messages", "too_long"),
+        ("/v1/chat/completions", {**CHAT, "messages": [{"role": "tool", "content": "x"}]}, "messages[0]", None),
+        ("/v1/chat/completions", {**CHAT, "messages": [{"role": "user", "content": ""}]}, "messages[0].content", None),
+        ("/v1/chat/completions", {**CHAT, "modalities": ["text", "audio"]}, "audio", "missing_required_parameter"),
+        ("/v1/chat/completions", {**CHAT, "audio": {"voice": "a", "format": "wav"}}, "modalities", "invalid_value"),
+        ("/v1/chat/completions", {**CHAT, "max_tokens": 3, "max_completion_tokens": 3}, "max_tokens", "invalid_value"),
+        ("/v1/chat/completions", {**CHAT, "stream_options": {}}, "stream_options", "invalid_value"),
+        ("/v1/chat/completions", {**CHAT, "temperature": -1}, "temperature", "invalid_value"),
+        (
+            "/v1/chat/completions",
+            {**CHAT, "modalities": ["text", "audio"], "audio": {"voice": "alloy", "format": "opus"}},
+            "audio.format",
+            "unsupported_format",
+        ),
+    ],
+)
+def test_what_is_not_understood_is_refused_by_name(server, path, body, param, code):
+    status, error = server.error(path, body)
+    assert status == 400 and error["type"] == "invalid_request_error"
+    assert error["param"] == param and code in (None, error["code"])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"no json", b"[]", b"[" * 100_000, b'{"model": NaN}', b"\xff\xfe", b'{"a": "\\ud800"}'],
+    ids=lambda body: str(len(body)),
+)
+def test_bodies_that_are_no_json_are_refused(server, body):
+    status, error = server.error("/v1/chat/completions", body, headers={"Content-Type": "application/json"})
+    assert status == 400 and error["code"] in ("invalid_json", "missing_required_parameter", "unknown_parameter")
+
+
+def test_paths_methods_and_models_that_there_are_not(server):
+    assert server.error("/v1/embeddings", {})[0] in (404, 405)
+    assert server.error("/v1/audio/speech")[0] in (404, 405)
+    status, error = server.error("/v1/audio/speech", {**SPEECH, "model": "gpt-4o"})
+    assert status == 404 and error["code"] == "model_not_found"
+    assert server.error("/../pyproject.toml")[0] in (400, 404)
+    assert server.error("/%2e%2e/%2e%2e/app.py")[0] in (400, 404)
+
+
+# ---- uploads -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        (b"", "invalid_audio"),
+        (b"RIFF" + bytes(40), "invalid_audio"),
+        (wav(tone(0.5))[:60], None),
+        (wav(np.zeros((800, 9))), "too_many_channels"),
+        (wav(np.zeros(16_000 * 3600), file_format="FLAC"), "audio_too_long"),  # an hour of silence in few bytes
+        (wav(np.zeros(200_000), rate=192_001), "invalid_audio"),
+        (wav(np.zeros(200), rate=100), "invalid_audio"),
+        (b"#EXTM3U\nhttp://127.0.0.1:1/a.wav\n", "invalid_audio"),
+        (b"ffconcat version 1.0\nfile /etc/passwd\n", "invalid_audio"),
+    ],
+    ids=["empty", "header", "cut", "channels", "hour", "rate", "slow", "playlist", "concat"],
+)
+def test_sound_that_cannot_be_used_is_refused_before_it_is_heard(server, content, code):
+    assert len(content) < LIMITS.body_bytes * 3 // 4
+    body, headers = form({"model": "ttt-tiny"}, {"file": content})
+    for path, data, kwargs, param in (
+        ("/v1/audio/transcriptions", body, {"headers": headers}, "file"),
+        ("/v1/chat/completions", heard(content), {}, "messages[0].content[0].input_audio.data"),
+    ):
+        if code is None:  # a file that was cut off is read as far as it goes
+            assert server.request(path, data, **kwargs)[0] in (200, 400)
+            continue
+        status, error = server.error(path, data, **kwargs)
+        assert status == (413 if code == "audio_too_long" else 400) and error["code"] == code
+        assert error["param"] == param
+
+
+def test_a_header_that_claims_more_than_there_is_costs_nothing(server):
+    content = bytearray(wav(tone(0.5)))
+    content[40:44] = (2**31 - 2).to_bytes(4, "little")
+    body, headers = form({"model": "ttt-tiny"}, {"file": bytes(content)})
+    assert server.request("/v1/audio/transcriptions", body, headers=headers)[0] in (200, 400, 413)
+
+
+@pytest.mark.parametrize(
+    "data",
+    ["http://127.0.0.1:1/a.wav", "/etc/passwd", "file:///etc/passwd", str(QUESTION), "data:audio/wav;base64,AAAA"],
+)
+def test_no_path_or_address_in_a_request_is_read(server, data):
+    part = {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
+    status, error = server.error("/v1/chat/completions", {**CHAT, "messages": [{"role": "user", "content": [part]}]})
+    assert status == 400 and error["code"] in ("invalid_base64", "invalid_audio")
+
+
+@pytest.mark.parametrize(
+    ("fields", "files", "param"),
+    [
+        ({"model": "ttt-tiny"}, {}, "file"),
+        ({"model": "ttt-tiny", "file": "/etc/passwd"}, {}, "file"),
+        ({}, {"file": wav(tone(0.5))}, "model"),
+        ({"model": "ttt-tiny", "response_format": "srt"}, {"file": wav(tone(0.5))}, "response_format"),
+        ({"model": "ttt-tiny", "stream": "maybe"}, {"file": wav(tone(0.5))}, "stream"),
+        ({"model": "ttt-tiny", "language": "english!"}, {"file": wav(tone(0.5))}, "language"),
+        (
+            {"model": "ttt-tiny", "timestamp_granularities[]": "word"},
+            {"file": wav(tone(0.5))},
+            "timestamp_granularities[]",
+        ),
+        ({"model": "ttt-tiny", "temperature": "hot"}, {"file": wav(tone(0.5))}, "temperature"),
+    ],
+)
+def test_forms_that_are_wrong_are_refused(server, fields, files, param):
+    body, headers = form(fields, files)
+    status, error = server.error("/v1/audio/transcriptions", body, headers=headers)
+    assert status == 400 and error["param"] == param
+
+
+def test_bodies_have_a_size(server):
+    large = {**SPEECH, "input": "a" * 700_000}
+    status, error = server.error("/v1/audio/speech", large)
+    assert status == 413 and error["code"] == "request_too_large"
+    # The same without a length, as it comes.
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        head = f"POST /v1/audio/speech HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nContent-Type: application/json\r\n"
+        connection.sendall(head.encode() + b"Transfer-Encoding: chunked\r\n\r\n")
+        answer = b""
+        try:
+            for _ in range(100):
+                connection.sendall(b"4000\r\n" + b"a" * 0x4000 + b"\r\n")
+            answer = connection.recv(65_536)
+        except (BrokenPipeError, ConnectionResetError):  # it was told, and the connection closed, before it was done
+            pass
+    assert answer == b"" or b" 413 " in answer.split(b"\r\n")[0]
+
+
+# ---- who may come in -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:1", "file://", "http://localhost"])
+def test_pages_of_other_origins_are_kept_out(server, origin):
+    headers = {"Origin": origin, "Content-Type": "application/json"}
+    for path, data, method in (
+        ("/v1/models", None, None),
+        ("/v1/audio/speech", SPEECH, None),
+        ("/v1/models", None, "OPTIONS"),
+    ):
+        status, error = server.error(path, data, headers=headers, method=method)
+        assert status == 403 and error["code"] == "cross_origin"
+    with pytest.raises(InvalidStatus) as refused:
+        RealtimeClient(server, origin=origin)
+    assert refused.value.response.status_code == 403
+
+
+def test_the_servers_own_page_is_let_in_and_no_other_gets_leave(server):
+    status, headers, _ = server.request("/v1/models", headers={"Origin": server.url})
+    assert status == 200 and not [name for name in headers if name.lower().startswith("access-control")]
+    with RealtimeClient(server, origin=server.url, subprotocols=["realtime"]) as client:
+        assert client.next()["type"] == "session.created" and client.socket.subprotocol == "realtime"
+
+
+def test_a_page_can_send_no_json_without_asking(server):
+    body = json.dumps(SPEECH).encode()
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+        assert server.error("/v1/audio/speech", body, headers={"Content-Type": kind})[0] == 415
+
+
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example:8000", "a@127.0.0.1", "10.0.0.1", ""])
+def test_a_name_that_somebody_points_here_is_none_of_the_servers(server, host):
+    assert server.error("/v1/models", headers={"Host": host})[0] in (400, 403)
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1234", "[::1]:8000", "127.0.0.1"])
+def test_names_of_this_machine_are(server, host):
+    assert server.request("/v1/models", headers={"Host": host})[0] == 200
+
+
+def test_a_key_is_asked_for_everywhere_but_where_it_is_not_needed(locked):
+    for path in ("/v1/models", "/metrics", "/openapi.json", "/v1/nothing"):
+        status, error = locked.error(path)
+        assert status == 401 and error["code"] == "missing_api_key"
+        assert locked.error(path, headers={"Authorization": f"Bearer {KEY}x"})[1]["code"] == "invalid_api_key"
+        assert locked.error(path, headers={"Authorization": "Bearer "})[0] == 401
+        assert locked.error(path, headers={"Authorization": f"Basic {KEY}"})[0] == 401
+    for key in (KEY, OTHER_KEY):
+        assert locked.request("/v1/models", headers={"Authorization": f"Bearer {key}", "Host": "any.name"})[0] == 200
+    assert locked.request("/health")[0] == locked.request("/")[0] == 200
+
+
+def test_a_websocket_brings_its_key_in_a_header_or_as_browsers_do(locked):
+    for options in (
+        {},
+        {"additional_headers": {"Authorization": "Bearer no"}},
+        {"subprotocols": ["realtime", "openai-insecure-api-key.no"]},
+    ):
+        with pytest.raises(InvalidStatus) as refused:
+            RealtimeClient(locked, **options)
+        assert refused.value.response.status_code == 401
+    protocols = ["realtime", f"openai-insecure-api-key.{KEY}"]
+    for options in ({"additional_headers": {"Authorization": f"Bearer {KEY}"}}, {"subprotocols": protocols}):
+        with RealtimeClient(locked, **options) as client:
+            assert client.next()["type"] == "session.created"
+    with pytest.raises(InvalidStatus) as refused:
+        RealtimeClient(locked, "/v1/realtime?model=gpt", additional_headers={"Authorization": f"Bearer {KEY}"})
+    assert refused.value.response.status_code == 404
+
+
+# ---- status --------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_count_what_happens(server):
+    def figure(name: str) -> float:
+        lines = server.request("/metrics")[2].decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+    before = {
+        name: figure(name) for name in ("ttt_audio_codes_total", "ttt_first_audio_seconds_count", "ttt_finished_total")
+    }
+    assert server.request("/v1/audio/speech", SPEECH)[0] == 200
+    wait_until(lambda: is_at_rest(server), "rest")
+    assert figure("ttt_audio_codes_total") == before["ttt_audio_codes_total"] + 40
+    assert figure("ttt_first_audio_seconds_count") == before["ttt_first_audio_seconds_count"] + 1
+    assert figure("ttt_finished_total") == before["ttt_finished_total"] + 1
+    assert figure("ttt_rows ") == figure("ttt_queued ") == 0 and figure("ttt_max_rows ") > 0
+    assert figure('ttt_http_requests_total{path="/v1/audio/speech",status="200"}') >= 1
+
+
+def test_the_page_its_files_and_the_description_of_the_endpoints(server):
+    status, headers, body = server.request("/")
+    assert (
+        status == 200
+        and b"<!doctype html>" in body.lower()
+        and "default-src 'self'" in headers["content-security-policy"]
+    )
+    assert server.request("/docs.html")[0] == server.request("/docs.js")[0] == 200
+    paths = json.loads(server.request("/openapi.json")[2])["paths"]
+    assert {"/v1/audio/speech", "/v1/audio/transcriptions", "/v1/chat/completions", "/v1/models", "/health"} <= set(
+        paths
+    )
+    for page in ("/", "/docs.html", "/docs.js"):
+        assert b"http://" not in server.request(page)[2].replace(b"http://www.w3.org", b"")
+
+
+def test_health_tells_when_the_engine_is_gone_and_requests_are_told_so():
+    processor = build_processor()
+    with serve(build_model(processor), processor) as server:
+        assert json.loads(server.request("/health")[2]) == {"status": "ok", "model": "ttt-tiny"}
+        server.service.engine.close(drain=False, timeout=30)
+        status, _, body = server.request("/health")
+        assert status == 503 and json.loads(body)["status"] == "failed"
+        assert server.error("/v1/audio/speech", SPEECH)[0] == 503
