@@ -231,6 +231,7 @@ def test_a_first_checkpoint_says_what_it_is(initialise, tmp_path, capsys):
     assert "text_chat is asked with the system prompt 'You are Tiny.'" in capsys.readouterr().out
     card = (output / "README.md").read_text()
     assert "license: unknown" in card and "It is there to be trained" in card and "'You are Tiny.'" in card
+    assert "license: mit" in (initialise(tmp_path / "llm", "--license", "mit") / "README.md").read_text()
     for path in [*output.rglob("*.json"), output / "README.md"]:
         assert str(tmp_path.parent) not in path.read_text(encoding="utf-8"), path
 

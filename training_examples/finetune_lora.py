@@ -21,9 +21,8 @@ from transformers import BitsAndBytesConfig, TrainingArguments
 from modeling_ttt import TttConfig, TttForConditionalGeneration
 from pipelines import save_repository
 from processing import TttProcessor
-from training_examples.files import write_text
 from training_examples.training.arguments import ModelArguments, parse_arguments
-from training_examples.training.card import RunCard, is_edited
+from training_examples.training.card import RunCard, write_card
 from training_examples.training.trainer import (
     check_lengths,
     check_vocabulary,
@@ -193,8 +192,8 @@ def save_merged(model: Path, adapter: str, folder: Path, card: str | None = None
     base = TttForConditionalGeneration.from_pretrained(model)
     merged = PeftModel.from_pretrained(base, adapter).merge_and_unload().eval()
     save_repository(merged, TttProcessor.from_pretrained(model), folder)
-    if card is not None and not is_edited(folder):
-        write_text(folder / "README.md", card)
+    if card is not None:
+        write_card(folder, card)
 
 
 def main() -> None:

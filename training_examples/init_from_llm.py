@@ -36,7 +36,7 @@ from processing.tasks_ttt import PROMPT_AUDIO, RESPONSE_AUDIO
 from processing.vocabulary_ttt import AUDIO_PLACEHOLDER, END_OF_TURN, START_OF_TURN, TEXT_TOKENS, audio_tokens
 from training_examples.command_line import ScriptParser
 from training_examples.threads import threads_field, use_threads
-from training_examples.training.card import initial_card
+from training_examples.training.card import initial_card, write_card
 from training_examples.user_errors import run_command
 
 BACKBONES = ("qwen2", "qwen3", "llama")  # a plain head on a plain decoder, under the names TtT uses
@@ -84,6 +84,7 @@ class InitArguments:
             "prompt. Without it text_chat alone is asked as the LLM asks."
         },
     )
+    license: str | None = field(default=None, metadata={"help": "Licence that the card names, such as apache-2.0."})
     seed: int = field(default=0, metadata={"help": "Seed of the new rows."})
     threads: int = threads_field()
     trust_remote_code: bool = field(default=False, metadata={"help": "Allow code in the audio tokenizer's repository."})
@@ -347,8 +348,10 @@ def main() -> None:
         args.llm,
         args.audio_tokenizer,
         {"size": size, "vocabulary": tokens, "text_chat is asked with": repr(prompt)},
+        args.license,
     )
-    save_repository(model, processor, args.output_dir, card=card)
+    save_repository(model, processor, args.output_dir)
+    write_card(args.output_dir, card)
     print(f"{args.output_dir}: {size}, {tokens}\ntext_chat is asked with the system prompt {prompt!r}")
 
 

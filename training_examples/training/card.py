@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import Trainer
 
-from training_examples.files import read_json
+from training_examples.files import read_json, write_text
 from training_examples.preparation.mixtures import parse_source
 from training_examples.training.samples import latest_samples
 
@@ -67,6 +67,12 @@ def is_edited(folder: Path) -> bool:
     return card.is_file() and MARK not in card.read_text(encoding="utf-8")
 
 
+def write_card(folder: Path, card: str) -> None:
+    """Write a folder's card, unless somebody has made it their own."""
+    if not is_edited(folder):
+        write_text(folder / "README.md", card)
+
+
 def own_metadata(folder: Path) -> dict[str, Any]:
     """Return the metadata of a folder's own card, empty where it has none that can be read."""
     card = folder / "README.md"
@@ -105,7 +111,9 @@ answer = pipe("question.wav")  # answer["text"], answer["audio"], answer["sampli
 ```"""
 
 
-def initial_card(name: str, llm: str, audio_tokenizer: str, figures: Mapping[str, Any]) -> str:
+def initial_card(
+    name: str, llm: str, audio_tokenizer: str, figures: Mapping[str, Any], license: str | None = None
+) -> str:
     """
     Return the card of a first checkpoint.
 
@@ -113,6 +121,7 @@ def initial_card(name: str, llm: str, audio_tokenizer: str, figures: Mapping[str
         name (`str`): of the folder.
         llm, audio_tokenizer (`str`): what it was made of.
         figures (`Mapping`): further lines, by name.
+        license (`str`, *optional*): as the Hub calls it.
     """
     base = None if Path(llm).exists() else llm
     lines = "\n".join(f"- {key}: {value}" for key, value in figures.items())
@@ -121,7 +130,7 @@ def initial_card(name: str, llm: str, audio_tokenizer: str, figures: Mapping[str
         f"tokenizer `{short_name(audio_tokenizer)}`. It is there to be trained: on text it answers as its "
         "language model does, and it has not learnt to hear or to speak."
     )
-    return compose(name, {"base_model": base}, [about, lines])
+    return compose(name, {"base_model": base, "license": license}, [about, lines])
 
 
 @dataclass
@@ -293,5 +302,5 @@ class CardTrainer(Trainer):
             if value is not None:
                 self.card.metadata[places.get(name, name)] = value
         folder = Path(self.args.output_dir)
-        if self.is_world_process_zero() and not is_edited(folder):
-            (folder / "README.md").write_text(self.card.text(self, folder), encoding="utf-8")
+        if self.is_world_process_zero():
+            write_card(folder, self.card.text(self, folder))
