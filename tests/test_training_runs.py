@@ -98,9 +98,10 @@ def test_nothing_that_is_read_names_a_folder_of_the_machine(workspace, tmp_path)
 
 
 def test_an_edited_card_stays_and_a_written_one_is_renewed(workspace, tmp_path):
-    output = start(workspace, tmp_path / "run", max_steps=1)
+    output = tmp_path / "run"
+    output.mkdir()
     (output / "README.md").write_text("# Mine\n")
-    start(workspace, output, max_steps=2)
+    start(workspace, output, max_steps=1)
     assert (output / "README.md").read_text() == "# Mine\n"
     (output / "README.md").write_text(f"{MARK}\n# Old\n")
     start(workspace, output, max_steps=2, license="apache-2.0")
