@@ -311,9 +311,9 @@ def test_recognisers_are_opened_by_what_they_are(tmp_path):
     (tmp_path / "asr" / "preprocessor_config.json").write_text("{}")
     (tmp_path / "lines.txt").write_text("one two\n")
     for spec, kind, name in (
-        ("base", "whisper", "base"),
-        ("whisper:tiny.en", "whisper", "tiny.en"),
-        (str(tmp_path / "ctranslate"), "whisper", "ctranslate"),
+        ("base", "whisper", "whisper-base"),
+        ("whisper:tiny.en", "whisper", "whisper-tiny.en"),
+        (str(tmp_path / "ctranslate"), "whisper", "whisper-ctranslate"),
         (str(tmp_path / "asr"), "transformers", "asr"),
         ("transformers:openai/whisper-tiny", "transformers", "whisper-tiny"),
         (f"pocketsphinx:{tmp_path / 'lines.txt'}", "pocketsphinx", "lines"),

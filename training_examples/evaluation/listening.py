@@ -102,4 +102,7 @@ def open_listener(spec: str, language: str = "en", device: str = "cpu", threads:
         prompt = NUMBER_PROMPT if language == "en" else None
         return WhisperJudge(name, prompt=prompt, num_threads=threads, language=language)
 
-    return Listener(Path(name).stem if kind == "pocketsphinx" else Path(name).name, start, settings)
+    title = Path(name).stem if kind == "pocketsphinx" else Path(name).name
+    if kind == "whisper" and "whisper" not in title:
+        title = f"whisper-{title}"
+    return Listener(title, start, settings)
