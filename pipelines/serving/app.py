@@ -11,6 +11,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
+from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -43,6 +44,7 @@ def create_app(service: Service, api_keys: Iterable[str] = (), allowed_hosts: It
     app.state.service = service
     for module in (http_status, http_speech, http_transcriptions, http_chat, realtime):
         app.include_router(module.router)
+    app.add_api_route("/docs", lambda: FileResponse(STATIC / "docs.html"), include_in_schema=False)
     app.mount("/", StaticFiles(directory=STATIC, html=True))
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)

@@ -39,6 +39,8 @@ class ApiError(Exception):
     def headers(self) -> dict[str, str]:
         """Return the headers that go with it."""
         headers = {} if self.retry_after is None else {"Retry-After": str(max(1, round(self.retry_after)))}
+        if self.status in (408, 413):  # whose body may go on
+            headers["Connection"] = "close"
         return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
 
 

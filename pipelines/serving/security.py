@@ -22,6 +22,7 @@ SHORTEST_KEY = 16
 OPEN_PATHS = ("/health",)  # for load balancers, which have no key; so are the page's files, which are public
 GUARDED_PREFIXES = ("/v1", "/metrics", "/openapi.json")
 KEY_SUBPROTOCOL = "openai-insecure-api-key."  # how browsers send a key, which cannot set headers of a WebSocket
+DISCARD_SECONDS = 5.0  # for the rest of a body that is refused
 BODY_SECONDS = 60.0  # for a whole request to arrive
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -118,6 +119,8 @@ class Guard:
             if scope["type"] == "http":
                 receive = self._bounded(headers, receive)
         except ApiError as error:
+            if scope["type"] == "http":
+                await discard(receive, None, self.limits.body_bytes)
             await deny(scope, receive, send, error)
             return
         if scope["type"] == "websocket":
@@ -185,10 +188,29 @@ class Guard:
             size += len(message.get("body", b""))
             complete = message["type"] != "http.request" or not message.get("more_body", False)
             if size > most:
+                await discard(receive, message, most)
                 raise too_large
             return message
 
         return bounded
+
+
+async def discard(receive: Any, message: dict[str, Any] | None, most: int) -> None:
+    """
+    Take in what is left of a body that is refused, and forget it: a client that is still sending would not read why.
+
+    Args:
+        receive: of the request.
+        message (`dict`, *optional*): the last that was received.
+        most (`int`): bytes after which a client is cut off while it sends.
+    """
+    try:
+        async with asyncio.timeout(DISCARD_SECONDS):
+            while most > 0 and (message is None or message.get("more_body", False)):
+                message = await receive()
+                most -= len(message.get("body", b""))
+    except TimeoutError:
+        pass
 
 
 async def deny(scope: dict[str, Any], receive: Any, send: Any, error: ApiError) -> None:
