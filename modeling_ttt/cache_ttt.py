@@ -144,13 +144,13 @@ class TttCache(Cache):
     taken over. `generate` changes the cache it is given; use `copy.deepcopy` to continue one conversation in two ways.
     """
 
-    def __init__(self, num_layers: int, num_rows: int):
+    def __init__(self, num_layers: int, num_rows: int, max_rows: int = 0):
         super().__init__(layers=[TttCacheLayer() for _ in range(num_layers)])
         self.num_rows = num_rows
         self._token_ids: list[list[int]] = [[] for _ in range(num_rows)]
         self.block_length: int | None = None  # in which block-causal spans were written, once `generate` has been there
         self._kept = list(range(num_rows))  # which row is in each slot of the layers; the others are in `_dropped`
-        self._capacity = num_rows  # slots of the layers
+        self._capacity = max(num_rows, max_rows)  # slots of the layers, for which they make room at once
         self._dropped: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     @property

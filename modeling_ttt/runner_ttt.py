@@ -117,7 +117,8 @@ class TttRunner:
         self, cache: TttCache, rows: list[int], queries: list[list[int]], starts: list[int], span_ids: torch.Tensor
     ) -> torch.Tensor:
         ids = self._rectangle(queries)
-        cache.write_at(rows, starts, ids.shape[1], self.device, self._reserve(span_ids.shape[1]))
+        reserve = self._reserve(span_ids.shape[1]) if cache is self.cache else 0  # others do not grow on
+        cache.write_at(rows, starts, ids.shape[1], self.device, reserve)
         return self._forward(ids, starts, span_ids, past_key_values=cache, use_cache=True)
 
     def _reserve(self, length: int) -> int:

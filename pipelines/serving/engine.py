@@ -93,7 +93,7 @@ class _Sink:
         num_codes = sum(map(self.engine.processor.token_ids.is_code, tokens))
         self.engine._stats.audio_codes += num_codes
         self.engine._stats.text_tokens += len(tokens) - num_codes
-        self.engine._answers.push(self.generation, tokens)
+        self.engine._written.append((self.generation, tokens))
 
     def end(self) -> None:
         pass
@@ -185,6 +185,7 @@ class Engine:
 
         # Of the loop's thread alone.
         self._live: dict[Row, _Job] = {}
+        self._written: list[tuple[Generation, list[int] | Finished]] = []  # since it was handed on
         self._seconds_per_answer = 1.0
         self._runner_class = RaggedRunner if RaggedRunner.serves(model) else TttRunner
         self._make_decoder()
@@ -396,7 +397,7 @@ class Engine:
     # ---- the loop's thread -------------------------------------------------------------------------------------------
 
     def _make_decoder(self) -> None:
-        self._cache = TttCache(self.model.config.get_text_config().num_hidden_layers, 0)
+        self._cache = TttCache(self.model.config.get_text_config().num_hidden_layers, 0, self.max_rows)
         longest = self.max_context or 2**31
         self._decoder = self.model.decoder_class(self.model, self._cache, longest, self._runner_class)
 
@@ -409,6 +410,7 @@ class Engine:
                     self._admit(job)
                 if self._live:
                     self._step()
+                self._hand_on()
         except BaseException as error:
             logger.exception("The engine has died.")
             with self._changed:
@@ -418,6 +420,13 @@ class Engine:
                 self._waiting.clear()
             for job in jobs:
                 self._report(job, "failed", error)
+            self._hand_on()
+
+    def _hand_on(self) -> None:
+        """Give what was written to the thread that reads it."""
+        written, self._written = self._written, []
+        if written:
+            self._answers.push(written)
 
     def _wait_for_work(self) -> bool:
         """Wait until there is something to do; False where there is nothing and will not be."""
@@ -513,7 +522,7 @@ class Engine:
         usage = Usage(row.prompt_length, row.reused, len(ids) - num_codes, num_codes, row.forwards)
         with self._changed:
             self._stats.finished[reason] = self._stats.finished.get(reason, 0) + 1
-        self._answers.push(job.generation, Finished(reason, usage, ids, error))
+        self._written.append((job.generation, Finished(reason, usage, ids, error)))
 
     def _count_forwards(self) -> None:
         runner = self._decoder.runner

@@ -3,6 +3,7 @@ those who ask. So the audio tokenizer never holds up the decoding loop."""
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -20,6 +21,12 @@ from processing.waveform_stream_ttt import WaveformStream
 
 from .engine_requests import AudioDelta, Finished, Generation, Overloaded, TextDelta, Usage
 
+logger = logging.getLogger(__name__)
+
+# Ids of an answer that are read at once, where so many wait. Decoders look at the codes around those that are new, so
+# that a few at a time cost several times as much as many: whoever is behind catches up.
+MOST_IDS = 26
+
 
 class _Answer:
     """What is known of one answer: ids that wait to be read, and how far reading has come."""
@@ -27,13 +34,23 @@ class _Answer:
     def __init__(self, generation: Generation, processor: Any):
         self.generation = generation
         self.pieces: deque[list[int] | Finished] = deque()
-        self.is_queued = False
+        self.is_queued = self.has_spoken = False
         self.wants_audio = "audio" in generation.request.modalities
         self.reader = Deinterleaver(processor.token_ids, processor.num_codebooks)
         self.text = TextDecoder(processor.tokenizer)
         self.text_ids: list[int] = []  # taken in, their text still held back
         has_codec = self.wants_audio and processor.audio_tokenizer is not None
         self.audio = WaveformStream(processor.audio_tokenizer) if has_codec else None
+
+    def take(self) -> tuple[list[int], Finished | None]:
+        """The next ids that wait, and the end of the answer where it follows on them."""
+        ids: list[int] = []
+        while self.pieces and len(ids) < MOST_IDS:
+            piece = self.pieces.popleft()
+            if isinstance(piece, Finished):
+                return ids, piece
+            ids += piece
+        return ids, None
 
     def read(self, ids: list[int]) -> None:
         """Hand the next ids to the reader as what they mean."""
@@ -58,6 +75,7 @@ class _Answer:
 
     def _put_audio(self, codes: list[int]) -> None:
         waveform = np.zeros(0, dtype=np.float32) if self.audio is None else self.audio.push(codes)
+        self.has_spoken = True
         self.generation.put(AudioDelta(waveform, codes))
 
 
@@ -97,14 +115,15 @@ class AnswerThread:
         if self._thread.is_alive():
             self._thread.join()
 
-    def push(self, generation: Generation, piece: list[int] | Finished) -> None:
-        """Take the next ids of an answer, or its end."""
+    def push(self, written: Sequence[tuple[Generation, list[int] | Finished]]) -> None:
+        """Take the next ids of answers, or their ends."""
         with self._changed:
-            answer = self._answers.get(generation)
-            if answer is None:
-                answer = self._answers[generation] = _Answer(generation, self.processor)
-            answer.pieces.append(piece)
-            self._queue(answer)
+            for generation, piece in written:
+                answer = self._answers.get(generation)
+                if answer is None:
+                    answer = self._answers[generation] = _Answer(generation, self.processor)
+                answer.pieces.append(piece)
+                self._queue(answer)
 
     def resume(self, generation: Generation) -> None:
         """Its reader has read, or left."""
@@ -116,7 +135,10 @@ class AnswerThread:
     def _queue(self, answer: _Answer) -> None:
         if not answer.is_queued and answer.pieces and (answer.generation.has_room or not self._is_open):
             answer.is_queued = True
-            self._ready.append(answer)
+            if answer.has_spoken:
+                self._ready.append(answer)
+            else:  # first audio is what one waits for
+                self._ready.appendleft(answer)
             self._changed.notify_all()
 
     def _run(self) -> None:
@@ -127,8 +149,8 @@ class AnswerThread:
                         return
                     self._changed.wait()
                 answer = self._ready.popleft()
-                piece = answer.pieces.popleft()
-            self._read(answer, piece)
+                ids, end = answer.take()
+            self._read(answer, ids, end)
             with self._changed:
                 answer.is_queued = False
                 if answer.generation.finished is not None:
@@ -136,22 +158,21 @@ class AnswerThread:
                 else:
                     self._queue(answer)
 
-    def _read(self, answer: _Answer, piece: list[int] | Finished) -> None:
+    def _read(self, answer: _Answer, ids: list[int], end: Finished | None) -> None:
         generation = answer.generation
         try:
-            if not generation.is_cancelled:
-                if isinstance(piece, Finished):
-                    answer.end()
-                else:
-                    answer.read(piece)
+            if ids and not generation.is_cancelled:
+                answer.read(ids)
+            if end is not None and not generation.is_cancelled:
+                answer.end()
         except Exception as error:  # of the audio tokenizer: this answer cannot be spoken, others can
-            usage, ids = (piece.usage, piece.token_ids) if isinstance(piece, Finished) else (Usage(), [])
+            logger.exception("An answer could not be decoded.")
+            usage, written = (end.usage, end.token_ids) if end is not None else (Usage(), [])
             generation.cancel()
-            generation.put(Finished("failed", usage, ids, error))
-            return
-        if isinstance(piece, Finished):
-            reason = "cancelled" if generation.is_cancelled and piece.reason != "failed" else piece.reason
-            generation.put(Finished(reason, piece.usage, piece.token_ids, piece.error))
+            generation.put(Finished("failed", usage, written, error))
+        if end is not None:
+            reason = "cancelled" if generation.is_cancelled and end.reason != "failed" else end.reason
+            generation.put(Finished(reason, end.usage, end.token_ids, end.error))
 
 
 class CodecThread:
