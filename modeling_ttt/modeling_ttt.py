@@ -251,6 +251,16 @@ class TttForConditionalGeneration(TttPreTrainedModel, TttGenerationMixin):
         register_pipeline(config)
         self.post_init()
 
+    @staticmethod
+    def _load_pretrained_model(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        """As any model's. An adapter has the rows that it trained in embedding and head once where the two are tied, so
+        that those of the head are not missing."""
+        loading_info, *others = TttPreTrainedModel._load_pretrained_model(model, *args, **kwargs)
+        if model.config.tie_word_embeddings:
+            rows = "lm_head.token_adapter."
+            loading_info.missing_keys = {key for key in loading_info.missing_keys if not key.startswith(rows)}
+        return loading_info, *others
+
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
 

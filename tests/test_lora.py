@@ -1,9 +1,11 @@
 """LoRA on small models of every backbone: what is trained, and that all who load the adapter get the same model."""
 
 import json
+import logging
 import random
 import shutil
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -28,6 +30,7 @@ from training_examples.finetune_lora import (
     save_merged,
     trainable_tokens,
 )
+from training_examples.training.arguments import TttTrainingArguments
 from training_examples.ttt_tiny import build_skill, domain, evaluate_skill, skill
 
 BACKBONES = {"qwen2": True, "qwen3": False, "llama": True}  # by model type, whether the head is tied
@@ -103,6 +106,36 @@ def test_an_adapter_gives_the_same_model_however_it_is_loaded(workspace, trained
         torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
     base.disable_adapters()
     torch.testing.assert_close(logits(base), before)
+
+
+class Said(logging.Handler):
+    """What Transformers logs while it is attached."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+
+def test_nothing_is_missing_from_an_adapter_of_a_tied_head(trained):
+    _, adapter, _ = trained
+    said = Said()
+    logging.getLogger("transformers").addHandler(said)
+    try:
+        TttForConditionalGeneration.from_pretrained(adapter)
+    finally:
+        logging.getLogger("transformers").removeHandler(said)
+    assert not [line for line in said.lines if "MISSING" in line]
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="looks at what a CPU needs")
+def test_a_run_on_a_cpu_gives_no_false_alarm(workspace, tmp_path, recwarn):
+    finetune(workspace, tmp_path / "run", f"--max_steps 1 --new_words hi --merge_to {tmp_path / 'merged'}")
+    said = [str(warning.message) for warning in recwarn]
+    assert not [line for line in said if "gradient_checkpointing" in line]
+    assert TttTrainingArguments(output_dir=str(tmp_path)).dataloader_pin_memory is False
 
 
 def test_an_adapter_holds_its_own_weights_and_nothing_else(workspace, trained):
@@ -210,7 +243,7 @@ def test_options_that_lora_users_reach_for(workspace, tmp_path, options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--quantize", "--quantize .* but (no CUDA GPU was found|bitsandbytes is not installed). Leave it out"),
+        ("--quantize", "--quantize .* bitsandbytes, which is not installed"),
         ("--r 0", "--r is 0; it must be at least 1"),
         ("--adapter_strength 0", "--adapter_strength is 0.0; it must be above 0"),
         ("--new_words data/words.txt", "--new_words data/words.txt: there is no such file"),
@@ -221,8 +254,8 @@ def test_options_that_lora_users_reach_for(workspace, tmp_path, options):
     ],
 )
 def test_bad_arguments_are_named_before_training(workspace, tmp_path, options, message):
-    if options == "--quantize" and torch.cuda.is_available():
-        pytest.skip("the machine has a GPU")
+    if options == "--quantize" and find_spec("bitsandbytes"):
+        pytest.skip("bitsandbytes is installed")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         finetune(workspace, tmp_path, options)
 
@@ -235,11 +268,17 @@ def test_a_processor_with_more_tokens_than_the_model_is_refused(workspace, tmp_p
         finetune(workspace, tmp_path / "run", f"--processor {tmp_path / 'grown'}")
 
 
-def test_an_adapter_of_a_quantised_model_is_merged_into_the_whole_one(workspace, tmp_path, monkeypatch):
+@pytest.mark.skipif(not find_spec("bitsandbytes"), reason="bitsandbytes is not installed")
+def test_a_quantised_model_is_trained_on_a_cpu(workspace, tmp_path):
+    adapter = finetune(workspace, tmp_path / "adapter", "--quantize --max_steps 3 --logging_steps 1")
+    losses = [json.loads(line) for line in (adapter / "log_history.jsonl").read_text().splitlines()]
+    assert len([entry for entry in losses if "loss" in entry]) == 3
+    assert AutoPeftModelForCausalLM.from_pretrained(adapter).peft_config["default"].r == 4
+
+
+def test_an_adapter_of_a_quantised_model_is_merged_into_the_whole_one(workspace, tmp_path):
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # 4-bit layers run on CPUs too, only slowly
     arguments = LoraArguments(model=workspace / "qwen2", quantize=True, target_modules=["all-linear"], r=4)
-    monkeypatch.undo()
     base = load_base(arguments, load_config(arguments))
     model = get_peft_model(base, lora_config(arguments, base.config, [70]))
     adapted = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
@@ -372,5 +411,6 @@ def test_the_skill_is_measured_with_and_without_the_adapter(workspace, tmp_path,
     monkeypatch.setattr(sys, "argv", ["evaluate_skill.py", *command.split()])
     evaluate_skill.main()
     table = (tmp_path / "report" / "skill.md").read_text()
-    assert table.count("exact text answers | 0.0 % | 0.0 % | 1 |") == 2
+    assert table.count("exact text answers | 0.0 % | 0.0 % | 1 |") == 4
+    assert table.count("the same questions typed: exact text answers") == 2
     assert table in capsys.readouterr().out + "\n"

@@ -104,4 +104,4 @@ def test_every_script_takes_threads_and_ends_in_one_line(path):
     assert "    run_command(main)\n" in text
     if path.stem != "quicken_kokoro":  # rewrites a file and computes nothing
         shared = "parse_arguments(" in text  # of training/arguments.py
-        assert shared or ("threads_field()" in text and re.search(r"use_threads\(args\.threads", text))
+        assert shared or re.search(r"use_threads\(args\.threads", text)

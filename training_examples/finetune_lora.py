@@ -9,7 +9,9 @@ whole model, as if it had been trained. Data, objective, TrainingArguments, log 
 run that was killed goes on from its last checkpoint when started again.
 """
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -66,9 +68,7 @@ class LoraArguments(ModelArguments):
             "help": "Train the rows of codes, mask, begin and end tokens, for a model fresh from init_from_llm.py."
         },
     )
-    quantize: bool = field(
-        default=False, metadata={"help": "QLoRA: the frozen model in 4 bit (needs bitsandbytes and a CUDA GPU)."}
-    )
+    quantize: bool = field(default=False, metadata={"help": "QLoRA: the frozen model in 4 bit (needs bitsandbytes)."})
     base_model_name: str | None = field(
         default=None,
         metadata={
@@ -85,12 +85,19 @@ class LoraArguments(ModelArguments):
         if not self.adapter_strength > 0:
             raise ValueError(f"--adapter_strength is {self.adapter_strength}; it must be above 0.")
         self.new_words = [word for item in self.new_words or () for word in read_words(item)]
-        if self.quantize and not (find_spec("bitsandbytes") and torch.cuda.is_available()):
-            missing = "no CUDA GPU was found" if find_spec("bitsandbytes") else "bitsandbytes is not installed"
+        if self.quantize and not find_spec("bitsandbytes"):
             raise ValueError(
-                f"--quantize keeps the model in 4 bit with bitsandbytes on a CUDA GPU, but {missing}. Leave it out to "
-                "train the adapter on the unquantised model."
+                "--quantize keeps the model in 4 bit with bitsandbytes, which is not installed. `pip install "
+                "bitsandbytes`, or leave it out to train the adapter on the unquantised model."
             )
+
+
+@contextmanager
+def no_false_alarm() -> Iterator[None]:
+    """Leave out that PEFT asks for activation checkpointing by its former name, which no user can change."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r".*gradient_checkpointing.* is deprecated", FutureWarning)
+        yield
 
 
 def check_base_name(args: LoraArguments, training: TrainingArguments) -> None:
@@ -184,13 +191,15 @@ def load_base(args: LoraArguments, config: TttConfig) -> TttForConditionalGenera
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     quantised = TttForConditionalGeneration.from_pretrained(path, quantization_config=four_bit, **options)
-    return prepare_model_for_kbit_training(quantised, gradient_checkpointing_kwargs={"use_reentrant": False})
+    with no_false_alarm():
+        return prepare_model_for_kbit_training(quantised, gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def save_merged(model: Path, adapter: str, folder: Path, card: str | None = None) -> None:
     """Write a whole Hub folder of `model` with the adapter's change in its weights, and a card."""
     base = TttForConditionalGeneration.from_pretrained(model)
-    merged = PeftModel.from_pretrained(base, adapter).merge_and_unload().eval()
+    with no_false_alarm():
+        merged = PeftModel.from_pretrained(base, adapter).merge_and_unload().eval()
     save_repository(merged, TttProcessor.from_pretrained(model), folder)
     if card is not None:
         write_card(folder, card)
@@ -207,7 +216,8 @@ def main() -> None:
     check_vocabulary(config, processor)
     train_dataset = check_lengths(arguments, config, train_dataset)
     tokens = trainable_tokens(processor, arguments.new_words or (), arguments.train_audio_tokens)
-    model = get_peft_model(load_base(arguments, config), lora_config(arguments, config, tokens))
+    with no_false_alarm():
+        model = get_peft_model(load_base(arguments, config), lora_config(arguments, config, tokens))
     if arguments.base_model_name is not None:
         model.peft_config["default"].base_model_name_or_path = arguments.base_model_name
     model.print_trainable_parameters()

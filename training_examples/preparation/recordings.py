@@ -106,7 +106,9 @@ def load_recording(audio: Any, root: Path, sampling_rate: int, source_rate: int 
     except FileNotFoundError as error:
         raise RejectedError("missing audio", str(error)) from error
     except (ValueError, OSError) as error:
-        raise RejectedError("unreadable audio", str(error)) from error
+        path = audio.get("path") if isinstance(audio, Mapping) else audio
+        where = f" ({path})" if isinstance(path, str) and len(path) < 1000 and path not in str(error) else ""
+        raise RejectedError("unreadable audio", f"{error}{where}") from error
 
 
 def _load_part(

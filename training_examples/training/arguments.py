@@ -220,6 +220,8 @@ class TttTrainingArguments(TrainingArguments):
         # A process of several reads its own share of a stream; batches of different lengths cannot be handed round.
         if self.accelerator_config.dispatch_batches is None:
             self.accelerator_config.dispatch_batches = False
+        if not torch.accelerator.is_available():  # PyTorch would warn that there is nothing to pin memory for
+            self.dataloader_pin_memory = False
 
 
 def num_launched() -> int:

@@ -1,5 +1,5 @@
 """Measure what an adapter has taught and what it has cost: held-out questions of the new skill and of the old domain,
-answered with and without it.
+spoken and typed, answered with and without it.
 
     python training_examples/ttt_tiny/evaluate_skill.py --adapter runs/skill
 
@@ -8,12 +8,12 @@ Needs the lists of build_skill.py and, for the old domain, of `build_speech.py -
 the table that is printed.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from training_examples.command_line import ScriptParser
-from training_examples.evaluation.backends import TttBackend
+from training_examples.evaluation.backends import Sample, TttBackend, Turn
 from training_examples.evaluation.figures import markdown_table, normalized
 from training_examples.evaluation.measuring import Measured, of_scorer, share_of
 from training_examples.evaluation.recognisers import Recognizer
@@ -25,12 +25,14 @@ from training_examples.ttt_tiny.judge import VOICE_MEAN, VOICE_WARP
 from training_examples.ttt_tiny.skill import new_words, skill_items, split_of
 from training_examples.user_errors import run_command
 
-# Rows of the table: data, figure, title.
+# Rows of the table: data, how it is asked, figure, title.
 ROWS = [
-    ("new", "exact", "new skill, spoken questions: exact text answers"),
-    ("new", "spoken_wer", "the same: speech of the answers against the right text, recogniser WER"),
-    ("old", "exact", "old domain, spoken questions: exact text answers"),
-    ("old", "speech_wer", "the same: speech of the answers against their own text, recogniser WER"),
+    ("new", "spoken", "exact", "new skill, spoken questions: exact text answers"),
+    ("new", "spoken", "spoken_wer", "the same: speech of the answers against the right text, recogniser WER"),
+    ("new", "typed", "exact", "the same questions typed: exact text answers"),
+    ("old", "spoken", "exact", "old domain, spoken questions: exact text answers"),
+    ("old", "spoken", "speech_wer", "the same: speech of the answers against their own text, recogniser WER"),
+    ("old", "typed", "exact", "the same questions typed: exact text answers"),
 ]
 
 
@@ -80,10 +82,15 @@ def figures_of(run: Run, listener: Listener | None) -> dict[str, Measured]:
     return found
 
 
+def typed(sample: Sample) -> Sample:
+    """Return a spoken question as one that is typed."""
+    return replace(sample, turns=(Turn(text=sample.details["asked"]),))
+
+
 def main() -> None:
     (args,) = ScriptParser(SkillEvaluationArguments, __doc__).parse_args_into_dataclasses()
     use_threads(args.threads)
-    figures: dict[tuple[str, str, str], Measured] = {}
+    figures: dict[tuple[str, str, str, str], Measured] = {}
     listener = Listener("pocketsphinx", recognizer, {"domain": "ttt-tiny with the skill"}) if args.listen else None
     before = TttBackend(args.model)
     after = TttBackend(args.adapter, processor_of=before)
@@ -91,20 +98,25 @@ def main() -> None:
         lists, name = HeldOutLists(folder, args.split), "spoken_qa_seen"
         for when, backend in (("before", before), ("after", after)):
             settings = {**backend.settings, "list": lists.fingerprint(name)}
-            samples = lists.samples(name, args.limit)
-            run = Run(args.output_dir / f"{data}-{when}", lists.name(name), lists.task(name), samples, settings)
-            run.answer(backend, args.batch_size, keep_audio=args.listen)
-            figures |= {(data, key, when): measured for key, measured in figures_of(run, listener).items()}
+            spoken = lists.samples(name, args.limit)
+            for asked, task, samples in (
+                ("spoken", lists.task(name), spoken),
+                ("typed", "text_chat", [typed(sample) for sample in spoken]),
+            ):
+                run = Run(args.output_dir / f"{data}-{when}-{asked}", lists.name(name), task, samples, settings)
+                hears = listener if asked == "spoken" else None  # what is typed is of interest for its text
+                run.answer(backend, args.batch_size, keep_audio=hears is not None)
+                figures |= {(data, asked, key, when): found for key, found in figures_of(run, hears).items()}
     table = markdown_table(
         ["", "before", "after", "samples"],
         [
             [
                 title,
-                *(m.figure if (m := figures.get((data, key, when))) else "" for when in ("before", "after")),
-                figures[data, key, "after"].figure.count,
+                *(m.figure if (m := figures.get((data, asked, key, when))) else "" for when in ("before", "after")),
+                figures[data, asked, key, "after"].figure.count,
             ]
-            for data, key, title in ROWS
-            if (data, key, "after") in figures
+            for data, asked, key, title in ROWS
+            if (data, asked, key, "after") in figures
         ],
     )
     (args.output_dir / "skill.md").write_text(table + "\n", encoding="utf-8")
