@@ -72,7 +72,7 @@ def csv_with_files(folder, columns, audio="audio_filename", below="audios"):
     (folder / below).mkdir()
     names = [shutil.copy(path, folder / below / path.name).name for path in RECORDINGS]
     Dataset.from_dict({audio: names, **columns}).to_csv(folder / "rows.csv", index=False)
-    return folder / "rows.csv"
+    return folder
 
 
 def kaldi(folder):
@@ -435,11 +435,18 @@ def test_open_answers_are_judged_through_an_address_and_the_prompts_are_in_the_r
     text = benchmarks.run(args)
     assert Report.read(tmp_path / "out").figures["alpaca_eval", "judged"].figure.value == 70
     assert "not judged" not in text and "judged by judge-1" in text and "secret" not in text
-    assert "Rate how helpful" in text and "- judge: judge-1, prompt " in text
+    assert "Rate how helpful" in text and "- judge: judge-1 at http" in text
     prompts = [request["messages"][0]["content"] for request in Oracle.requests]
     assert len(prompts) == 3 and {request["key"] for request in Oracle.requests} == {"Bearer secret"}
     assert any("Question: b?" in prompt and "Answer: hi" in prompt and "would be: y" in prompt for prompt in prompts)
     assert benchmarks.run(args) == text and len(Oracle.requests) == 3  # remembered
+
+    (tmp_path / "lines.txt").write_text("\n".join(WORDS))
+    benchmarks.run(
+        replace(args, recogniser=[f"pocketsphinx:{tmp_path / 'lines.txt'}"])
+    )  # what is heard is judged apart
+    judged = [key for _, key in Report.read(tmp_path / "out").figures if key.startswith("judged")]
+    assert judged == ["judged", "judged/speech/lines"]
 
 
 def test_a_benchmark_of_sets_is_scored_set_by_set_and_as_their_mean(tmp_path, answering, oracle):

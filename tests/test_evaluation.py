@@ -14,10 +14,10 @@ from training_examples import evaluate_model
 from training_examples.evaluation.backends import Answer, Sample, TttBackend, Turn
 from training_examples.evaluation.figures import Figure, fingerprint, markdown_table, remember
 from training_examples.evaluation.listening import open_listener
-from training_examples.evaluation.measuring import Measured, of_counts, of_median, of_scorer, share_of, speed_of
+from training_examples.evaluation.measuring import Measured, of_median, of_scorer, share_of, speed_of
 from training_examples.evaluation.options import EvaluationArguments, read_pairs
 from training_examples.evaluation.reports import Report, Section, compare, write_report
-from training_examples.evaluation.rows import Listener, Run, append_rows, read_rows
+from training_examples.evaluation.rows import EvaluationError, Listener, Run, append_rows, read_rows
 from training_examples.ttt_tiny import task_report, task_set
 from training_examples.ttt_tiny.evaluate_codec import reconstruct
 from training_examples.ttt_tiny.held_out import HeldOutLists
@@ -166,7 +166,7 @@ def test_a_sample_that_cannot_be_answered_is_a_row_with_its_error_and_is_asked_a
 
 def test_a_backend_that_fails_at_everything_ends_the_run(tmp_path):
     backend = Echo(fails_on=[f"s{index}" for index in range(9)], model="a")
-    with pytest.raises(RuntimeError, match="5 samples failed .* cannot be answered"):
+    with pytest.raises(EvaluationError, match="5 samples failed .* cannot be answered"):
         run_in(tmp_path, backend, 9).answer(backend, 3)
 
 
@@ -278,11 +278,6 @@ def test_reports_that_cannot_be_compared_are_refused_by_name(tmp_path):
     write_report(tmp_path / "two", "t", [Section("another", "A list", [])])
     with pytest.raises(ValueError, match="no figure in common"):
         compare([Report.read(one), Report.read(tmp_path / "two")])
-
-
-def test_a_figure_of_some_of_its_rows():
-    counts = np.array([[1, 1], [0, 1], [1, 1]], float)
-    assert of_counts("k", "t", ["a", "b", "c"], counts).first(["a", "b"]).figure.value == 0.5
 
 
 def test_a_figure_that_is_none_is_no_number_in_the_file(tmp_path):

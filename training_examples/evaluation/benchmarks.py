@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 
 from training_examples.evaluation.backends import Backend, TttBackend
 from training_examples.evaluation.figures import Figure
@@ -116,32 +117,47 @@ def measure_task(args: Arguments, task: Task, backend: Backend) -> Section:
     speaks = any(row.get("audio") for row in rows)
     listeners = args.listeners(task.language) if speaks else []
     figures += score(rows, {row["id"]: row["text"] for row in rows}, task, "text", "text")
+    said: dict[str, Mapping[str, str]] = {}
     for listener in listeners:
-        heard = run.listen(listener)
+        heard = said[listener.name] = run.listen(listener)
         figures += score(rows, heard, task, f"speech/{listener.name}", f"speech, by {listener.name}")
         figures += own_speech(rows, heard, listener.name, task.language)
     if speaks and not listeners:
         remarks.append(f"{NO_RECOGNISER}.")
-    judged = {kind for row in rows if task.judgement_of(kind := row["kind"]) is not None}
+    judged = sorted({kind for row in rows if task.judgement_of(kind := row["kind"]) is not None})
     if judged and args.judge is None:
         remarks.append(f"{NOT_JUDGED}.")
     elif args.judge is not None:
-        for kind in sorted(judged):
-            judgement = task.judgement_of(kind)
-            assert judgement is not None
-            judge = Judge(args.judge, args.judge_model, args.api_key(), judgement)
-            figures += judge.measure(run, kind if task.by_kind else None)
-            settings[f"judge {kind}".strip()] = f"{judge.model}, prompt {hash_of(judgement.prompt)}"
-        prompts = {hash_of(j.prompt): j.prompt for kind in sorted(judged) if (j := task.judgement_of(kind))}
-        for name, text in prompts.items():
-            remarks.append(f"The judge was asked (prompt {name}): {' '.join(text.split())!r}")
+        ratings, prompts = judge_rows(args, args.judge, task, run, judged, said)
+        figures += ratings
+        settings["judge"] = f"{args.judge_model} at {args.judge}"
+        remarks += [f"The judge was asked (prompt {name}): {' '.join(p.split())!r}" for name, p in prompts.items()]
     figures += means(figures, task)
     figures += speed_of(rows)
     if not args.keep_audio and listeners:
         run.drop_audio()
     own = {"source": args.data or task.source, "split": task.split or "none", "data": run.data_hash}
+    if isinstance(backend, TttBackend):
+        own |= {"device": args.device, "threads": str(torch.get_num_threads())}
     title, notes = describe(task, args, len(samples))
     return Section(task.name, title, figures, [*notes, *remarks], {**own, **settings, "system prompt": system})
+
+
+def judge_rows(
+    args: Arguments, address: str, task: Task, run: Run, kinds: Sequence[str], said: Mapping[str, Mapping[str, str]]
+) -> tuple[list[Measured], dict[str, str]]:
+    """Return a judge's ratings of written answers and of what recognisers heard, and its prompts by their hashes."""
+    found, prompts = [], {}
+    for kind in kinds:
+        judgement = task.judgement_of(kind)
+        assert judgement is not None
+        judge = Judge(address, args.judge_model, args.api_key(), judgement)
+        prompts[hash_of(judgement.prompt)] = judgement.prompt
+        of = kind if task.by_kind else None
+        found += judge.measure(run, of)
+        for name, heard in said.items():
+            found += judge.measure(run, of, heard, name)
+    return found, prompts
 
 
 def describe(task: Task, args: Arguments, count: int) -> tuple[str, list[str]]:
@@ -206,7 +222,7 @@ def own_speech(rows: Sequence[Row], heard: Mapping[str, str], name: str, languag
     if not spoken:
         return []
     ids = [row["id"] for row in spoken]
-    options = {"normalizer": "chinese" if language == "zh" else "english"}
+    options = {"normalizer": "english" if language == "en" else "chinese"}
     title = f"speech against the answer's own text, by {name}: error rate"
     own = [row["text"] for row in spoken]
     return [of_scorer(f"own_speech/{name}", title, "error_rate", ids, [heard[i] for i in ids], own, options)]

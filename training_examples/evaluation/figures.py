@@ -80,12 +80,6 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is not JSON")
 
 
-def share(flags: Iterable[bool]) -> Figure:
-    """Return how many of `flags` are true, with the count; NaN of none."""
-    flags = list(flags)
-    return Figure(sum(flags) / len(flags) if flags else math.nan, len(flags))
-
-
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Return a Markdown table; the first column is text, the others are right-aligned."""
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]

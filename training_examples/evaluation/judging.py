@@ -41,13 +41,13 @@ class Judgement:
     highest: int
     title: str
 
-    def fill(self, row: Row) -> str:
-        """Return the prompt for one row."""
+    def fill(self, row: Row, answer: str) -> str:
+        """Return the prompt for an answer to one row."""
         reference = " or ".join(row["references"])
         if self.highest > 1:
             reference = f"\nA good answer would be: {reference}" if reference else ""
         question = row.get("question") or row.get("asked") or "(spoken, not written down)"
-        return self.prompt.format(question=question, answer=row["text"], reference=reference, highest=self.highest)
+        return self.prompt.format(question=question, answer=answer, reference=reference, highest=self.highest)
 
     def read(self, reply: str) -> float | None:
         """Return the rating of a reply, None where there is none."""
@@ -66,25 +66,47 @@ class Judge:
         self.address, self.model, self.api_key, self.judgement = address, model, api_key, judgement
         self.settings: Mapping[str, Any] = {"address": address, "model": model, "prompt": judgement.prompt}
 
-    def measure(self, run: Run, kind: str | None = None) -> list[Measured]:
-        """Return the mean rating of a run's answers, or of those of one kind, in points of 100; what was judged before
-        is remembered."""
-        ratings = run.remember("judged", self.settings, self._rate, kind)
+    def measure(
+        self, run: Run, kind: str | None = None, heard: Mapping[str, str] | None = None, by: str = ""
+    ) -> list[Measured]:
+        """
+        Return the mean rating of a run's answers in points of 100; what was judged before is remembered.
+
+        Args:
+            run ([`Run`]): whose answers.
+            kind (`str`, *optional*): of which rows; all by default.
+            heard (`Mapping[str, str]`, *optional*): what a recogniser heard, by id; the written answers by default.
+            by (`str`, *optional*): the recogniser's name.
+        """
+
+        def rate(row: Row) -> dict[str, Any]:
+            return self._rate(row, row["text"] if heard is None else heard[row["id"]])
+
+        ratings = run.remember(f"judged-{by or 'text'}", {**self.settings, "by": by}, rate, kind)
         rated = {name: entry["rating"] for name, entry in ratings.items() if entry["rating"] is not None}
-        unread = len(ratings) - len(rated)
-        note = f"{unread} replies held no rating" if unread else ""
         if not rated:
             return []
-        options = {"highest": float(self.judgement.highest)}
-        title = f"{kind + ', ' if kind else ''}{self.judgement.title}, judged by {self.model}, of 100"
-        key = f"judged/{kind}" if kind else "judged"
-        values = list(rated.values())
-        return [of_scorer(key, title, "mean_rating", list(rated), values, [""] * len(rated), options, note)]
+        unread = len(ratings) - len(rated)
+        of = f"speech, by {by}" if by else "text"
+        place = "/".join(["judged", *(["speech", by] if by else []), *([kind] if kind else [])])
+        title = f"{kind + ', ' if kind else ''}{self.judgement.title}, judged by {self.model}, of 100, {of}"
+        return [
+            of_scorer(
+                place,
+                title,
+                "mean_rating",
+                list(rated),
+                list(rated.values()),
+                [""] * len(rated),
+                {"highest": float(self.judgement.highest)},
+                f"{unread} replies held no rating" if unread else "",
+            )
+        ]
 
-    def _rate(self, row: Row) -> dict[str, Any]:
-        if "error" in row or not row["text"].strip():
+    def _rate(self, row: Row, answer: str) -> dict[str, Any]:
+        if "error" in row or not answer.strip():
             return {"rating": 0.0, "reply": "no answer"}
-        messages = [{"role": "user", "content": self.judgement.fill(row)}]
+        messages = [{"role": "user", "content": self.judgement.fill(row, answer)}]
         message = chat(self.address, {"model": self.model, "messages": messages, "temperature": 0}, self.api_key)
         reply = message.get("content") or ""
         return {"rating": self.judgement.read(reply), "reply": reply}

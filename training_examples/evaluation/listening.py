@@ -75,7 +75,7 @@ def open_listener(spec: str, language: str = "en", device: str = "cpu", threads:
         spec (`str`): `whisper:` and a faster-whisper folder, name or Hub repository; `transformers:` and a folder or
             Hub name; `pocketsphinx:` and a text file of sentences. Without a prefix a folder says by its files what it
             is, and a name is faster-whisper's.
-        language (`str`, *optional*, defaults to `"en"`): what is spoken.
+        language (`str`, *optional*, defaults to `"en"`): what is spoken; "auto" lets the recogniser find out.
         device (`str`, *optional*, defaults to `"cpu"`): of a Transformers model.
         threads (`int`, *optional*, defaults to 1): of faster-whisper.
 
@@ -94,13 +94,15 @@ def open_listener(spec: str, language: str = "en", device: str = "cpu", threads:
     if Path(name).exists():
         settings["hash"] = fingerprint(name)
 
+    spoken = None if language == "auto" else language
+
     def start() -> Recogniser:
         if kind == "transformers":
-            return TransformersRecogniser(name, language, device)
+            return TransformersRecogniser(name, spoken, device)
         if kind == "pocketsphinx":
             return closed_domain(Path(name))
-        prompt = NUMBER_PROMPT if language == "en" else None
-        return WhisperJudge(name, prompt=prompt, num_threads=threads, language=language)
+        prompt = NUMBER_PROMPT if spoken == "en" else None
+        return WhisperJudge(name, prompt=prompt, num_threads=threads, language=spoken)
 
     title = Path(name).stem if kind == "pocketsphinx" else Path(name).name
     if kind == "whisper" and "whisper" not in title:

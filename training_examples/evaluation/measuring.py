@@ -76,22 +76,6 @@ class Measured:
         assert self.counts is not None
         return total_of(self.scorer)(resampled_sums(self.counts, seed=seed))
 
-    def first(self, ids: Iterable[str]) -> "Measured":
-        """Return the same figure of some of its rows."""
-        wanted = set(ids)
-        places = [place for place, name in enumerate(self.ids) if name in wanted]
-        assert self.counts is not None
-        return of_counts(
-            self.key,
-            self.title,
-            [self.ids[place] for place in places],
-            self.counts[places],
-            self.scorer,
-            self.figure.unit,
-            self.lower_is_better,
-            self.note,
-        )
-
 
 @cache
 def scorer_of(name: str) -> Any:

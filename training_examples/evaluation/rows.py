@@ -20,6 +20,10 @@ MOST_FAILURES = 5  # samples that fail one after the other end a run: the fault 
 Row = dict[str, Any]
 
 
+class EvaluationError(ValueError):
+    """Samples that fail one after the other: whoever answers them cannot, and what it says is in the message."""
+
+
 class Recogniser(Protocol):
     """Whatever reads speech."""
 
@@ -122,7 +126,7 @@ class Run:
         counts as empty, and is asked again by the next run.
 
         Raises:
-            RuntimeError: If several samples fail one after the other.
+            EvaluationError: If several samples fail one after the other.
         """
         finished = {row["id"] for row in self.rows if "error" not in row}
         waiting = [sample for sample in self.samples if sample.id not in finished]
@@ -138,7 +142,9 @@ class Run:
                 for row in rows:
                     failures = failures + 1 if "error" in row else 0
                     if failures == MOST_FAILURES:
-                        raise RuntimeError(f"{failures} samples failed one after the other, the last: {row['error']}")
+                        raise EvaluationError(
+                            f"{failures} samples failed one after the other, the last: {row['error']}"
+                        )
                 bar.update(len(batch))
         return self.rows
 

@@ -66,7 +66,7 @@ class Task:
         source, subset, split (`str`, *optional*): where the data is on the Hub; without a source it needs `--data`.
         columns (`Mapping[str, tuple[str, ...]]`): for every field the spellings of its column.
         layout (`str`): how it is read: "table", "kaldi", "macs" or "uro".
-        language (`str`): what is spoken.
+        language (`str`): what is spoken; "auto" where it differs from row to row.
         instruction (`str`, *optional*): text that goes with every recording.
         rows (`int`, *optional*): how many rows the benchmark has, where that is known.
         published (`str`), metric_note (`str`): the paper's figure, and whether ours is the same thing.
@@ -146,6 +146,7 @@ def _uro(
         (),
         columns={"audio": ("source_wav",), "text": ("target_text",), "question": ("source_text",)},
         layout="uro",
+        language="auto",
         published=published,
         metric_note=note,
         by_kind=sets,
@@ -333,6 +334,7 @@ def references_of(value: Any) -> list[str]:
 
 def _read_table(location: str, task: Task, columns: Mapping[str, str]) -> Iterator[Record]:
     """Yield the records of anything that `open_source` opens."""
+    location = single_table(location)
     name = task.subset if location == task.source else None
     for source in open_source(location, task.split or ("test" if location == task.source else "train"), name):
         found = find_columns(source.column_names, task, columns, source.name)
@@ -343,6 +345,16 @@ def _read_table(location: str, task: Task, columns: Mapping[str, str]) -> Iterat
                     "text": _text_of(record, found.get("text", [])),
                     **{key: record.get(found[key][0]) for key in ("question", "kind", "id") if key in found},
                 }
+
+
+def single_table(location: str) -> str:
+    """Return the one CSV, JSONL or Parquet file of a folder of recordings, as Clotho and OpenAudioBench lay them out;
+    any other location as it is."""
+    folder = Path(location)
+    tables = [path for path in folder.glob("*") if path.suffix in (".csv", ".jsonl", ".parquet")]
+    if not folder.is_dir() or len(tables) != 1 or tables[0].stem == "metadata":
+        return location
+    return str(tables[0])
 
 
 def find_columns(names: Sequence[str], task: Task, columns: Mapping[str, str], source: str) -> dict[str, list[str]]:

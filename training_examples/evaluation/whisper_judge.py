@@ -185,7 +185,7 @@ class WhisperJudge:
             everything that is compared; None for none.
         num_threads (`int`, *optional*, defaults to 1): CPU threads.
         compute_type (`str`, *optional*, defaults to `"int8"`): CTranslate2's number format.
-        language (`str`, *optional*, defaults to `"en"`): what is spoken.
+        language (`str`, *optional*, defaults to `"en"`): what is spoken; None lets Whisper find out.
     """
 
     def __init__(
@@ -194,7 +194,7 @@ class WhisperJudge:
         prompt: str | None = NUMBER_PROMPT,
         num_threads: int = 1,
         compute_type: str = "int8",
-        language: str = "en",
+        language: str | None = "en",
     ):
         from faster_whisper import WhisperModel
 

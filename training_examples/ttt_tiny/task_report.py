@@ -81,7 +81,7 @@ def speech_table(sections: Sequence[Section], recognisers: Sequence[str]) -> str
     has_twin = bool(columns["twin"])
     header = ["speech", "recogniser", "original (95 %)", "audio tokenizer", "model", *(["twin"] if has_twin else [])]
     rows = []
-    for name, (title, least, aim) in SPEECH.items():
+    for name, (title, *_) in SPEECH.items():
         for recogniser in recognisers:
             key = f"{name}/speech/{recogniser}"
             found = [columns[column].get(key) for column in ("original", "codec", "model", "twin")]
@@ -89,12 +89,11 @@ def speech_table(sections: Sequence[Section], recognisers: Sequence[str]) -> str
                 count = next(m.figure.count for m in found if m)
                 cells = [with_interval(m) for m in found[: 4 if has_twin else 3]]
                 rows.append([f"{title} (n = {count})", recogniser, *cells])
-        _ = least, aim
     goals = "; ".join(f"{title}: at least {least}, aim {aim}" for title, least, aim in SPEECH.values())
     return markdown_table(header, rows) + f"\n\nAsked for: {goals}."
 
 
-def sweep_rows(sections: Sequence[Section], recogniser: str) -> list[tuple[str, dict[str, Measured]]]:
+def sweep_rows(sections: Sequence[Section]) -> list[tuple[str, dict[str, Measured]]]:
     """Return title and figures of each setting of the sweep, the twin's last."""
     found = [(s.title, figures_by_key([s], s.name)) for s in sections if s.name.startswith("sweep/")]
     return found + [(s.title, figures_by_key([s], s.name)) for s in sections if s.name == "sweep_twin"]
@@ -113,7 +112,7 @@ def sweep_table(sections: Sequence[Section], recogniser: str) -> str:
     rows = [
         [title, *(with_interval(m.get(key)) if "WER" in name else m[key].figure if key in m else ""
                   for key, name in columns.items())]
-        for title, m in sweep_rows(sections, recogniser)
+        for title, m in sweep_rows(sections)
     ]  # fmt: skip
     return markdown_table(["decoding", *columns.values()], rows)
 
@@ -143,7 +142,7 @@ def body(sections: Sequence[Section], recognisers: Sequence[str]) -> str:
 
 def plot_sweep(sections: Sequence[Section], recogniser: str, path: Path) -> None:
     """Draw the word errors of the speech by codes a forward, with the twin's point and the original's line."""
-    points = sweep_rows(sections, recogniser)
+    points = sweep_rows(sections)
     if not points:
         return
     import matplotlib

@@ -349,12 +349,14 @@ def run(args: Arguments) -> str:
         write(sections, args, evaluation)  # what is there can be read before the rest is
 
     block, steps = model.default_steps()
-    common = {"model": args.model, "blocks and steps": f"{block} codes, {steps} steps", **model.settings}
+    common: dict[str, Any] = {"folder": args.model, "blocks and steps": f"{block} codes, {steps} steps"}
+    common |= {**model.settings, "lists": evaluation.lists.fingerprint(*evaluation.present)}
+    common |= {"device": args.device, "threads": torch.get_num_threads()}
     add("original", "The lists' own speech", evaluation.recordings(None))
     add("codec", "Their speech through the audio tokenizer", evaluation.recordings(model))
     add("model", "The model", evaluation.answers(model, "model"), common)
     if twin:
-        add("twin", "The autoregressive twin", evaluation.answers(twin, "twin"), {"model": args.twin, **twin.settings})
+        add("twin", "The autoregressive twin", evaluation.answers(twin, "twin"), {"folder": args.twin, **twin.settings})
     add("model_speed", "Speed of the model", [*evaluation.speed(model, "model"), *evaluation.cold_command()])
     if twin:
         add("twin_speed", "Speed of the twin", evaluation.speed(twin, "twin"))
