@@ -177,7 +177,10 @@ def main() -> None:
         "--output TtT-3B-hf",
     )
     (arguments,) = parser.parse_args_into_dataclasses()
-    convert(arguments.checkpoint, arguments.output, arguments.token_ids, arguments.audio_tokenizer)
+    try:
+        convert(arguments.checkpoint, arguments.output, arguments.token_ids, arguments.audio_tokenizer)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{parser.prog}: error: {error}") from error
     print(f"Converted {arguments.checkpoint} to {arguments.output}")
 
 

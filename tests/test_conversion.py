@@ -112,6 +112,15 @@ def test_command_writes_weights_and_code(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "model.safetensors").exists()
 
 
+def test_a_mistake_of_the_command_ends_in_one_line(tmp_path, monkeypatch):
+    options = ["--checkpoint", str(tmp_path / "nowhere"), "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["convert_ttt_to_hf.py", *options])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert str(stop.value.code).startswith("convert_ttt_to_hf.py: error: ") and "nowhere" in stop.value.code
+    assert len(stop.value.code.splitlines()) == 1
+
+
 def test_shards_are_read(tmp_path):
     source, sharded = GOLDENS / "a", tmp_path / "sharded"
     sharded.mkdir()

@@ -336,3 +336,12 @@ def test_command_writes_weights_and_code(published, tmp_path, monkeypatch, capsy
         "modeling_glm4_voice.py",
         "vocoder_glm4_voice.py",
     }
+
+
+def test_a_mistake_of_the_command_ends_in_one_line(tmp_path, monkeypatch):
+    options = ["--tokenizer", str(tmp_path / "nowhere"), "--decoder", str(tmp_path), "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["convert_glm4_voice_to_hf.py", *options])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert str(stop.value.code).startswith("convert_glm4_voice_to_hf.py: error: ")
+    assert len(stop.value.code.splitlines()) == 1

@@ -421,7 +421,10 @@ def main() -> None:
         "--tokenizer glm-4-voice-tokenizer --decoder glm-4-voice-decoder --output glm-4-voice-audio-tokenizer",
     )
     (arguments,) = parser.parse_args_into_dataclasses()
-    convert(arguments.tokenizer, arguments.decoder, arguments.output)
+    try:
+        convert(arguments.tokenizer, arguments.decoder, arguments.output)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{parser.prog}: error: {error}") from error
     print(f"Converted {arguments.tokenizer} and {arguments.decoder} to {arguments.output}")
 
 
