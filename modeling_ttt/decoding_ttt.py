@@ -283,7 +283,7 @@ class TttDecoder:
         self.rows = [other for other in self.rows if other is not row]
         if row.key < 0:
             return None
-        kept = self.cache.take_row(row.key, row.ids[: row.cached]) if keep_cache else None
+        kept = self.cache.take_row(row.key, row.ids[: row.cached]) if keep_cache and row.cached else None
         if kept is not None:
             kept.block_length = row.call.block_length
         self.cache.drop_row(row.key, None)

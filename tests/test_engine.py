@@ -329,6 +329,11 @@ def test_the_engine_outlives_a_forward_that_fails(monkeypatch):
     [
         (GenerationRequest([]), "input_ids"),
         (GenerationRequest("text"), "input_ids"),
+        (GenerationRequest(b"text"), "input_ids"),
+        (GenerationRequest(torch.zeros(0, dtype=torch.long)), "input_ids"),
+        (GenerationRequest([[1]]), "at position 0"),
+        (GenerationRequest([1], ["max_new_tokens"]), "options"),
+        (GenerationRequest([1], {1: 2}), "options"),
         (GenerationRequest([1, 10**6]), "at position 1"),
         (GenerationRequest([-1]), "at position 0"),
         (GenerationRequest([1, 2.5]), "at position 1"),
@@ -406,8 +411,62 @@ def test_models_that_cannot_be_served_are_refused():
         Engine(training, PROCESSOR)
     with pytest.raises(ValueError, match="generate_batch"):
         Engine(build_varied_model(PROCESSOR, audio_objective="autoregressive"), PROCESSOR)
+    engine = Engine(varied(), PROCESSOR)
     with pytest.raises(EngineClosed):
-        Engine(varied(), PROCESSOR).submit(GenerationRequest([1]))
+        engine.submit(GenerationRequest([1]))
+    engine.close()
+    with pytest.raises(EngineClosed):
+        engine.start()
+
+
+def test_stop_strings_end_an_answer():
+    model, ids = varied(), PROCESSOR.token_ids
+    begins = [ids.begin_of_audio_token_id, ids.begin_of_last_audio_token_id]
+    options = {"max_new_tokens": 60, "suppress_tokens": begins, "do_sample": True, "seed": 0}
+    letters = [PROCESSOR.tokenizer.decode([token]) for token in alone(model, [1, 2, 3], options)]
+    options["stop_strings"] = [next(letter for letter in letters if letter.isascii() and letter.isprintable())]
+    with ENGINES["strict"] as engine:
+        end = engine.submit(GenerationRequest([1, 2, 3], options)).result(60)[2]
+    assert end.token_ids == alone(model, [1, 2, 3], options | {"tokenizer": PROCESSOR.tokenizer})
+    assert end.reason == "stop" and len(end.token_ids) < len(letters)
+
+
+def test_odd_prompts_are_continued_and_their_sessions_kept():
+    model, ids = varied(), PROCESSOR.token_ids
+    options = {"max_new_tokens": 10, "audio_block_size": 4}
+    code, begin, end_ = ids.audio_code_id_start, ids.begin_of_audio_token_id, ids.end_of_audio_token_id
+    with ENGINES["strict"] as engine:
+        for prompt in ([ids.mask_token_id], [code] * 3, [begin], [end_], [ids.end_of_turn_token_id], [0]):
+            end = engine.submit(GenerationRequest(prompt, options, session="odd")).result(60)[2]
+            assert end.token_ids == alone(model, prompt, options)
+            generation = engine.submit(GenerationRequest(prompt, options, session="odd"))
+            generation.cancel()
+            assert generation.result(60)[2].reason == "cancelled"
+
+
+def test_readers_that_vanish_leave_nothing_behind():
+    options = {"max_new_tokens": 200, "min_new_tokens": 200, "audio_block_size": 4}
+
+    async def read(engine: Engine) -> None:
+        generation = engine.submit(GenerationRequest([1, 2, 3], options))
+        try:
+            async for _ in generation:
+                pass
+        finally:
+            generation.cancel()
+
+    async def main() -> None:
+        async with Engine(varied(), PROCESSOR, max_rows=3) as engine:
+            readers = [asyncio.create_task(read(engine)) for _ in range(6)]
+            while engine.stats().text_tokens + engine.stats().audio_codes < 10:
+                await asyncio.sleep(0.01)
+            for reader in readers:
+                reader.cancel()
+            await asyncio.gather(*readers, return_exceptions=True)
+        assert engine.stats().rows == engine.stats().queued == engine._cache.rows_held == 0
+        assert not engine._answers._answers and not engine._decoder.rows
+
+    asyncio.run(main())
 
 
 def test_many_threads_submit_at_once():

@@ -9,7 +9,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
@@ -180,7 +180,7 @@ class Engine:
 
         self._changed = threading.Condition()
         self._waiting: deque[_Job] = deque()
-        self._is_open = self._is_aborting = False
+        self._is_open = self._is_closed = self._is_aborting = False
         self._preparing = threading.Lock()
 
         # Of the loop's thread alone.
@@ -195,7 +195,7 @@ class Engine:
 
     def start(self) -> Engine:
         """Start the threads, once. Returns the engine itself."""
-        if self._thread.ident is not None:
+        if self._thread.ident is not None or self._is_closed:
             raise EngineClosed("An engine starts once; make another one.")
         self._is_open = True
         self._answers.start()
@@ -212,7 +212,7 @@ class Engine:
         """
         until = None if timeout is None else time.monotonic() + timeout
         with self._changed:
-            self._is_open = False
+            self._is_open, self._is_closed = False, True
             self._is_aborting = self._is_aborting or not drain
             self._changed.notify_all()
         self._codec.close(drain)
@@ -358,7 +358,7 @@ class Engine:
             if input_ids.ndim != 1:
                 raise ValueError(f"`input_ids` has shape {tuple(input_ids.shape)}; use (length,) or (1, length).")
             input_ids = input_ids.tolist()
-        if not isinstance(input_ids, Sequence) or not len(input_ids):
+        if not isinstance(input_ids, Sequence) or isinstance(input_ids, str | bytes) or not len(input_ids):
             raise ValueError("`input_ids` must be a sequence of token ids, of one or more.")
         size = self.model.config.get_text_config().vocab_size
         for position, token in enumerate(input_ids):
@@ -367,6 +367,8 @@ class Engine:
         return [int(token) for token in input_ids]
 
     def _read_options(self, request: GenerationRequest) -> dict[str, Any]:
+        if not isinstance(request.options, Mapping) or not all(isinstance(name, str) for name in request.options):
+            raise ValueError(f"`options` is {request.options!r}; use a mapping of names to values.")
         options = {name: value for name, value in request.options.items() if value is not None}
         for name in options:
             if name.startswith("_") or name not in self.model.generation_config.__dict__:
