@@ -3,10 +3,11 @@
 
 import { WIRE_RATE, concat, decodePcm, encodePcm, toPcm16 } from "./pcm.js";
 import { Turn, divider } from "./turns.js";
-import { duration, protocolError } from "./words.js";
+import { TOO_SHORT, duration, protocolError } from "./words.js";
 
 const KEPT = 75 * WIRE_RATE; // samples of what was sent, to cut turns out of
-const SHORTEST = 0.3 * WIRE_RATE; // samples of a turn that is held
+const SHORTEST = 250; // ms that the button is held for a turn
+const SHORTEST_COMMIT = 0.1 * WIRE_RATE; // samples the server takes as a turn
 const TAIL = 150; // ms that are still recorded after the button is let go
 const IGNORED = ["response_cancel_not_active"]; // it was done meanwhile
 
@@ -113,6 +114,7 @@ export class Conversation extends EventTarget {
   async hold(before = []) {
     if (this.held) return;
     const turn = this.hear(this.position);
+    turn.began = performance.now();
     this.held = turn;
     this.interrupt(true);
     for (const samples of before) this.send(samples);
@@ -127,10 +129,10 @@ export class Conversation extends EventTarget {
     await new Promise((resolve) => setTimeout(resolve, TAIL));
     if (this.held !== turn) return; // the connection was lost
     this.held = null;
-    if (turn.samples < SHORTEST) {
+    if (asked - turn.began < SHORTEST || turn.samples < SHORTEST_COMMIT) {
       this.connection.send({ type: "input_audio_buffer.clear" });
       this.drop(turn);
-      this.tell("problem", { message: "Hold the button, or the space bar, for as long as you speak." });
+      this.tell("problem", { message: TOO_SHORT });
       return;
     }
     this.speaking = null;

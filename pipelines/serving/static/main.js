@@ -5,7 +5,7 @@ import { Connection } from "./connection.js";
 import { Conversation } from "./conversation.js";
 import { level } from "./pcm.js";
 import { DEFAULTS, fill, load, offer, read, save, session } from "./settings.js";
-import { microphoneError, taskName } from "./words.js";
+import { TOO_SHORT, microphoneError, taskName } from "./words.js";
 
 const PREROLL = 6; // pieces of 40 ms that are kept from before the button is held
 const MICROPHONE_IDLE = 60000; // ms after which a microphone that is not held is let go
@@ -237,7 +237,7 @@ async function hold() {
   const wasReady = microphone.isOpen;
   const ready = (await haveMicrophone()) && (await connection.wake());
   if (!ready || !holding) {
-    if (ready && !wasReady) notify("The microphone is ready. Hold the button while you speak.");
+    if (ready) notify(wasReady ? TOO_SHORT : "The microphone is ready. Hold the button while you speak.");
     holding = false;
     letGoLater();
     show();

@@ -1,12 +1,14 @@
 // What went wrong, in words a user can act on. Pure functions.
 
+export const TOO_SHORT = "Hold the button, or the space bar, for as long as you speak.";
+
 const CODES = {
   server_overloaded: "The server is busy just now. Try again in a moment.",
   server_shutting_down: "The server is shutting down. This page reconnects by itself when it is back.",
   deadline_exceeded: "The answer took too long and was given up.",
   context_length_exceeded: "This conversation has grown too long for the model. Start a new one.",
   conversation_full: "This conversation is full. Start a new one.",
-  input_audio_buffer_commit_empty: "That was too short to hear. Hold the button while you speak.",
+  input_audio_buffer_commit_empty: TOO_SHORT,
   input_audio_buffer_full: "That was longer than the server takes in one turn. Let go sooner.",
   session_expired: "The session reached its time limit. The next question begins a new one.",
   session_idle: "The session was idle for a while and has ended. The next question begins a new one.",
