@@ -9,6 +9,7 @@ import { TOO_SHORT, microphoneError, taskName } from "./words.js";
 
 const PREROLL = 6; // pieces of 40 ms that are kept from before the button is held
 const MICROPHONE_IDLE = 60000; // ms after which a microphone that is not held is let go
+const SILENT = "The browser keeps this page silent until you allow it.";
 const THEMES = { auto: "as the system", light: "light", dark: "dark" };
 const KEY = "ttt.key";
 
@@ -116,7 +117,9 @@ let following = true; // the newest turn
 log.addEventListener("scroll", () => {
   following = log.scrollHeight - log.scrollTop - log.clientHeight < 80;
 });
-new ResizeObserver(() => following && log.scrollTo({ top: log.scrollHeight })).observe(element("turns"));
+new ResizeObserver(() => {
+  if (following && !conversation.isEmpty) log.scrollTo({ top: log.scrollHeight });
+}).observe(element("turns"));
 
 function show() {
   const free = settings.mode === "free";
@@ -171,10 +174,10 @@ function move() {
 }
 
 player.addEventListener("report", ({ detail: { loudness } }) => meter("model", level([loudness])));
-player.addEventListener("state", () => player.sounds && hideNotice());
+player.addEventListener("state", () => player.sounds && element("notice-text").textContent === SILENT && hideNotice());
 connection.addEventListener("event", ({ detail: { type } }) => {
   if (type !== "response.output_audio.delta" || player.sounds || !element("notice").hidden) return;
-  notify("The browser keeps this page silent until you allow it.", "Turn sound on", haveSound);
+  notify(SILENT, "Turn sound on", haveSound);
 });
 
 // ---- the microphone ------------------------------------------------------------------------------------------------
