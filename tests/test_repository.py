@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TALK = "pip install -c constraints.txt -e . && ttt-talk tests/fixtures/question.wav reply.wav"
 TEST = 'pip install -c constraints.txt -e ".[test]" && pytest'
+OWN_ENVIRONMENT = ("lmms",)  # extras that hold packages below the versions pinned here
 PACKAGES = ["modeling_ttt", "processing", "pipelines"]  # each may import those before it
 LOCAL_CODE = ("__init__", "convert_", "ttt_talk", "ttt_serve")  # everything else may travel with a model's weights,
 SERVING = ROOT / "pipelines" / "serving"  # but for this
@@ -58,11 +59,15 @@ def test_constraints_pin_every_direct_dependency_within_its_range():
             pins[canonicalize_name(name)] = version
     extras = project["optional-dependencies"]
     assert {"serve", "train", "test"} <= set(extras)
-    for text in [*project["dependencies"], *(text for extra in extras.values() for text in extra)]:
+    for name, text in [("", text) for text in project["dependencies"]] + [
+        (name, text) for name, extra in extras.items() for text in extra
+    ]:
         requirement = Requirement(text)
         if requirement.name == project["name"]:
             continue
         assert requirement.specifier, f"{text!r} has no range"
+        if name in OWN_ENVIRONMENT:
+            continue
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), text
 
 
