@@ -6,6 +6,7 @@ import random
 import shutil
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ from training_examples.finetune_lora import (
 )
 from training_examples.training.arguments import TttTrainingArguments
 from training_examples.ttt_tiny import build_skill, domain, evaluate_skill, skill
+from training_examples.ttt_tiny.conversations import Mixture, MixtureArguments
 
 BACKBONES = {"qwen2": True, "qwen3": False, "llama": True}  # by model type, whether the head is tied
 GENERATION = {"max_new_tokens": 12, "max_audio_codes_per_span": 20}
@@ -381,6 +383,24 @@ def test_the_skill_is_new_and_its_held_out_questions_are_never_trained_on():
     plan = build_skill.plan_held_out(build_skill.SkillArguments(eval_items=50))
     assert {row["question"] for row in plan["spoken_qa_seen"]} <= splits["evaluation"]
     assert {row["question"] for row in plan["development_spoken_qa_seen"]} <= splits["development"]
+
+
+def test_the_commands_of_the_skill_type_every_question():
+    """Rows of new words that are trained from speech alone leave typed questions unanswered."""
+    readme = (Path(evaluate_skill.__file__).parent / "README.md").read_text(encoding="utf-8")
+    command = readme.partition("build_examples.py --model model_cards/ttt-tiny --data_dir data/skill")[2]
+    assert "--text_share 1\n" in command.partition("torchrun")[0]
+    rows = {
+        "assistant": [{"text": "a radish is red", "codes": [1]}],
+        "questions": [
+            {"text": f"what color is a radish {i}", "answer": "a radish is red", "kind": "produce"}
+            | {"codes": [2], "noisy_codes": [3]}
+            for i in range(20)
+        ],
+    }
+    found = Mixture(rows, MixtureArguments(text_share=1.0), random.Random(0)).single_turns()
+    typed = {messages[0]["content"][0]["text"] for task, messages in found if task == "text_chat"}
+    assert typed == {row["text"] for row in rows["questions"]}
 
 
 def test_training_speech_stays_below_its_limit(monkeypatch):
