@@ -8,7 +8,7 @@ import pytest
 
 from modeling_ttt import TttConfig
 from training_examples.command_line import ScriptParser
-from training_examples.study import report_study, run_study
+from training_examples.study import measure_run, report_study, run_study
 from training_examples.study.arms import ARMS, training_flags
 from training_examples.study.run_study import StudyArguments
 from training_examples.training.arguments import ModelArguments
@@ -126,3 +126,30 @@ def test_table_and_plots_show_what_was_measured(tmp_path, monkeypatch, capsys):
 def test_a_study_without_runs_says_what_comes_first(tmp_path):
     with pytest.raises(FileNotFoundError, match="run_study.py"):
         report_study.read_runs(tmp_path)
+
+
+def test_held_out_lists_become_samples_and_answers_counts(tmp_path):
+    rows = [
+        {"id": "0", "question": "", "answer": "one two", "kind": "random", "audio": None},
+        {"id": "1", "question": "what is it", "answer": "snow is white", "kind": "facts", "audio": "1.flac"},
+        {"id": "2", "question": "who", "answer": "me", "kind": "facts", "audio": None},
+    ]
+    (tmp_path / "tts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    samples = measure_run.read_samples(tmp_path, "tts", 2)
+    assert [sample.turns[0].text for sample in samples] == ["one two", None]
+    assert samples[1].turns[0].audio == str(tmp_path / "1.flac") and samples[1].references == ("snow is white",)
+    with pytest.raises(FileNotFoundError, match="build_speech.py"):
+        measure_run.read_samples(tmp_path, "asr", 2)
+    answered = [
+        {"id": "0", "text": "One two", "references": ["one two"], "codes": 20, "forwards": 5}
+        | {"seconds": 0.2, "audio_seconds": 1.6},
+        {"id": "1", "text": "snow is blue", "references": ["snow is white"], "codes": None, "forwards": None}
+        | {"seconds": 0.1, "audio_seconds": 0.0},
+    ]
+    counts = measure_run.count(answered, {"base": {"0": "one too", "1": "snow"}})
+    assert counts["exact"] == [[1, 1], [0, 1]]
+    assert [tuple(pair) for pair in counts["wer"]] == [(0, 2), (1, 3)]
+    assert [tuple(pair) for pair in counts["speech_wer base"]] == [(0, 2), (2, 3)], "too and two sound alike"
+    assert counts["codes_per_forward"] == [[20, 5], [0, 0]] and counts["time"][0] == [0.2, 1.6]
+    assert measure_run.setting_name({}) == "default"
+    assert measure_run.setting_name({"audio_block_size": 26, "audio_steps_per_block": 4}) == "26:4"

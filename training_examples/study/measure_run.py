@@ -6,6 +6,7 @@ Answers and what was heard in them are kept as they come; figures.json in the ru
 setting, what each row counts, so that report_study.py can draw rows and seeds anew for its intervals.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,6 @@ from training_examples.evaluation.whisper_judge import count_word_errors
 from training_examples.files import write_json
 from training_examples.study.arms import ARMS
 from training_examples.threads import threads_field, use_threads
-from training_examples.ttt_tiny.speech import read_list
 from training_examples.user_errors import run_command
 
 # List, what the model is asked for, whether its speech is listened to.
@@ -48,9 +48,17 @@ class MeasureArguments:
 
 
 def read_samples(folder: Path, name: str, limit: int) -> list[Sample]:
-    """Return the first rows of a held-out list as samples."""
+    """
+    Return the first rows of a held-out list of ttt-tiny as samples.
+
+    Raises:
+        FileNotFoundError: If there is no such list.
+    """
+    path = folder / f"{name}.jsonl"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: `--data_dir` must hold the lists of ttt_tiny/build_speech.py")
     samples = []
-    for row in read_list(folder, name, limit):
+    for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()[:limit]):
         typed = row["audio"] is None
         turn = Turn(text=row["question"] or row["answer"]) if typed else Turn(audio=str(folder / row["audio"]))
         samples.append(Sample(row["id"], (turn,), (row["answer"],), row["kind"]))
