@@ -14,6 +14,7 @@ import pytest
 import soundfile
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from serving import serve
 
 from processing.tasks_ttt import CHAT_TEMPLATE
 from training_examples.evaluation.recognisers import word_error_rate
@@ -32,6 +33,7 @@ TINY = ROOT / "model_cards" / "ttt-tiny"
 needs_tiny = pytest.mark.skipif(not (TINY / "model.safetensors").exists(), reason="the default model is not there")
 QUESTION = ROOT / "tests" / "fixtures" / "question.wav"  # "what is seven plus eight"
 ANSWER = "seven plus eight is fifteen"
+SERVED = "http://127.0.0.1:8000"  # where ttt-serve answers
 
 
 def test_readme_gives_the_two_commands_and_ci_takes_them_from_there():
@@ -154,8 +156,14 @@ def test_the_readmes_tour_runs_as_written(tmp_path, monkeypatch):
     snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len(snippets) >= 5
     namespace: dict = {}
-    for snippet in snippets:
+    local = [snippet for snippet in snippets if SERVED not in snippet]
+    for snippet in local:
         exec(compile(snippet, "README.md", "exec"), namespace)
+    with serve(namespace["model"], namespace["processor"]) as server:  # as ttt-serve does, on a free port
+        for snippet in snippets:
+            if SERVED in snippet:
+                exec(compile(snippet.replace(SERVED, server.url), "README.md", "exec"), namespace)
+    assert len(local) < len(snippets) and len(soundfile.read("answer.wav")[0]) > 8000
     assert namespace["answer"]["text"].strip() and len(namespace["spoken"]["audio"]) > 8000
     assert len(namespace["messages"]) == 4 and sum(map(len, namespace["chunks"])) > 8000
 
