@@ -247,6 +247,7 @@ def make_server(service: Service, arguments: argparse.Namespace, keys: Sequence[
         create_app(service, keys, arguments.allowed_host),
         host=arguments.host,
         port=arguments.port,
+        loop="asyncio",
         http="h11",
         ws="websockets-sansio",
         ws_max_size=limits.message_bytes,

@@ -52,7 +52,8 @@ FRAMES = [
     {"type": "response.cancel"},
 ]
 LONGER = {"max_audio_codes_per_span": 1400, "max_new_tokens": 1500, "audio_block_size": 100, "audio_steps_per_block": 1}
-SILENT = ("input_audio_buffer.append", "response.cancel")  # what is answered by what comes of it
+# What is answered by what comes of it: turns; the end of the response; the response, once a cancelled one has ended.
+SILENT = ("input_audio_buffer.append", "response.cancel", "response.create")
 VALUES = [None, True, -1, 0, 2**63, 1e308, "", "a" * 2000, "\0", "\ud800", [], {}, [[]], "<|im_end|>", [None] * 500]
 
 

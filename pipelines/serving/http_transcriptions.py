@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from .wire_http import TranscriptionFields
 
 router = APIRouter()
 MOST_FIELDS = 16
+logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every form that is malformed
 
 
 @router.post("/v1/audio/transcriptions")

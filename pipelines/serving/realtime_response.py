@@ -48,7 +48,8 @@ class Response:
         self.speaks = "audio" in self.modalities
         self.most_tokens = self.params.max_output_tokens or settings.max_output_tokens
         self.options: TttOptions = settings.ttt.updated(self.params.ttt)
-        self.part = Part("output_audio" if self.speaks else "output_text", "", [] if self.speaks else None)
+        self.codes: list[int] = []  # of its part, the same list until it is cut
+        self.part = Part("output_audio" if self.speaks else "output_text", "", self.codes if self.speaks else None)
         self.item = Item("assistant", [self.part], "in_progress")
         self.is_open = False  # its item has been announced
         self.cancelled: str | None = None  # why
@@ -112,7 +113,7 @@ class Response:
                 kind = "response.output_audio_transcript.delta" if self.speaks else "response.output_text.delta"
                 self._send(self._of_part(kind, delta=event.text))
             elif isinstance(event, AudioDelta):
-                self.part.codes = [*(self.part.codes or []), *event.codes]
+                self.codes += event.codes
                 await self._speak(float_to_pcm(self.resampler.push(event.waveform)))
         if self.speaks:
             await self._speak(float_to_pcm(self.resampler.push(SILENCE, last=True)))
