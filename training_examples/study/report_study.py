@@ -8,7 +8,8 @@ its seeds). Intervals hold 95 % of bootstrap draws over seeds and, within a seed
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,37 +126,43 @@ def settings_table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     return markdown_table(header, lines)
 
 
-def plot_quality(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """Draw the speech's word errors against codes a forward, a line an arm, a bar for each interval."""
+@contextmanager
+def plot(path: Path) -> Iterator[tuple[Any, Any]]:
+    """Give axes to draw on and colors, and write the picture at the end."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.8), layout="constrained")
-    colors = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
-    for color, (name, seeds) in zip(colors, runs.items(), strict=False):
-        points = []
-        for setting in seeds[0]["settings"]:
-            speech = counts_of(seeds, setting, "tts", "speech_wer *")
-            cost = counts_of(seeds, setting, "tts", "codes_per_forward")
-            if speech and cost:
-                points.append((float(np.mean([total(rows) for rows in cost])), *with_interval(speech)))
-        points.sort()
-        if points:
-            x, middle, low, high = (np.array(column) for column in zip(*points, strict=True))
-            axes.errorbar(
-                x, 100 * middle, 100 * np.stack([middle - low, high - middle]).clip(min=0), fmt="o-", ms=4, lw=1.2,
-                elinewidth=0.8, color=color, label=ARMS[name].title,
-            )  # fmt: skip
-    axes.set(xscale="log", xlabel="codes a forward", ylabel="word errors of the speech, %", ylim=(0, None))
-    axes.set_title("Random sequences read aloud: quality against cost", fontsize=10)
+    yield axes, plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         figure.legend(frameon=False, fontsize=8, ncols=2, loc="outside lower center")
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def plot_quality(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+    """Draw the speech's word errors against codes a forward, a line an arm, a bar for each interval."""
+    with plot(path) as (axes, colors):
+        for color, (name, seeds) in zip(colors, runs.items(), strict=False):
+            points = []
+            for setting in seeds[0]["settings"]:
+                speech = counts_of(seeds, setting, "tts", "speech_wer *")
+                cost = counts_of(seeds, setting, "tts", "codes_per_forward")
+                if speech and cost:
+                    points.append((float(np.mean([total(rows) for rows in cost])), *with_interval(speech)))
+            points.sort()
+            if points:
+                x, middle, low, high = (np.array(column) for column in zip(*points, strict=True))
+                axes.errorbar(
+                    x, 100 * middle, 100 * np.stack([middle - low, high - middle]).clip(min=0), fmt="o-", ms=4, lw=1.2,
+                    elinewidth=0.8, color=color, label=ARMS[name].title,
+                )  # fmt: skip
+        axes.set(xscale="log", xlabel="codes a forward", ylabel="word errors of the speech, %", ylim=(0, None))
+        axes.set_title("Random sequences read aloud: quality against cost", fontsize=10)
 
 
 def read_curve(path: Path) -> dict[int, float]:
@@ -166,28 +173,16 @@ def read_curve(path: Path) -> dict[int, float]:
 
 def plot_curves(folder: Path, names: Sequence[str], path: Path) -> None:
     """Draw each arm's training loss, the mean of its seeds with the band between the least and the most."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.8), layout="constrained")
-    colors = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
-    for color, name in zip(colors, names, strict=False):
-        curves = [read_curve(log) for log in sorted(folder.glob(f"{name}-*/train/log_history.jsonl"))]
-        if not curves:
-            continue
-        steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-        values = np.array([[curve[step] for step in steps] for curve in curves])
-        axes.plot(steps, values.mean(0), color=color, lw=1.2, label=ARMS[name].title)
-        axes.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.2, lw=0)
-    axes.set(xlabel="step", ylabel="training loss, each arm's own")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
-        figure.legend(frameon=False, fontsize=8, ncols=2, loc="outside lower center")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    with plot(path) as (axes, colors):
+        for color, name in zip(colors, names, strict=False):
+            curves = [read_curve(log) for log in sorted(folder.glob(f"{name}-*/train/log_history.jsonl"))]
+            if not curves:
+                continue
+            steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+            values = np.array([[curve[step] for step in steps] for curve in curves])
+            axes.plot(steps, values.mean(0), color=color, lw=1.2, label=ARMS[name].title)
+            axes.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.2, lw=0)
+        axes.set(xlabel="step", ylabel="training loss, each arm's own")
 
 
 def main() -> None:
