@@ -99,6 +99,7 @@ STRATEGIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "wrapper"), STRATEGIES.items())
 def test_two_processes_have_the_losses_of_one(runs, strategy, wrapper):
     _, results = runs
@@ -150,7 +151,10 @@ def test_processes_share_the_data_and_draw_noise_of_their_own(runs, data):
 
 @pytest.mark.parametrize(
     ("part", "wrapper"),
-    [("script", "DistributedDataParallel"), ("sharded_script", "FSDPTttForConditionalGeneration")],
+    [
+        ("script", "DistributedDataParallel"),
+        pytest.param("sharded_script", "FSDPTttForConditionalGeneration", marks=pytest.mark.slow),
+    ],
 )
 def test_the_script_trains_on_the_cpus_of_cpu_yaml_and_leaves_the_group(tmp_path, part, wrapper):
     """On packed rows. A group that is left to the end of the interpreter may abort it."""
