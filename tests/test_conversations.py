@@ -11,7 +11,7 @@ from training_examples.ttt_tiny.conversations import Mixture, MixtureArguments
 
 
 def question(text, answer, kind="addition"):
-    return {"text": text, "answer": answer, "kind": kind, "codes": [1], "noisy_codes": [2]}
+    return {"text": text, "answer": answer, "kind": kind, "codes": [1], "other_codes": [[2], [2]]}
 
 
 @pytest.fixture
@@ -53,9 +53,10 @@ def test_questions_are_asked_clean_and_recorded_and_answered_in_text_and_speech(
         ("where is my hat", domain.NOT_KNOWN, [12]),
     ):
         assert ("text_chat", text, answer, codes) in turns
-        assert ("spoken_qa", [1], answer, codes) in turns and ("spoken_qa", [2], answer, codes) in turns
+        assert turns.count(("spoken_qa", [1], answer, codes)) == 1
+        assert turns.count(("spoken_qa", [2], answer, codes)) == 2
     assert ("spoken_qa", [4], domain.NOT_HEARD, [13]) in turns
-    assert len(turns) == 3 * 3 + 1  # the question whose answer is not spoken yet waits
+    assert len(turns) == 3 * 4 + 1  # the question whose answer is not spoken yet waits
 
 
 def test_what_is_taken_down_is_words_of_the_domain_answered_in_text_alone(rows):
@@ -63,7 +64,7 @@ def test_what_is_taken_down_is_words_of_the_domain_answered_in_text_alone(rows):
     assert {task for task, _ in found} == {"asr"}
     texts = [said(answer)[0] for _, (_, answer) in found]
     assert sorted(texts) == sorted(
-        ["one plus one", "one plus two", "one plus three", "cat dog", "cat dog", "five five"]
+        ["one plus one", "one plus two", "one plus three", "cat dog", "cat dog", "cat dog", "five five"]
     )
     assert all(said(answer)[1] is None for _, (_, answer) in found)
 
@@ -95,9 +96,21 @@ def test_the_mixture_holds_all_of_it_and_the_seed_decides(rows):
     assert found == Mixture(rows, args, random.Random(1)).conversations()
     assert found != Mixture(rows, args, random.Random(2)).conversations()
     tasks = [task for task, _ in found]
-    assert tasks.count("tts") == 3 * 4 and tasks.count("asr") == 6
+    assert tasks.count("tts") == 3 * 4 and tasks.count("asr") == 7
     turns = [len(messages) // 2 for _, messages in found]
     assert turns.count(2) + turns.count(3) == 30 and turns.count(2) > turns.count(3) > 0
+
+
+def test_sentences_are_read_and_said_from_several_beginnings(rows):
+    rows["assistant"][0]["other_codes"] = [[20], [21]]
+    mixture = Mixture(rows, MixtureArguments(tts_copies=4, shifted_share=0.5), random.Random(0))
+    read = [said(answer)[1] for _, (asked, answer) in mixture.readings() if heard(asked) == "two"]
+    assert read == [[10], [20], [21], [10]]
+    answers = [said(mixture.answer("two"))[1] for _ in range(400)]
+    assert 150 < answers.count([10]) < 250 and min(answers.count([20]), answers.count([21])) > 60
+    assert said(mixture.answer("three"))[1] == [11]
+    mixture.args.shifted_share = 0.0
+    assert {tuple(said(mixture.answer("two"))[1]) for _ in range(50)} == {(10,)}
 
 
 def test_without_the_sentence_for_it_nobody_is_never_answered(rows):
@@ -127,7 +140,9 @@ def test_shards_become_codes_once_and_examples_of_every_task(tmp_path, monkeypat
     )
     rows = build_examples.encode_all(args)
     assert [row["text"] for row in rows["assistant"]] == texts and len(rows["sounds"]) == 12
-    assert all(row["codes"] and row["noisy_codes"] for row in rows["questions"])
+    assert all(row["codes"] and len(row["other_codes"]) == 2 for row in rows["questions"])
+    for row in rows["assistant"]:
+        assert [len(codes) - len(row["codes"]) in (0, 1) for codes in row["other_codes"]] == [True] * 3
     assert len(rows["spliced"]) > 5
     for row in rows["spliced"]:
         assert set(row["text"].split()) <= {"one", "five", "plus", "cat"}
@@ -136,6 +151,16 @@ def test_shards_become_codes_once_and_examples_of_every_task(tmp_path, monkeypat
     assert build_examples.encode_all(args) == rows
     tasks = {task for task, _ in Mixture(rows, args, random.Random(0)).conversations()}
     assert tasks >= {"spoken_qa", "asr", "tts"}
+
+
+def test_sentences_begin_elsewhere_within_a_code():
+    wave = np.ones(5000, dtype=np.int16)
+    shifted = build_examples.shift_all([wave] * 50, 1920, [0])
+    starts = [len(other) - len(wave) for other in shifted]
+    assert 192 <= min(starts) < 400 and 1500 < max(starts) <= 1728
+    assert all(
+        (other[:start] == 0).all() and (other[start:] == 1).all() for other, start in zip(shifted, starts, strict=True)
+    )
 
 
 def test_a_folder_without_both_kinds_of_shards_says_what_makes_them(tmp_path):

@@ -394,7 +394,7 @@ def test_the_commands_of_the_skill_type_every_question():
         "assistant": [{"text": "a radish is red", "codes": [1]}],
         "questions": [
             {"text": f"what color is a radish {i}", "answer": "a radish is red", "kind": "produce"}
-            | {"codes": [2], "noisy_codes": [3]}
+            | {"codes": [2], "other_codes": [[3]]}
             for i in range(20)
         ],
     }

@@ -2,9 +2,10 @@
 
     python training_examples/ttt_tiny/build_examples.py --model runs/tiny/initial
 
-Every recording is encoded clean and as if recorded somewhere (augmentation.py); dictations are also spliced of single
-words, and sounds in which nobody speaks are made up. conversations.py says what becomes of them. Codes are kept shard
-by shard (Parquet), so a killed run goes on where it stopped, and goes on with the shards that were spoken meanwhile.
+Every question is encoded clean and as if recorded somewhere (augmentation.py), every sentence of the assistant's from
+several beginnings within a code, which all give other codes; dictations are also spliced of single words, and sounds in
+which nobody speaks are made up. conversations.py says what becomes of them. Codes are kept shard by shard (Parquet), so
+a killed run goes on where it stopped, and goes on with the shards that were spoken meanwhile.
 """
 
 import random
@@ -39,6 +40,10 @@ class ExampleArguments(MixtureArguments):
     model: Path = field(default=Path("runs/tiny/initial"), metadata={"help": "Folder with the processor."})
     data_dir: Path = field(default=Path("data/ttt_tiny"), metadata={"help": "Output of build_speech.py."})
     output_dir: Path = field(default=Path("data/ttt_tiny/examples"), metadata={"help": "Where the examples go."})
+    recordings: int = field(default=2, metadata={"help": "How often a question is as if recorded somewhere."})
+    shifts: int = field(
+        default=3, metadata={"help": "How often a sentence of the assistant's begins elsewhere within its first code."}
+    )
     splices: int = field(default=40, metadata={"help": "Dictations spliced of the words of each lone voice."})
     sounds: int = field(default=1_500, metadata={"help": "Sounds in which nobody speaks."})
     workers: int = field(default=2, metadata={"help": "Processes side by side."})
@@ -62,13 +67,27 @@ def write_rows(target: Path, columns: dict[str, list]) -> Path:
     return target
 
 
-def encode_shard(codec_dir: Path, shard: Path, target: Path, seed: list[int]) -> Path:
-    """Write the rows of one shard with their `codes` and, for questions, `noisy_codes`."""
+def shift_all(waves: list[np.ndarray], hop_length: int, seed: list[int]) -> list[np.ndarray]:
+    """Return int16 waveforms after silence of a tenth to nine tenths of a code, drawn from `seed`."""
+    starts = np.random.default_rng(seed).uniform(0.1, 0.9, len(waves)) * hop_length
+    return [np.pad(wave, (int(start), 0)) for wave, start in zip(waves, starts, strict=True)]
+
+
+def encode_shard(codec_dir: Path, shard: Path, target: Path, others: int, seed: list[int]) -> Path:
+    """Write the rows of one shard with their `codes`, and `other_codes`: other versions of the same speech."""
     codec = load_codec(codec_dir)
-    rows, waves = read_shard(shard, codec.config.sampling_rate)
+    rate = codec.config.sampling_rate
+    rows, waves = read_shard(shard, rate)
     columns = {key: [row[key] for row in rows] for key in rows[0]} | {"codes": encode(codec, waves)}
-    if shard.name.startswith("questions"):
-        columns["noisy_codes"] = encode(codec, record_all(waves, codec.config.sampling_rate, seed))
+    versions = []
+    for version in range(others):
+        changed = (
+            record_all(waves, rate, [*seed, version])
+            if shard.name.startswith("questions")
+            else shift_all(waves, codec.config.hop_length, [*seed, version])
+        )
+        versions.append(encode(codec, changed))
+    columns["other_codes"] = [[version[row] for version in versions] for row in range(len(rows))]
     return write_rows(target, columns)
 
 
@@ -127,7 +146,8 @@ def encode_all(args: ExampleArguments, threads: int = 1) -> dict[str, list[dict]
     jobs: list[tuple[Path, Callable[..., Path], tuple]] = []
     for index, shard in enumerate(shards):
         target = folder / f"{shard.stem}.parquet"
-        jobs.append((target, encode_shard, (codec, shard, target, [args.seed, index])))
+        others = args.recordings if shard in heard else args.shifts
+        jobs.append((target, encode_shard, (codec, shard, target, others, [args.seed, index])))
     # Splices want all words of a voice: they are made anew when there are more shards.
     splices, sounds = folder / f"spliced-{len(heard):04d}.parquet", folder / "sounds-0000.parquet"
     jobs.append((splices, encode_splices, (codec, heard, splices, args.splices, [args.seed, 10**6])))
@@ -155,7 +175,7 @@ def held_out(args: ExampleArguments, codec: TttCodecModel) -> list[tuple[str, Me
         speech = encode(codec, [read(row["answer_audio"]) for row in rows])
         heard = encode(codec, [read(row["audio"]) for row in rows]) if task == "spoken_qa" else [[] for _ in rows]
         for row, question, answer in zip(rows, heard, speech, strict=True):
-            asked = user({"text": row["answer"], "codes": question}, "codes" if question else None)
+            asked = user({"text": row["answer"]}, question or None)
             conversations.append((task, [asked, assistant(row["answer"], answer)]))
     return conversations
 

@@ -4,6 +4,7 @@ and typed. How speech becomes codes is the business of build_examples.py."""
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle, islice
 from typing import Any
 
 from training_examples.ttt_tiny import domain
@@ -22,12 +23,20 @@ class MixtureArguments:
         default=0.06, metadata={"help": "Share of the turns of such conversations in which nobody speaks."}
     )
     typed_share: float = field(default=0.4, metadata={"help": "Share of their other turns that are typed."})
-    tts_copies: int = field(default=2, metadata={"help": "How often each assistant sentence occurs."})
+    tts_copies: int = field(default=2, metadata={"help": "How often each assistant sentence is read aloud."})
+    shifted_share: float = field(
+        default=0.5, metadata={"help": "Share of the spoken answers that begin elsewhere within their first code."}
+    )
 
 
-def user(row: Row, key: str | None) -> dict:
-    """Return a user's message: what the row's codes under `key` say, or its text if `key` is None."""
-    part = {"type": "text", "text": row["text"]} if key is None else {"type": "audio", "audio_codes": row[key]}
+def versions(row: Row) -> list[list[int]]:
+    """Return the codes of all recordings of what the row says, the plain one first."""
+    return [row["codes"], *row.get("other_codes", ())]
+
+
+def user(row: Row, codes: Sequence[int] | None) -> dict:
+    """Return a user's message: speech, or the row's text if `codes` is None."""
+    part = {"type": "text", "text": row["text"]} if codes is None else {"type": "audio", "audio_codes": list(codes)}
     return {"role": "user", "content": [part]}
 
 
@@ -45,15 +54,16 @@ class Mixture:
 
     Args:
         rows (`Mapping[str, Sequence[Row]]`): `assistant` (`text`, `codes`); `questions` (`text`, `answer`, `kind`,
-            `codes`, `noisy_codes`); *optionally* `spliced` (`text`, `codes`: dictations spliced of single words) and
-            `sounds` (`codes`: nobody speaks).
+            `codes`); *optionally* `spliced` (`text`, `codes`: dictations spliced of single words) and `sounds`
+            (`codes`: nobody speaks). `other_codes`, where a row has some, are other versions of the same speech:
+            questions as if recorded somewhere, the assistant's sentences begun elsewhere within their first code.
         args (`MixtureArguments`): how often each kind occurs.
         rng (`random.Random`): the source of chance.
     """
 
     def __init__(self, rows: Mapping[str, Sequence[Row]], args: MixtureArguments, rng: random.Random):
         self.rows, self.args, self.rng = rows, args, rng
-        self.spoken = {row["text"]: row["codes"] for row in rows["assistant"]}
+        self.spoken = {row["text"]: versions(row) for row in rows["assistant"]}
         # While speech is still being made, some answers may be missing.
         self.questions = [row for row in rows["questions"] if row["answer"] in self.spoken]
 
@@ -69,13 +79,12 @@ class Mixture:
         """Return every question spoken, clean and recorded; some of them typed; every sound in which nobody speaks."""
         found = []
         for row in self.questions:
-            answer = self.answer(row["answer"])
-            found += [("spoken_qa", [user(row, key), answer]) for key in ("codes", "noisy_codes")]
+            found += [("spoken_qa", [user(row, codes), self.answer(row["answer"])]) for codes in versions(row)]
             if self.rng.random() < self.args.text_share:
-                found.append(("text_chat", [user(row, None), answer]))
+                found.append(("text_chat", [user(row, None), self.answer(row["answer"])]))
         if domain.NOT_HEARD in self.spoken:
-            answer = self.answer(domain.NOT_HEARD)
-            found += [("spoken_qa", [user(row, "codes"), answer]) for row in self.rows.get("sounds", ())]
+            for row in self.rows.get("sounds", ()):
+                found.append(("spoken_qa", [user(row, row["codes"]), self.answer(domain.NOT_HEARD)]))
         return found
 
     def several_turns(self, turns: int) -> Messages:
@@ -84,35 +93,38 @@ class Mixture:
         sounds = self.rows.get("sounds", ()) if domain.NOT_HEARD in self.spoken else ()
         for _ in range(turns):
             if sounds and self.rng.random() < self.args.not_heard_share:
-                messages += [user(self.rng.choice(sounds), "codes"), self.answer(domain.NOT_HEARD)]
+                messages += [user({}, self.rng.choice(sounds)["codes"]), self.answer(domain.NOT_HEARD)]
                 continue
             row = self.rng.choice(self.questions)
             typed = self.rng.random() < self.args.typed_share
-            key = None if typed else self.rng.choice(("codes", "noisy_codes"))
-            messages += [user(row, key), self.answer(row["answer"])]
+            messages += [user(row, None if typed else self.rng.choice(versions(row))), self.answer(row["answer"])]
         return messages
 
     def dictations(self) -> list[tuple[str, Messages]]:
         """
-        Return speech to take down: questions once, what is nothing but a dictation clean and recorded, and splices.
+        Return speech to take down: questions once, what is nothing but a dictation in all versions, and splices.
         Other people's sentences are left out: their words are none of the domain.
         """
         found = []
         for row in self.rows["questions"]:
             if row["kind"] == "other":
                 continue
-            keys = ("codes", "noisy_codes")
-            for key in keys if row["answer"] is None else [self.rng.choice(keys)]:
-                found.append(("asr", [user(row, key), assistant(row["text"], None)]))
+            heard = versions(row) if row["answer"] is None else [self.rng.choice(versions(row))]
+            found += [("asr", [user(row, codes), assistant(row["text"], None)]) for codes in heard]
         for row in self.rows.get("spliced", ()):
-            found.append(("asr", [user(row, "codes"), assistant(row["text"], None)]))
+            found.append(("asr", [user(row, row["codes"]), assistant(row["text"], None)]))
         return found
 
     def readings(self) -> list[tuple[str, Messages]]:
-        """Return texts to read aloud."""
-        found = [("tts", [user(row, None), assistant(row["text"], row["codes"])]) for row in self.rows["assistant"]]
-        return found * self.args.tts_copies
+        """Return texts to read aloud, `tts_copies` times each: in all versions, one after the other."""
+        return [
+            ("tts", [user(row, None), assistant(row["text"], codes)])
+            for row in self.rows["assistant"]
+            for codes in islice(cycle(versions(row)), self.args.tts_copies)
+        ]
 
     def answer(self, text: str) -> dict:
         """Return the assistant's message that says `text`."""
-        return assistant(text, self.spoken[text])
+        plain, *shifted = self.spoken[text]
+        other = shifted and self.rng.random() < self.args.shifted_share
+        return assistant(text, self.rng.choice(shifted) if other else plain)
