@@ -8,6 +8,7 @@ FOLDER holds `model` and the datasets; see test_distributed.py, which also calls
 import json
 import os
 import random
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -144,27 +145,34 @@ def deepspeed(folder: Path) -> dict[str, Any]:
     return {"zero3": train(folder, "zero3", use_cpu=False)}
 
 
-def script(folder: Path, name: str = "script", more: str = "") -> dict[str, Any]:
+def script(folder: Path, name: str = "script", more: str = "", leaves: bool = True) -> dict[str, Any]:
     """What a user starts: train_ttt.py, on packed rows and with an evaluation."""
     wrappers: list[str] = []
     leave = train_ttt.leave_group
 
     def leave_group(trainer):
         wrappers.append(type(trainer.model_wrapped).__name__)
-        leave(trainer)
+        if leaves:
+            leave(trainer)
 
-    train_ttt.leave_group = leave_group
     options = f"--model {folder / 'model'} --dataset {folder / 'examples'} --output_dir {folder / name} {more}"
     options += " --packing --max_length 128 --per_device_train_batch_size 1 --max_steps 3 --logging_steps 1"
     options += " --eval_strategy steps --eval_steps 3 --per_device_eval_batch_size 2 --threads 1"
     sys.argv = ["train_ttt.py", *options.split(), "--report_to", "none", "--disable_tqdm", "true"]
+    train_ttt.leave_group = leave_group
     train_ttt.main()
+    train_ttt.leave_group = leave
     return {"script": {"left_the_group": not torch.distributed.is_initialized(), "wrapper": wrappers[0]}}
 
 
 def sharded_script(folder: Path) -> dict[str, Any]:
-    """The same with --shard."""
-    return script(folder, "sharded_script", "--shard --save_only_model --save_steps 2")
+    """The same with --shard, and once more from a checkpoint of it."""
+    script(folder, "sharded_script", "--shard --save_steps 2", leaves=False)
+    if torch.distributed.get_rank() == 0:
+        shutil.copytree(folder / "sharded_script" / "checkpoint-2", folder / "resumed_script" / "checkpoint-2")
+    torch.distributed.barrier()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return script(folder, "resumed_script", "--shard --save_steps 2")
 
 
 def main(folder: Path, part: str) -> None:

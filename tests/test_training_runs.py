@@ -1,7 +1,9 @@
 """What a run of the training scripts leaves behind and says: cards, pushes, answers to held-out examples, from where it
 goes on; and its batches by tokens."""
 
+import copy
 import json
+import pickle
 import random
 import shutil
 import sys
@@ -21,7 +23,7 @@ from safetensors.torch import load_file
 from pipelines import save_repository
 from training_examples import finetune_lora, train_ttt
 from training_examples.training import metrics, samples
-from training_examples.training.arguments import ModelArguments, check_group
+from training_examples.training.arguments import ModelArguments, TttTrainingArguments, check_group
 from training_examples.training.batches import BatchCollator, TokenBatches, bucket_by_length
 from training_examples.training.card import MARK
 from training_examples.training.metrics import TrainingScores
@@ -146,6 +148,42 @@ def test_a_run_is_pushed_whole(workspace, tmp_path, monkeypatch):
     assert pushed["README.md"].decode() == (output / "README.md").read_text()
     assert "trained for 4 steps" in pushed["README.md"].decode() and "someone/talks" in pushed["README.md"].decode()
     assert pushed["model.safetensors"] == (output / "model.safetensors").read_bytes()
+
+
+def test_nothing_that_is_pushed_names_a_folder_of_the_machine_or_the_token(workspace, tmp_path, monkeypatch):
+    """Pickled options and TensorBoard's files neither, nor checkpoints where they are pushed, too."""
+    monkeypatch.chdir(tmp_path)
+    options = {"push_to_hub": True, "hub_model_id": "someone/talks", "hub_token": "hf_secret", "save_steps": 2}
+    options |= {"report_to": "tensorboard", "eval_strategy": "steps", "eval_steps": 2}
+    with hub(monkeypatch) as standin:
+        start(workspace, tmp_path / "run", save_strategy="best", metric_for_best_model="loss", **options)
+        more = {"save_strategy": "steps", "hub_strategy": "all_checkpoints", "load_best_model_at_end": True}
+        start(workspace, "other", **options | more | {"hub_model_id": "someone/hears"})
+    pushed = standin.files["someone/talks"] | {
+        f"other/{path}": data for path, data in standin.files["someone/hears"].items()
+    }
+    names = {path.rpartition("/")[2].split(".")[0] for path in pushed}
+    assert {"training_args", "events", "trainer_state", "optimizer"} <= names
+    for path, content in pushed.items():
+        for secret in (str(tmp_path.parent.parent), str(workspace), "hf_secret"):
+            assert secret.encode() not in content, path
+
+
+def test_options_that_are_pickled_are_clean_and_copies_are_whole(tmp_path):
+    options = TttTrainingArguments(output_dir=str(tmp_path / "a" / "run"), hub_token="hf_secret", use_cpu=True)
+    assert (options.output_dir, options.hub_token) == (str(tmp_path / "a" / "run"), "hf_secret")
+    read = pickle.loads(pickle.dumps(options))
+    assert (read.output_dir, read.hub_token, read.learning_rate) == ("a/run", None, options.learning_rate)
+    assert options.to_dict()["output_dir"] == "a/run"
+    for copied in (copy.copy(options), copy.deepcopy(options)):
+        assert copied is not options and vars(copied).keys() == vars(options).keys()
+        assert (copied.output_dir, copied.hub_token) == (options.output_dir, options.hub_token)
+
+
+def test_checkpoints_that_name_the_best_by_a_folder_of_the_machine_are_not_pushed(workspace, tmp_path):
+    options = {"push_to_hub": True, "hub_token": "hf_x", "hub_strategy": "checkpoint", "metric_for_best_model": "loss"}
+    with pytest.raises(ValueError, match="--hub_strategy checkpoint would push .*: give --output_dir relative"):
+        start(workspace, tmp_path / "run", **options)
 
 
 def test_an_adapter_of_a_local_folder_is_not_pushed(workspace, tmp_path):

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -218,6 +219,9 @@ def main() -> None:
     tokens = trainable_tokens(processor, arguments.new_words or (), arguments.train_audio_tokens)
     with no_false_alarm():
         model = get_peft_model(load_base(arguments, config), lora_config(arguments, config, tokens))
+    # No token is added, so the embedding stays the base model's. Else PEFT asks the Hub whether one was, at every save,
+    # and warns where the base model is not there yet or the Hub is out of reach.
+    model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
     if arguments.base_model_name is not None:
         model.peft_config["default"].base_model_name_or_path = arguments.base_model_name
     model.print_trainable_parameters()

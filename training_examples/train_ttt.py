@@ -12,6 +12,7 @@ curves (curves.png).
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
@@ -21,6 +22,7 @@ from modeling_ttt import TttConfig, TttForConditionalGeneration
 from processing import TttProcessor
 from training_examples.training.arguments import ModelArguments, parse_arguments
 from training_examples.training.card import RunCard
+from training_examples.training.resuming import last_complete_checkpoint
 from training_examples.training.trainer import (
     check_lengths,
     check_vocabulary,
@@ -38,7 +40,7 @@ class TrainArguments(ModelArguments):
         default=False,
         metadata={
             "help": "Spread weights, gradients and optimizer over the processes. It is FSDP2 as Transformers applies "
-            "it, on CPUs too; accelerate's fsdp2.yaml is for GPUs, and its runs can be resumed."
+            "it, on CPUs too; accelerate's fsdp2.yaml is for GPUs."
         },
     )
 
@@ -47,19 +49,18 @@ class TrainArguments(ModelArguments):
         Return what `from_pretrained` is given so that every process loads its share.
 
         Raises:
-            ValueError: If there is one process, or the run keeps states of the optimizer, of which only the first
-                process would write its share.
+            ValueError: If there is one process.
         """
         if not self.shard:
             return {}
         if training.world_size == 1:
             raise ValueError("--shard spreads a model over several processes, and there is one: see accelerate launch.")
-        if training.save_strategy != "no" and not training.save_only_model:
-            raise ValueError(
-                "A run with --shard cannot be resumed, because its optimizer is not gathered: add --save_only_model to "
-                "keep checkpoints to talk to, or --save_strategy no."
-            )
         return {"distributed_config": DistributedConfig(fsdp_size=training.world_size)}
+
+    def weights(self, training: TrainingArguments) -> str | Path:
+        """Return the folder to load from: a sharded run that goes on takes its weights from the checkpoint here."""
+        resumed = training.resume_from_checkpoint or last_complete_checkpoint(training.output_dir)
+        return resumed if self.shard and resumed else self.model
 
 
 def main() -> None:
@@ -71,7 +72,7 @@ def main() -> None:
     check_vocabulary(config, processor)
     train_dataset = check_lengths(arguments, config, train_dataset)
     model = TttForConditionalGeneration.from_pretrained(
-        arguments.model,
+        arguments.weights(training),
         config=config,
         dtype=arguments.dtype,
         attn_implementation=arguments.attn_implementation,

@@ -1,6 +1,7 @@
 """What a training run may be told: the options that train_ttt.py and finetune_lora.py share, and the Trainer's own with
 what TtT needs of them. What is done with them lives in trainer.py."""
 
+import copy
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from transformers import TrainingArguments, set_seed
 
 from training_examples.command_line import ScriptParser
+from training_examples.files import without_folders
 from training_examples.threads import threads_field, use_threads
 
 # Options of the configuration that a run may set.
@@ -223,6 +225,26 @@ class TttTrainingArguments(TrainingArguments):
         if not torch.accelerator.is_available():  # PyTorch would warn that there is nothing to pin memory for
             self.dataloader_pin_memory = False
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as reporters are told them, TensorBoard's files too: without folders of the machine."""
+        return without_folders(super().to_dict())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what `training_args.bin` holds, which is pushed with the model: no token, no folder of the machine."""
+        return {name: None if name.endswith("_token") else without_folders(value) for name, value in vars(self).items()}
+
+    def __copy__(self) -> "TttTrainingArguments":
+        """Return a copy that, unlike what is pickled, has everything."""
+        copied = object.__new__(type(self))
+        copied.__dict__.update(vars(self))
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TttTrainingArguments":
+        """Return the same of everything in it."""
+        copied = memo[id(self)] = object.__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(vars(self), memo))
+        return copied
+
 
 def num_launched() -> int:
     """Return how many processes a launcher says that it started, 1 without one."""
@@ -275,6 +297,12 @@ def check_together(arguments: ModelArguments, training: TrainingArguments) -> No
         raise ValueError(
             "--attn_implementation flex_attention trains on GPUs only: on CPUs PyTorch has no backward pass for it. "
             "Use --attn_implementation sdpa, which gives the same losses."
+        )
+    pushes_checkpoints = training.push_to_hub and "checkpoint" in training.hub_strategy.value
+    if pushes_checkpoints and training.metric_for_best_model is not None and Path(training.output_dir).is_absolute():
+        raise ValueError(
+            f"--hub_strategy {training.hub_strategy.value} would push checkpoints that name the best of them by a "
+            f"folder of this machine: give --output_dir relative to the folder you are in, not {training.output_dir}."
         )
     if arguments.tokens_per_batch is not None:
         size = training.per_device_train_batch_size

@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import Trainer
 
-from training_examples.files import read_json, write_text
+from training_examples.files import read_json, short_name, write_text
 from training_examples.preparation.mixtures import parse_source
 from training_examples.training.samples import latest_samples
 
@@ -53,12 +53,6 @@ FIGURES = {
     "text_accuracy": "text accuracy",
     "audio_accuracy": "accuracy of masked codes",
 }
-
-
-def short_name(path: str | Path) -> str:
-    """Return a path as a card may name it: nothing of the machine, at most the last two folders."""
-    path = Path(path)
-    return str(Path(*path.parts[-2:])) if path.is_absolute() or ".." in path.parts else str(path)
 
 
 def is_edited(folder: Path) -> bool:

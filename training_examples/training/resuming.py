@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -36,6 +37,20 @@ class DataOrder(TrainerCallback):
         elif hasattr(sampler, "generator"):
             seed = args.seed if args.data_seed is None else args.data_seed
             sampler.generator = torch.Generator().manual_seed(seed + epoch)
+
+
+def gather_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """
+    Return the states of a sharded model's optimizer, whole, on the CPU of the first process and empty in the others.
+    All processes call it together. Parameters are named, so that the number of processes may change.
+    """
+    return get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def share_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, file: Path) -> None:
+    """Load a file of `gather_optimizer`'s states: every process reads its share."""
+    states = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    set_optimizer_state_dict(model, optimizer, states, options=StateDictOptions(full_state_dict=True))
 
 
 def checkpoints(output_dir: str | Path) -> list[tuple[Path, bool]]:

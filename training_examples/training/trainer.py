@@ -10,6 +10,7 @@ import pyarrow.compute
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from modeling_ttt import TttConfig
 from processing import TttDataCollator, TttProcessor, pack_examples
@@ -20,7 +21,14 @@ from training_examples.training.arguments import ModelArguments
 from training_examples.training.batches import BatchCollator, TokenBatches
 from training_examples.training.card import CardTrainer, RunCard
 from training_examples.training.metrics import EvaluationMetrics, TrainingScores, plot_curves, write_log
-from training_examples.training.resuming import DataOrder, RankSeed, describe_resuming, last_complete_checkpoint
+from training_examples.training.resuming import (
+    DataOrder,
+    RankSeed,
+    describe_resuming,
+    gather_optimizer,
+    last_complete_checkpoint,
+    share_optimizer,
+)
 from training_examples.training.samples import Samples, choose_examples
 
 PACKED_FEATURES = Features(dict.fromkeys(("input_ids", "labels", "position_ids"), List(Value("int32"))))
@@ -107,6 +115,37 @@ def pack(dataset: Any, max_length: int | None, training: TrainingArguments) -> A
         )
 
 
+class ShardedTrainer(CardTrainer):
+    """
+    The Trainer of a model that Transformers has sharded over the processes (`from_pretrained(distributed_config=...)`):
+    its checkpoints have the optimizer's states of all of them. The plain Trainer would write those of the first, and so
+    refuses to write any.
+
+    Args:
+        args (`TrainingArguments`), options: the Trainer's own.
+    """
+
+    def __init__(self, *, args: TrainingArguments, **options: Any):
+        wanted, args.save_only_model = args.save_only_model, True
+        super().__init__(args=args, **options)
+        args.save_only_model = wanted
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        states = gather_optimizer(self.model, self.optimizer.optimizer)
+        if self.args.should_save:
+            torch.save(states, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Leave the weights: the model was loaded from the checkpoint, since whole ones cannot be put into a share."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        share_optimizer(self.model, self.optimizer.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+
 def make_trainer(
     args: ModelArguments,
     training: TrainingArguments,
@@ -129,7 +168,8 @@ def make_trainer(
     if args.tokens_per_batch is not None:
         train_dataset = TokenBatches(train_dataset, args.tokens_per_batch, training.seed, args.max_length)
         collator = BatchCollator(collator)
-    trainer = CardTrainer(
+    sharded = getattr(model, "is_distributed_loading_by_transformers", False)
+    trainer = (ShardedTrainer if sharded else CardTrainer)(
         card=card,
         model=model,
         args=training,
@@ -183,15 +223,12 @@ def run(trainer: Trainer) -> None:
     said = describe_resuming(output_dir, checkpoint)
     if said is not None and trainer.is_world_process_zero():
         print(said, flush=True)
-    if checkpoint is not None and getattr(trainer.model, "is_distributed_loading_by_transformers", False):
-        raise ValueError(
-            f"--output_dir {output_dir} has a checkpoint, but a run with --shard cannot be resumed. Start from it with "
-            f"--model {checkpoint} and another --output_dir."
-        )
     trainer.train(resume_from_checkpoint=checkpoint)
     evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
     if trainer.eval_dataset is not None and trainer.state.global_step not in evaluated:
         trainer.evaluate()
+    if trainer.state.best_model_checkpoint is not None:  # only checkpoints, which are resumed from, need the whole path
+        trainer.state.best_model_checkpoint = Path(trainer.state.best_model_checkpoint).name
     trainer.save_state()
     if trainer.is_world_process_zero():
         write_log(trainer.state.log_history, output_dir / "log_history.jsonl")
