@@ -1,9 +1,13 @@
 """Tiny random parts for the tests of processor, pipeline and command: a byte-level tokenizer, a processor with a random
 audio tokenizer, and a whole model folder."""
 
+import atexit
+import functools
+import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +33,31 @@ class Absent:
 
 sys.meta_path.insert(0, Absent())
 """
+
+# A process that forks for each script that it is handed, with the imports done that every one of them would begin with.
+FORKING = (
+    WITHOUT_PACKAGES
+    + """
+import json, os
+import transformers.models.qwen2.modeling_qwen2
+from transformers import AutoModel, AutoProcessor, pipeline
+
+for line in sys.stdin:
+    request = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    sys.exit()
+
+os.chdir(request["cwd"])
+for stream, path in enumerate((os.devnull, request["printed"], request["errors"])):
+    os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), stream)
+sys.argv = ["-c", *request["arguments"]]
+exec(request["script"])
+"""
+)
 
 
 def build_tokenizer(num_codes: int = NUM_CODES) -> PreTrainedTokenizerFast:
@@ -122,11 +151,31 @@ def write_wav(path: Path, samples: np.ndarray, sampling_rate: int = 16_000) -> P
     return path
 
 
+@functools.cache
+def _forking_process() -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    # A path relative to where a script runs, so that each has modules of its own.
+    environment |= {"HF_MODULES_CACHE": "modules", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", FORKING],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+        cwd=Path(__file__).parent / "fixtures",
+        text=True,
+    )
+    atexit.register(process.communicate)  # its input ends, and so does it
+    return process
+
+
 def run_without_packages(script: str, *arguments: object, cwd: Path) -> list[str]:
     """The lines that a Python script prints in a process that has no part of this repository and no network."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_MODULES_CACHE": str(cwd / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", WITHOUT_PACKAGES + script, *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    process = _forking_process()
+    with tempfile.TemporaryDirectory() as folder:
+        printed, errors = Path(folder, "printed"), Path(folder, "errors")
+        request = {"script": script, "arguments": list(map(str, arguments)), "cwd": str(cwd)}
+        process.stdin.write(json.dumps(request | {"printed": str(printed), "errors": str(errors)}) + "\n")
+        process.stdin.flush()
+        status = process.stdout.readline().strip()
+        assert status == "0", f"exit status {status}\n{errors.read_text() if errors.exists() else ''}"
+        return printed.read_text().splitlines()

@@ -92,17 +92,23 @@ def test_text_is_answered_and_read_aloud(talk, tmp_path):
     assert_speech(tmp_path / "sub" / "folder" / "spoken.wav")
 
 
-def test_standard_input_is_a_question_and_standard_output_an_answer(model, question, tmp_path):
-    def shell(command, **options):
-        program = f"{sys.executable} -m pipelines.ttt_talk --model {model} --device cpu"
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        command = command.replace("ttt-talk", program)
-        return subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
-
-    piped = shell(f"ttt-talk - - < {question} > piped.wav")
-    assert (piped.returncode, piped.stdout, piped.stderr) == (0, "", "hi\n")
+def test_standard_input_is_a_question_and_standard_output_an_answer(
+    model, question, tmp_path, monkeypatch, capfdbinary
+):
+    with open(question) as recording:
+        monkeypatch.setattr(sys, "stdin", recording)
+        assert ttt_talk.main(["--model", model, "--device", "cpu", "-", "-"]) == 0
+    out, errors = capfdbinary.readouterr()
+    assert errors == b"hi\n"
+    (tmp_path / "piped.wav").write_bytes(out)
     assert_speech(tmp_path / "piped.wav")
-    closed = shell(f"ttt-talk {question} - | true; exit ${{PIPESTATUS[0]}}")
+
+
+def test_an_answer_that_nobody_reads_ends_without_a_traceback(model, question, tmp_path):
+    program = f"{sys.executable} -m pipelines.ttt_talk --model {model} --device cpu {question} -"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = ["bash", "-c", f"{program} | true; exit ${{PIPESTATUS[0]}}"]
+    closed = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert closed.returncode == 1 and "Traceback" not in closed.stderr and "Exception" not in closed.stderr
 
 

@@ -1,13 +1,9 @@
 """Glm4VoiceModel as a Transformers model: loading, saving, precision, new weights, and its place behind a processor."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from accelerate import cpu_offload
-from builders import build_processor, tone
+from builders import build_processor, run_without_packages, tone
 from codec_checks import (
     assert_compiles_whole,
     assert_exports,
@@ -97,11 +93,7 @@ def test_loads_from_its_folder_alone(tmp_path):
     """In a process that has no such package: code and weights come from the folder."""
     folder = tmp_path / "model"
     golden_model().save_pretrained(folder)
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
-    environment.pop("PYTHONPATH", None)
-    command = [sys.executable, "-c", REMOTE, str(folder)]
-    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
+    run_without_packages(REMOTE, folder, cwd=tmp_path)
     result = torch.load(folder / "result.pt", weights_only=True)
     codes, speech = speak(golden_model())
     assert torch.equal(result["codes"], codes)

@@ -1,14 +1,12 @@
 """Saving, loading, sharing and placing the model, with and without this package installed."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from builders import run_without_packages
 from conftest import make_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM
 
@@ -132,11 +130,7 @@ def test_the_folder_alone_is_enough_without_this_package(tmp_path):
     model = make_model()
     folder = tmp_path / "model"
     model.save_pretrained(folder)
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
-    environment.pop("PYTHONPATH", None)
-    command = [sys.executable, "-c", REMOTE, str(folder), str(IDS.tolist())]
-    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
+    run_without_packages(REMOTE, folder, IDS.tolist(), cwd=tmp_path)
     assert torch.equal(torch.load(folder / "logits.pt", weights_only=True), logits_of(model))
     saved_again = json.loads((folder / "again/config.json").read_text())
     assert saved_again["auto_map"]["AutoModelForCausalLM"] == "modeling_ttt.TttForConditionalGeneration"

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from serving import serve
 
+from pipelines import ttt_talk
 from processing.tasks_ttt import CHAT_TEMPLATE
 from training_examples.evaluation.recognisers import word_error_rate
 from training_examples.ttt_tiny.judge import domain_recognizer
@@ -176,12 +176,10 @@ def test_the_question_is_a_short_recording():
 
 
 @needs_tiny
-def test_the_first_command_answers_the_question_in_text_and_in_speech(tmp_path):
-    command = [sys.executable, "-m", "pipelines.ttt_talk", str(QUESTION), "reply.wav", "--device", "cpu"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == ANSWER
+def test_the_first_command_answers_the_question_in_text_and_in_speech(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert ttt_talk.main([str(QUESTION), "reply.wav", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.strip() == ANSWER
     reply, rate = soundfile.read(tmp_path / "reply.wav", dtype="float32")
     with domain_recognizer(num_workers=1) as recognizer:
         (heard,) = recognizer.transcribe([reply], rate)
