@@ -25,6 +25,10 @@ class StreamingDecoder(Protocol):
 
     What the pieces join to does not depend on how the codes are split between calls. Whether it is what `decode` gives
     for all codes at once is up to the audio tokenizer.
+
+    A decoder may also have a static method `push_together(decoders, audio_codes, is_last)`, which takes the next codes
+    of several streams in one pass, ends those that `is_last` says and returns the samples of each. Where it fails, no
+    stream has taken anything.
     """
 
     def push(self, audio_codes: torch.Tensor) -> torch.Tensor:
@@ -90,7 +94,7 @@ class WaveformStream:
 
     Args:
         audio_tokenizer: any Transformers codec with `decode`. One with a method `streaming_decoder()` that returns a
-            [`StreamingDecoder`] is streamed by it, any other by [`BoundedContextDecoder`].
+            [`StreamingDecoder`] is streamed by it, any other, or one that returns None, by [`BoundedContextDecoder`].
 
     Raises:
         TypeError: what `streaming_decoder()` returns is no [`StreamingDecoder`].
@@ -100,7 +104,8 @@ class WaveformStream:
         self.format = TttAudioFormat.from_config(audio_tokenizer.config)
         self.device = execution_device(audio_tokenizer)
         make_decoder = getattr(audio_tokenizer, "streaming_decoder", None)
-        self.decoder = BoundedContextDecoder(audio_tokenizer) if make_decoder is None else make_decoder()
+        decoder = None if make_decoder is None else make_decoder()
+        self.decoder = BoundedContextDecoder(audio_tokenizer) if decoder is None else decoder
         if not isinstance(self.decoder, StreamingDecoder):
             raise TypeError(
                 f"`{type(audio_tokenizer).__name__}.streaming_decoder()` returned a {type(self.decoder).__name__}, "
@@ -108,20 +113,62 @@ class WaveformStream:
             )
         self.last_frame: torch.Tensor | None = None
 
+    @property
+    def can_join(self) -> bool:
+        """Whether it may share a pass of the audio tokenizer with other streams: see `push_together`."""
+        return hasattr(self.decoder, "push_together")
+
     @torch.no_grad()
     def push(self, codes: Sequence[int]) -> np.ndarray:
         """Take the flat codes of whole frames; return the waveform that became final, `(samples,)`, or none."""
         if not len(codes):
             return np.zeros(0, dtype=np.float32)
-        frames = unflatten_codes(codes, self.format.num_codebooks, self.format.codebook_size, self.last_frame)
+        frames = self._frames(codes)
         self.last_frame = frames[:, -1:]
-        return _to_numpy(self.decoder.push(frames[None].to(self.device)))  # (1, codebooks, frames)
+        return _to_numpy(self.decoder.push(frames[None]))
 
     @torch.no_grad()
     def flush(self) -> np.ndarray:
         """End the stream: return the rest of the waveform, `(samples,)`, and start afresh."""
         self.last_frame = None
         return _to_numpy(self.decoder.flush())
+
+    def _frames(self, codes: Sequence[int]) -> torch.Tensor:
+        """Flat codes as frames, (codebooks, frames)."""
+        books, size = self.format.num_codebooks, self.format.codebook_size
+        return unflatten_codes(codes, books, size, self.last_frame).to(self.device)
+
+
+@torch.no_grad()
+def push_together(
+    streams: Sequence[WaveformStream], codes: Sequence[Sequence[int]], is_last: Sequence[bool]
+) -> list[np.ndarray]:
+    """
+    Take the next codes of several streams of one audio tokenizer, in one pass of it where they can join.
+
+    Args:
+        streams (`Sequence[WaveformStream]`): none of them twice.
+        codes (`Sequence[Sequence[int]]`): of each, the flat codes of whole frames, or none.
+        is_last (`Sequence[bool]`): whether the stream ends with them, as by `flush`.
+
+    Returns:
+        `list[np.ndarray]`: of each, the waveform that became final, `(samples,)`, or none.
+    """
+    if not all(stream.can_join for stream in streams):
+        pairs = [
+            (stream.push(new), stream.flush() if last else None)
+            for stream, new, last in zip(streams, codes, is_last, strict=True)
+        ]
+        return [first if rest is None else np.concatenate([first, rest]) for first, rest in pairs]
+    frames = [stream._frames(new) for stream, new in zip(streams, codes, strict=True)]
+    decoders = [stream.decoder for stream in streams]
+    waveforms = type(decoders[0]).push_together(decoders, [each[None] for each in frames], is_last) if decoders else []
+    for stream, each, last in zip(streams, frames, is_last, strict=True):
+        if last:
+            stream.last_frame = None
+        elif each.shape[1]:
+            stream.last_frame = each[:, -1:]
+    return [_to_numpy(waveform) for waveform in waveforms]
 
 
 def decoder_context(audio_tokenizer: Any) -> tuple[int | None, int | None]:

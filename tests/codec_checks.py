@@ -52,6 +52,7 @@ def assert_works_from_elsewhere(model: Any, folder: Path) -> None:
     waves, mask = waveforms()
     codes, codes_mask = model.encode(waves, mask).values()
     speech = model.decode(codes, codes_mask).audio_values
+    streamed = _stream(model, codes[:1])
     for place in ("cpu", "disk"):
         away = copy.deepcopy(model)
         if place == "cpu":
@@ -61,6 +62,12 @@ def assert_works_from_elsewhere(model: Any, folder: Path) -> None:
         assert next(away.parameters()).device.type == "meta" and away.device.type == "cpu"
         assert torch.equal(away.encode(waves, mask).audio_codes, codes)
         assert torch.equal(away.decode(codes, codes_mask).audio_values, speech)
+        assert torch.equal(_stream(away, codes[:1]), streamed)
+
+
+def _stream(model: Any, codes: torch.Tensor) -> torch.Tensor:
+    decoder = model.streaming_decoder()
+    return torch.cat([decoder.push(codes), decoder.flush()])
 
 
 def assert_half_precision_works(model: Any, folder: Path, dtype: torch.dtype) -> None:

@@ -1,5 +1,6 @@
 """The audio tokenizer: exact lengths, rows that do not know each other, streamed and whole decoding alike."""
 
+import numpy as np
 import pytest
 import torch
 from codec_checks import (
@@ -12,8 +13,12 @@ from codec_checks import (
 from transformers import AutoModelForAudioTokenization
 
 from modeling_ttt.ttt_codec import TttCodecConfig, TttCodecModel
-from modeling_ttt.ttt_codec.modeling_ttt_codec import TttCodecFiniteScalarQuantizer, overlap_add
-from processing.waveform_stream_ttt import BoundedContextDecoder
+from modeling_ttt.ttt_codec.modeling_ttt_codec import (
+    TttCodecFiniteScalarQuantizer,
+    TttCodecStreamingDecoder,
+    overlap_add,
+)
+from processing.waveform_stream_ttt import BoundedContextDecoder, WaveformStream, push_together
 
 HOP = 1280
 
@@ -63,11 +68,12 @@ def test_speech_of_a_row_does_not_depend_on_neighbours_or_padding(codec, vocoder
 
 
 @pytest.mark.parametrize("step", [1, 3, 26, 100])
+@pytest.mark.parametrize("decoder_class", [TttCodecStreamingDecoder, BoundedContextDecoder])
 @torch.no_grad()
-def test_streamed_decoding_equals_whole_decoding(codec, step):
+def test_streamed_decoding_equals_whole_decoding(codec, step, decoder_class):
     codes = torch.randint(400, (60,), generator=torch.Generator().manual_seed(3))
     whole = codec.decode(codes[None]).audio_values[0, 0]
-    decoder = BoundedContextDecoder(codec)
+    decoder = decoder_class(codec)
     for _ in range(2):  # the second stream starts afresh
         chunks = [decoder.push(part) for part in codes[None, None].split(step, dim=-1)] + [decoder.flush()]
         assert torch.allclose(torch.cat(chunks), whole, atol=1e-5)
@@ -78,6 +84,7 @@ def test_streaming_waits_no_longer_than_its_stated_lookahead(codec):
     codes = torch.randint(400, (40,), generator=torch.Generator().manual_seed(4))
     context = codec.config.decoder_context_codes
     assert len(BoundedContextDecoder(codec).push(codes[None, None])) == (40 - context) * HOP
+    assert len(codec.streaming_decoder().push(codes)) >= (40 - context) * HOP
     changed = codes.clone()
     changed[-1] = (changed[-1] + 1) % 400
     first, second = (codec.decode(x[None]).audio_values[0, 0] for x in (codes, changed))
@@ -85,10 +92,77 @@ def test_streaming_waits_no_longer_than_its_stated_lookahead(codec):
     assert different.any() and int(different.nonzero()[0]) >= (39 - context) * HOP
 
 
+@pytest.mark.parametrize("count", [1, 2, 6, 7, 8, 15])
+@torch.no_grad()
+def test_short_streams_last_as_long_as_their_codes(codec, count):
+    codes = torch.randint(400, (count,), generator=torch.Generator().manual_seed(5))
+    decoder = codec.streaming_decoder()
+    spoken = torch.cat([*map(decoder.push, codes.split(1)), decoder.flush()])
+    assert torch.allclose(spoken, codec.decode(codes[None]).audio_values[0, 0], atol=1e-5)
+    assert len(decoder.flush()) == 0
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"code_kernel_size": 1}, {"num_code_blocks": 0, "num_mel_blocks": 0}, {"mel_kernel_size": 9}, {"hop_length": 320}],
+)
+@torch.no_grad()
+def test_codecs_of_other_sizes_are_streamed(config):
+    torch.manual_seed(0)
+    codec = TttCodecModel(TttCodecConfig(hidden_size=16, vocoder_hidden_size=16, **config)).eval()
+    codes = torch.randint(400, (40,), generator=torch.Generator().manual_seed(6))
+    stream = WaveformStream(codec)
+    assert isinstance(stream.decoder, BoundedContextDecoder) == ("code_kernel_size" in config)
+    spoken = np.concatenate([*(stream.push(part.tolist()) for part in codes.split(3)), stream.flush()])
+    assert np.allclose(spoken, codec.decode(codes[None]).audio_values[0, 0], atol=1e-5)
+
+
+@torch.no_grad()
+def test_no_code_is_decoded_twice(codec, monkeypatch):
+    steps = []
+    block = codec.vocoder.blocks[-1]
+    forward = block.forward
+    monkeypatch.setattr(block, "forward", lambda hidden, mask: steps.append(hidden.shape[1]) or forward(hidden, mask))
+    decoder = codec.streaming_decoder()
+    for part in torch.arange(104).split(26):
+        decoder.push(part)
+    decoder.flush()
+    edge = codec.config.vocoder_kernel_size - 1  # what every pass but the first reads again of a layer's inputs
+    assert sum(steps) == 104 * codec.config.frames_per_code + len(steps) * edge
+
+
+@torch.no_grad()
+def test_streams_that_go_through_together_are_what_they_are_alone(codec):
+    generator = torch.Generator().manual_seed(7)
+    sequences = [torch.randint(400, (length,), generator=generator) for length in (50, 3, 0, 31)]
+    streams, spoken = [WaveformStream(codec) for _ in sequences], [[] for _ in sequences]
+    for start in range(0, 60, 9):
+        parts = [sequence[start : start + 9].tolist() for sequence in sequences]
+        is_last = [start < max(len(sequence), 1) <= start + 9 for sequence in sequences]
+        for pieces, waveform in zip(spoken, push_together(streams, parts, is_last), strict=True):
+            pieces.append(torch.from_numpy(waveform))
+    for sequence, pieces in zip(sequences, spoken, strict=True):
+        whole = codec.decode(sequence[None]).audio_values[0, 0]
+        assert torch.allclose(torch.cat(pieces), whole, atol=1e-5)
+
+
+@torch.no_grad()
+def test_where_a_code_is_none_no_stream_has_taken_anything(codec):
+    decoders, codes = [codec.streaming_decoder() for _ in range(2)], torch.arange(20)
+    first = codec.streaming_decoder().push_together(decoders, [codes, codes], [False, False])
+    with pytest.raises(ValueError, match=r"\[0, 400\), found 0 to 400"):
+        TttCodecStreamingDecoder.push_together(decoders, [codes, codes + 381], [False, False])
+    rest = [decoder.flush() for decoder in decoders]
+    whole = codec.decode(codes[None]).audio_values[0, 0]
+    assert all(torch.allclose(torch.cat(pair), whole, atol=1e-5) for pair in zip(first, rest, strict=True))
+
+
 def test_a_vocoder_whose_phase_depends_on_everything_is_streamed_as_a_whole(codec):
     slow = TttCodecModel(TttCodecConfig(**{**codec.config.to_dict(), "vocoder": "griffin_lim"})).eval()
-    decoder, codes = BoundedContextDecoder(slow), torch.arange(30)[None, None]
-    assert len(decoder.push(codes)) == 0 and len(decoder.flush()) == 30 * HOP
+    stream = WaveformStream(slow)
+    assert len(stream.push(range(30))) == 0 and len(stream.flush()) == 30 * HOP
+    with pytest.raises(ValueError, match="griffin_lim"):
+        TttCodecStreamingDecoder(slow)
 
 
 def test_every_code_has_a_point_of_its_own_and_back():

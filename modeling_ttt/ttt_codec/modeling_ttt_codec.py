@@ -7,7 +7,9 @@ codes carry what was said; the decoder's voice is the one it was trained on. Tra
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -196,13 +198,20 @@ class TttCodecVocoder(nn.Module):
     def forward(self, mel: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """mel (batch, frames, bins), mask (batch, frames) -> waveform (batch, frames * mel_hop_length)."""
         frame_mask = mask[..., None].to(mel.dtype)
-        hidden = self.conv_in((mel * frame_mask).transpose(1, 2)).transpose(1, 2)
+        hidden = self.embed(mel * frame_mask)
         for block in self.blocks:
             hidden = block(hidden, frame_mask)
+        return from_spectrum(self.predict_spectrum(hidden, frame_mask), self.n_fft, self.hop)
+
+    def embed(self, mel: torch.Tensor) -> torch.Tensor:
+        """(batch, frames, bins) -> (batch, frames, channels), by a convolution."""
+        return self.conv_in(mel.transpose(1, 2)).transpose(1, 2)
+
+    def predict_spectrum(self, hidden: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
+        """(batch, frames, channels), mask (batch, frames, 1) -> (batch, frames, n_fft / 2 + 1), complex."""
         log_magnitude, phase = self.proj_out(self.norm(hidden)).float().chunk(2, -1)
         magnitude = torch.exp(log_magnitude.clamp(max=6.0)) * frame_mask
-        spectrum = torch.complex(magnitude * torch.cos(phase), magnitude * torch.sin(phase))
-        return from_spectrum(spectrum, self.n_fft, self.hop)
+        return torch.complex(magnitude * torch.cos(phase), magnitude * torch.sin(phase))
 
 
 def overlap_add(frames: torch.Tensor, hop: int) -> torch.Tensor:
@@ -211,11 +220,15 @@ def overlap_add(frames: torch.Tensor, hop: int) -> torch.Tensor:
     A periodic Hann window squared sums to 1.5 at a hop of a quarter window. The first and last frames have fewer
     neighbours, so a waveform fades in and out over three hops; no sample depends on the length of the batch.
     """
+    start = (frames.shape[-1] - hop) // 2
+    return sum_frames(frames, hop)[:, start : start + frames.shape[1] * hop]
+
+
+def sum_frames(frames: torch.Tensor, hop: int) -> torch.Tensor:
+    """Sum (batch, frames, n_fft), each `hop` samples after the one before: (batch, (frames - 1) * hop + n_fft)."""
     batch, count, n_fft = frames.shape
     length = (count - 1) * hop + n_fft
-    summed = F.fold(frames.transpose(1, 2), (1, length), (1, n_fft), stride=(1, hop)).reshape(batch, length)
-    start = (n_fft - hop) // 2
-    return summed[:, start : start + count * hop]
+    return F.fold(frames.transpose(1, 2), (1, length), (1, n_fft), stride=(1, hop)).reshape(batch, length)
 
 
 def to_spectrum(waveform: torch.Tensor, n_fft: int, hop: int) -> torch.Tensor:
@@ -227,8 +240,12 @@ def to_spectrum(waveform: torch.Tensor, n_fft: int, hop: int) -> torch.Tensor:
 
 def from_spectrum(spectrum: torch.Tensor, n_fft: int, hop: int) -> torch.Tensor:
     """Return the waveform with the closest `to_spectrum`: (batch, frames, n_fft / 2 + 1) to (batch, frames * hop)."""
-    frames = torch.fft.irfft(spectrum, n_fft) * torch.hann_window(n_fft, device=spectrum.device)
-    return overlap_add(frames, hop) / 1.5
+    return overlap_add(to_frames(spectrum, n_fft), hop) / 1.5
+
+
+def to_frames(spectrum: torch.Tensor, n_fft: int) -> torch.Tensor:
+    """Short-time spectrum (batch, frames, n_fft / 2 + 1) to windowed frames (batch, frames, n_fft)."""
+    return torch.fft.irfft(spectrum, n_fft) * torch.hann_window(n_fft, device=spectrum.device)
 
 
 class TttCodecPreTrainedModel(PreTrainedAudioTokenizerBase):
@@ -385,15 +402,25 @@ class TttCodecModel(TttCodecPreTrainedModel):
         if codes.numel() == 0:
             silence = torch.zeros(len(codes), 1, 0, device=codes.device)
             return TttCodecDecoderOutput(audio_values=silence, audio_lengths=mask.sum(-1))
-        size = self.config.codebook_size
-        if not is_tracing(codes) and not ((codes >= 0) & (codes < size)).all():
-            raise ValueError(f"audio_codes must lie in [0, {size}), found {codes.min()} to {codes.max()}")
+        if not is_tracing(codes):
+            self.check_codes(codes)
         mel = self.decode_mel(codes, mask)
         frame_mask = mask.repeat_interleave(self.config.frames_per_code, 1)
         waveform = (self.vocoder if vocoder == "neural" else self._griffin_lim)(mel, frame_mask)
         waveform = waveform * frame_mask.repeat_interleave(self.config.mel_hop_length, 1)
         lengths = mask.sum(-1) * self.config.hop_length
         return TttCodecDecoderOutput(audio_values=waveform.clamp(-1, 1)[:, None], audio_lengths=lengths)
+
+    def check_codes(self, codes: torch.Tensor) -> None:
+        """Raise a `ValueError` if a code lies outside the codebook."""
+        size = self.config.codebook_size
+        if not ((codes >= 0) & (codes < size)).all():
+            raise ValueError(f"audio_codes must lie in [0, {size}), found {codes.min()} to {codes.max()}")
+
+    def streaming_decoder(self) -> "TttCodecStreamingDecoder | None":
+        """Return a decoder that takes codes bit by bit; None where [`TttCodecStreamingDecoder`] has none: for
+        `"griffin_lim"`, whose phase depends on every code, and where a kernel size is 1."""
+        return TttCodecStreamingDecoder(self) if TttCodecStreamingDecoder.serves(self) else None
 
     def decode_mel(self, codes: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Turn codes (batch, codes) into scaled log-mel frames (batch, codes * frames_per_code, bins)."""
@@ -428,9 +455,164 @@ class TttCodecModel(TttCodecPreTrainedModel):
         return TttCodecOutput(audio_codes=encoded.audio_codes, audio_values=values[..., : input_values.shape[-1]])
 
 
+class TttCodecStreamingDecoder:
+    """Decode a stream of codes as they come. The pieces join to what `decode` gives for all codes at once.
+
+    Every layer keeps the last of its inputs, on which later outputs depend as well, and hands on the outputs that are
+    final. So nothing is decoded twice, whatever the size of the pieces, and the waveform lags behind the codes by no
+    more than the layers look ahead.
+
+    Args:
+        model ([`TttCodecModel`]): decodes the codes, with its neural vocoder and kernel sizes above 1.
+
+    Raises:
+        ValueError: if the model is another one.
+    """
+
+    def __init__(self, model: TttCodecModel):
+        if not self.serves(model):
+            raise ValueError(
+                f"vocoder is {model.config.vocoder!r}; a streaming decoder needs 'neural', and kernel sizes above 1 in "
+                "decoder and vocoder. Use `decode`, or processing's BoundedContextDecoder"
+            )
+        self.model = model
+        self._reset()
+
+    @staticmethod
+    def serves(model: TttCodecModel) -> bool:
+        """Whether there is a streaming decoder of this model."""
+        config = model.config
+        sizes = (config.code_kernel_size, config.mel_kernel_size, config.vocoder_kernel_size)
+        return config.vocoder == "neural" and min(sizes) > 1
+
+    def _reset(self) -> None:
+        self.waiting = torch.zeros(0, dtype=torch.long, device=self.model.device)  # too few to speak yet
+        self.kept: list[torch.Tensor] = []  # the last inputs of every layer, (steps, channels)
+        self.tail: torch.Tensor | None = None  # samples to which later frames will add
+
+    def push(self, audio_codes: torch.Tensor) -> torch.Tensor:
+        """Take codes of shape `(n,)` or `(1, 1, n)`; return the samples that became final, `(samples,)`, or none."""
+        return self.push_together([self], [audio_codes], [False])[0]
+
+    def flush(self) -> torch.Tensor:
+        """End the stream: return the rest of the waveform, `(samples,)`, and start afresh."""
+        return self.push_together([self], [self.waiting[:0]], [True])[0]
+
+    @staticmethod
+    @torch.no_grad()
+    def push_together(
+        decoders: Sequence["TttCodecStreamingDecoder"], audio_codes: Sequence[torch.Tensor], is_last: Sequence[bool]
+    ) -> list[torch.Tensor]:
+        """Take the next codes of several streams of one model in one pass, which costs less than one for each.
+
+        Args:
+            decoders: of one model, none of them twice.
+            audio_codes: as `push` takes them, of each stream; none are taken too.
+            is_last: whether the stream ends with them, as by `flush`.
+
+        Returns:
+            The samples of each that became final, `(samples,)`.
+
+        Raises:
+            ValueError: if a code lies outside the codebook. No stream has taken anything then.
+        """
+        if not decoders:
+            return []
+        model = decoders[0].model
+        codes = [
+            torch.cat([d.waiting, new.reshape(-1).to(d.waiting)]) for d, new in zip(decoders, audio_codes, strict=True)
+        ]
+        model.check_codes(torch.cat(codes))
+        # A stream that has not begun waits until something can be spoken. From then on every code is.
+        least = model.config.decoder_context_codes
+        speaking = [
+            index
+            for index, (decoder, new, last) in enumerate(zip(decoders, codes, is_last, strict=True))
+            if (len(new) > 0 and (decoder.kept or last or len(new) >= least)) or (decoder.kept and last)
+        ]
+        waveforms = [torch.zeros(0, device=model.device) for _ in decoders]
+        if speaking:
+            streams = _JoinedStreams(
+                [decoders[i] for i in speaking], [codes[i] for i in speaking], [is_last[i] for i in speaking]
+            )
+            for index, waveform in zip(speaking, streams.decode(), strict=True):
+                waveforms[index] = waveform
+        for index, decoder in enumerate(decoders):
+            decoder.waiting = codes[index][:0] if index in speaking else codes[index]
+            if is_last[index]:
+                decoder._reset()
+        return waveforms
+
+
+class _JoinedStreams:
+    """One pass of [`TttCodecStreamingDecoder`] over the next codes of some streams. They are laid end to end as one
+    sequence: what a layer sees of a neighbour at a border is left out, since those outputs are not final or not new."""
+
+    def __init__(self, decoders: list[TttCodecStreamingDecoder], codes: list[torch.Tensor], is_last: list[bool]):
+        self.decoders, self.model, self.is_last = decoders, decoders[0].model, is_last
+        self.codes, self.lengths = torch.cat(codes), [len(new) for new in codes]
+        self.kept: list[list[torch.Tensor]] = [[] for _ in decoders]
+
+    def decode(self) -> list[torch.Tensor]:
+        """Return the samples of each stream that became final."""
+        decoder, vocoder, config = self.model.decoder, self.model.vocoder, self.model.config
+        grid = self.model.quantizer.to_grid(self.codes).to(self.model.dtype)
+        hidden = decoder.proj_in(grid) + decoder.embedding(self.codes)  # (codes, channels)
+        hidden = self._run_blocks(decoder.code_blocks, config.code_kernel_size, hidden)
+        hidden = decoder.upsample(hidden).reshape(-1, hidden.shape[-1])  # (mel frames, channels)
+        self.lengths = [length * decoder.frames_per_code for length in self.lengths]
+        hidden = self._run_blocks(decoder.mel_blocks, config.mel_kernel_size, hidden)
+        mel = decoder.proj_out(decoder.norm(hidden))
+        hidden = self._run(vocoder.embed, config.vocoder_kernel_size // 2, mel)
+        hidden = self._run_blocks(vocoder.blocks, config.vocoder_kernel_size, hidden)
+        spectrum = vocoder.predict_spectrum(hidden, hidden.new_ones(1, 1))
+        frames = to_frames(spectrum, vocoder.n_fft).split(self.lengths)  # of each (frames, n_fft)
+        spoken = [self._overlap_add(*each) for each in zip(self.decoders, frames, self.is_last, strict=True)]
+        for stream, (_, tail) in enumerate(spoken):
+            self.decoders[stream].kept, self.decoders[stream].tail = self.kept[stream], tail
+        return [waveform for waveform, _ in spoken]
+
+    def _run_blocks(self, blocks: nn.ModuleList, kernel_size: int, hidden: torch.Tensor) -> torch.Tensor:
+        for block in blocks:
+            run = partial(block, mask=hidden.new_ones(1, 1, 1))
+            hidden = self._run(run, kernel_size // 2, hidden)
+        return hidden
+
+    def _run(self, layer: Callable[[torch.Tensor], torch.Tensor], reach: int, new: torch.Tensor) -> torch.Tensor:
+        """Run a layer that looks `reach` steps to either side: new inputs to new outputs, (steps, channels)."""
+        nothing = new.new_zeros(reach, new.shape[-1])  # before the first input and after the last
+        number = len(self.kept[0])  # of the layer
+        pieces: list[torch.Tensor] = []
+        lengths: list[int] = []
+        for decoder, inputs, last in zip(self.decoders, new.split(self.lengths), self.is_last, strict=True):
+            segment = [decoder.kept[number] if decoder.kept else nothing, inputs, *([nothing] if last else [])]
+            pieces += segment
+            lengths.append(sum(map(len, segment)))
+        sequence = torch.cat(pieces)
+        for kept, segment in zip(self.kept, sequence.split(lengths), strict=True):
+            kept.append(segment[max(0, len(segment) - 2 * reach) :].clone())
+        outputs = [part[reach : len(part) - reach] for part in layer(sequence[None])[0].split(lengths)]
+        self.lengths = [len(part) for part in outputs]
+        return torch.cat(outputs)
+
+    def _overlap_add(
+        self, decoder: TttCodecStreamingDecoder, frames: torch.Tensor, last: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`overlap_add` of the next frames of a stream: the samples that are final, and those that are not."""
+        hop = self.model.vocoder.hop
+        summed = sum_frames(frames[None], hop)[0]
+        margin = (frames.shape[-1] - hop) // 2
+        if decoder.tail is not None:
+            summed[: len(decoder.tail)] += decoder.tail
+        start = 0 if decoder.tail is not None else margin
+        end = len(frames) * hop
+        waveform = summed[start : end + (margin if last else 0)] / 1.5
+        return waveform.clamp(-1, 1), summed[end:].clone()
+
+
 TttCodecModel.register_for_auto_class("AutoModelForAudioTokenization")
 AutoConfig.register("ttt_codec", TttCodecConfig, exist_ok=True)
 AutoModel.register(TttCodecConfig, TttCodecModel, exist_ok=True)
 AutoModelForAudioTokenization.register(TttCodecConfig, TttCodecModel, exist_ok=True)
 
-__all__ = ["TttCodecModel", "TttCodecPreTrainedModel"]
+__all__ = ["TttCodecModel", "TttCodecPreTrainedModel", "TttCodecStreamingDecoder"]

@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,15 +18,15 @@ from processing.audio_codes_ttt import decode_codes, encode_waveforms
 from processing.audio_input_ttt import load_waveform
 from processing.interleaving_ttt import Deinterleaver
 from processing.streaming_ttt import TextDecoder
-from processing.waveform_stream_ttt import WaveformStream
+from processing.waveform_stream_ttt import WaveformStream, push_together
 
 from .engine_requests import AudioDelta, Finished, Generation, Overloaded, TextDelta, Usage
 
 logger = logging.getLogger(__name__)
 
-# Ids of an answer that are read at once, where so many wait. Decoders look at the codes around those that are new, so
-# that a few at a time cost several times as much as many: whoever is behind catches up.
-MOST_IDS = 26
+# Ids of several answers that are read at once. Of one answer it is as many codes as last 2.08 s: each pass of a decoder
+# has a cost of its own, and some decode what is around the new codes again, so that many at a time cost less each.
+MOST_IDS_TOGETHER = 64
 
 
 class _Answer:
@@ -33,55 +34,129 @@ class _Answer:
 
     def __init__(self, generation: Generation, processor: Any):
         self.generation = generation
-        self.pieces: deque[list[int] | Finished] = deque()
-        self.is_queued = self.has_spoken = False
+        self.is_queued = False
+        self.ids: deque[int] = deque()  # that wait
+        self.last: Finished | None = None  # that waits behind them
+        self.num_codes = self.num_waiting_codes = 0
         self.wants_audio = "audio" in generation.request.modalities
+        self.is_code = processor.token_ids.is_code
         self.reader = Deinterleaver(processor.token_ids, processor.num_codebooks)
         self.text = TextDecoder(processor.tokenizer)
         self.text_ids: list[int] = []  # taken in, their text still held back
         has_codec = self.wants_audio and processor.audio_tokenizer is not None
         self.audio = WaveformStream(processor.audio_tokenizer) if has_codec else None
+        self.most_ids = self.audio.format.chunk_size if self.audio is not None else MOST_IDS_TOGETHER
+
+    def add(self, piece: list[int] | Finished) -> None:
+        """Put the next ids, or the end of the answer, behind those that wait."""
+        if isinstance(piece, Finished):
+            self.last = piece
+        else:
+            self.ids.extend(piece)
+            self.num_waiting_codes += sum(map(self.is_code, piece))
+
+    @property
+    def is_due(self) -> bool:
+        """
+        Whether what waits is to be read. Codes wait until they are half as many as were spoken before: so the first
+        ones are heard at once, and while those sound, larger pieces are put together, which cost less. Who writes as
+        fast as one listens never falls silent by that.
+        """
+        if self.audio is None or self.last is not None or self.num_waiting_codes < len(self.ids):
+            return self.has_waiting
+        return self.has_waiting and self.num_waiting_codes >= min(self.most_ids, self.num_codes // 2)
+
+    @property
+    def has_waiting(self) -> bool:
+        return bool(self.ids) or self.last is not None
 
     def take(self) -> tuple[list[int], Finished | None]:
         """The next ids that wait, and the end of the answer where it follows on them."""
-        ids: list[int] = []
-        while self.pieces and len(ids) < MOST_IDS:
-            piece = self.pieces.popleft()
-            if isinstance(piece, Finished):
-                return ids, piece
-            ids += piece
-        return ids, None
+        ids = [self.ids.popleft() for _ in range(min(self.most_ids, len(self.ids)))]
+        num_codes = sum(map(self.is_code, ids))
+        self.num_waiting_codes -= num_codes
+        self.num_codes += num_codes
+        return ids, None if self.ids else self.last
 
-    def read(self, ids: list[int]) -> None:
-        """Hand the next ids to the reader as what they mean."""
+    def read(self, ids: list[int], is_last: bool) -> list[int]:
+        """Hand text on; return the codes."""
         text_ids, codes = self.reader.push(ids)
         self.text_ids += text_ids
         self._put_text(self.text.push(text_ids))
-        if self.wants_audio and codes:
-            self._put_audio(codes)
-
-    def end(self) -> None:
-        """Hand over what was held back."""
-        self._put_text(self.text.flush())
-        if self.audio is not None:
-            waveform = self.audio.flush()
-            if waveform.size:
-                self.generation.put(AudioDelta(waveform, []))
+        if is_last:
+            self._put_text(self.text.flush())
+        return codes if self.wants_audio else []
 
     def _put_text(self, text: str) -> None:
         if text:
             self.generation.put(TextDelta(text, self.text_ids))
             self.text_ids = []
 
-    def _put_audio(self, codes: list[int]) -> None:
-        waveform = np.zeros(0, dtype=np.float32) if self.audio is None else self.audio.push(codes)
-        self.has_spoken = True
-        self.generation.put(AudioDelta(waveform, codes))
+
+@dataclass(eq=False)
+class _Piece:
+    """The next ids of an answer, on their way to text and waveform; its end, where it follows on them."""
+
+    answer: _Answer
+    ids: list[int]
+    end: Finished | None
+    codes: list[int] = field(default_factory=list)
+    error: Exception | None = None
+
+    @property
+    def is_wanted(self) -> bool:
+        return self.error is None and not self.answer.generation.is_cancelled
+
+    def read(self) -> None:
+        """Hand its text on, and find its codes."""
+        try:
+            if self.is_wanted:
+                self.codes = self.answer.read(self.ids, self.end is not None)
+        except Exception as error:
+            self.error = error
+
+    def finish(self) -> None:
+        """Report a failure, or the end of the answer."""
+        generation, end = self.answer.generation, self.end
+        if self.error is not None:  # of the audio tokenizer: this answer cannot be spoken, others can
+            logger.error("An answer could not be decoded.", exc_info=self.error)
+            usage, written = (end.usage, end.token_ids) if end is not None else (Usage(), [])
+            generation.cancel()
+            generation.put(Finished("failed", usage, written, self.error))
+        if end is not None:
+            reason = "cancelled" if generation.is_cancelled and end.reason != "failed" else end.reason
+            generation.put(Finished(reason, end.usage, end.token_ids, end.error))
+
+
+def _speak(pieces: list[_Piece]) -> None:
+    """Hand on the codes of some answers with their waveform, decoded together; each by itself where that fails."""
+    speaking: list[_Piece] = []
+    streams: list[WaveformStream] = []
+    for piece in pieces:
+        if piece.is_wanted and piece.answer.audio is not None and (piece.codes or piece.end is not None):
+            speaking.append(piece)
+            streams.append(piece.answer.audio)
+        elif piece.is_wanted and piece.codes:
+            piece.answer.generation.put(AudioDelta(np.zeros(0, dtype=np.float32), piece.codes))
+    try:
+        is_last = [piece.end is not None for piece in speaking]
+        waveforms = push_together(streams, [piece.codes for piece in speaking], is_last)
+    except Exception as error:
+        if len(speaking) > 1:
+            for piece in speaking:
+                _speak([piece])
+        else:
+            speaking[0].error = error
+        return
+    for piece, waveform in zip(speaking, waveforms, strict=True):
+        if piece.codes or waveform.size:
+            piece.answer.generation.put(AudioDelta(waveform, piece.codes))
 
 
 class AnswerThread:
     """
-    Reads answers on a thread of its own, a piece of one and then of the next. An answer whose reader is behind waits.
+    Reads answers on a thread of its own: a piece of each that has one, those together that the audio tokenizer can
+    decode in one pass. An answer whose reader is behind waits.
 
     Args:
         processor (`TttProcessor`): knows text, codes and the audio tokenizer.
@@ -122,7 +197,7 @@ class AnswerThread:
                 answer = self._answers.get(generation)
                 if answer is None:
                     answer = self._answers[generation] = _Answer(generation, self.processor)
-                answer.pieces.append(piece)
+                answer.add(piece)
                 self._queue(answer)
 
     def resume(self, generation: Generation) -> None:
@@ -133,13 +208,27 @@ class AnswerThread:
                 self._queue(answer)
 
     def _queue(self, answer: _Answer) -> None:
-        if not answer.is_queued and answer.pieces and (answer.generation.has_room or not self._is_open):
+        is_due = answer.is_due and answer.generation.has_room if self._is_open else answer.has_waiting
+        if is_due and not answer.is_queued:
             answer.is_queued = True
-            if answer.has_spoken:
+            if answer.num_codes:
                 self._ready.append(answer)
             else:  # first audio is what one waits for
                 self._ready.appendleft(answer)
             self._changed.notify_all()
+
+    def _take(self) -> list[_Piece]:
+        """The next piece, and what can be read together with it."""
+        pieces: list[_Piece] = []
+        num_ids = 0
+        while self._ready and num_ids < MOST_IDS_TOGETHER:
+            audio = self._ready[0].audio
+            if pieces and audio is not None and not audio.can_join:
+                break
+            answer = self._ready.popleft()
+            pieces.append(_Piece(answer, *answer.take()))
+            num_ids += len(pieces[-1].ids)
+        return pieces
 
     def _run(self) -> None:
         while True:
@@ -148,31 +237,19 @@ class AnswerThread:
                     if not self._is_open:
                         return
                     self._changed.wait()
-                answer = self._ready.popleft()
-                ids, end = answer.take()
-            self._read(answer, ids, end)
+                pieces = self._take()
+            for piece in pieces:
+                piece.read()
+            _speak(pieces)
+            for piece in pieces:
+                piece.finish()
             with self._changed:
-                answer.is_queued = False
-                if answer.generation.finished is not None:
-                    self._answers.pop(answer.generation, None)
-                else:
-                    self._queue(answer)
-
-    def _read(self, answer: _Answer, ids: list[int], end: Finished | None) -> None:
-        generation = answer.generation
-        try:
-            if ids and not generation.is_cancelled:
-                answer.read(ids)
-            if end is not None and not generation.is_cancelled:
-                answer.end()
-        except Exception as error:  # of the audio tokenizer: this answer cannot be spoken, others can
-            logger.exception("An answer could not be decoded.")
-            usage, written = (end.usage, end.token_ids) if end is not None else (Usage(), [])
-            generation.cancel()
-            generation.put(Finished("failed", usage, written, error))
-        if end is not None:
-            reason = "cancelled" if generation.is_cancelled and end.reason != "failed" else end.reason
-            generation.put(Finished(reason, end.usage, end.token_ids, end.error))
+                for piece in pieces:
+                    piece.answer.is_queued = False
+                    if piece.answer.generation.finished is not None:
+                        self._answers.pop(piece.answer.generation, None)
+                    else:
+                        self._queue(piece.answer)
 
 
 class CodecThread:

@@ -73,8 +73,8 @@ class AudioDelta:
 
     Args:
         waveform (`np.ndarray` of shape `(samples,)`): float32, at the engine's `sampling_rate`. It lags behind its
-            codes by what the decoder looks ahead, and may be empty.
-        codes (`list[int]`): the codes that were taken in; none where the last samples come.
+            codes by what the decoder looks ahead, and may be empty. The last one has all that is left.
+        codes (`list[int]`): the codes that were taken in; there may be none where the last samples come.
     """
 
     waveform: np.ndarray
