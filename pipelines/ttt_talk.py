@@ -45,6 +45,7 @@ examples:
   ttt-talk --output_dir replies *.wav          many questions
   ttt-talk --json question.wav | jq .text
   arecord -d 3 -f cd | ttt-talk - - | aplay    standard input and output
+  ttt-talk --live                              a conversation by microphone and loudspeaker
 
 With exactly two files and no --output_dir the second is written; three or more are all questions. An earlier answer is
 written over, any other file is not.
@@ -94,6 +95,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, help="of sampled answers, to hear the same one again")
     parser.add_argument("--play", action="store_true", help="play the answers, where a player is installed")
     parser.add_argument("--json", action="store_true", help="print one JSON object per answer")
+    parser.add_argument(
+        "--live",
+        action="store_true",
+        help="talk hands free by microphone and loudspeaker, and interrupt by speaking (takes the extra `live`)",
+    )
+    parser.add_argument("--url", help="with --live: talk to a server, ws://HOST/v1/realtime, and load no model")
+    parser.add_argument(
+        "--no_interruption",
+        action="store_true",
+        help="with --live: do not listen while an answer is played, for those without headphones",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress, and not where answers are written")
     parser.add_argument("--trust_remote_code", action="store_true", help="let code in the model's folder run")
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
@@ -110,6 +122,12 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     for name, least in (("steps", 1), ("max_new_tokens", 1), ("seed", 0)):
         if getattr(arguments, name) is not None and getattr(arguments, name) < least:
             raise UsageError(f"--{name} must be at least {least}, got {getattr(arguments, name)}")
+    if arguments.live:
+        check_live_arguments(arguments)
+        return
+    for name in ("url", "no_interruption"):
+        if getattr(arguments, name):
+            raise UsageError(f"--{name} goes with --live")
     if arguments.text is not None and not arguments.text.strip():
         raise UsageError("--text is empty")
     if arguments.text is None and not arguments.files:
@@ -118,6 +136,25 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             if arguments.task is None
             else f"--task {arguments.task} needs an audio file, or --text"
         )
+
+
+def check_live_arguments(arguments: argparse.Namespace) -> None:
+    """
+    Check what goes with --live.
+
+    Raises:
+        UsageError: if something does not.
+    """
+    for name in ("files", "text", "output_dir", "play", "json"):
+        if getattr(arguments, name):
+            raise UsageError(f"{'files do' if name == 'files' else f'--{name} does'} not go with --live")
+    if arguments.url is None:
+        return
+    if urlparse(arguments.url).scheme not in ("ws", "wss"):
+        raise UsageError(f"--url is {arguments.url}; use one like ws://127.0.0.1:8000/v1/realtime")
+    for name in ("model", "processor", "device", "dtype", "trust_remote_code"):
+        if getattr(arguments, name):
+            raise UsageError(f"--{name} does not go with --url: the server has its own")
 
 
 def plan_jobs(arguments: argparse.Namespace, takes_text_alone: bool) -> list[Job]:
@@ -372,6 +409,10 @@ def run(arguments: argparse.Namespace) -> int:
         FileNotFoundError: if the only question is not there.
     """
     check_arguments(arguments)
+    if arguments.live:
+        from .ttt_live import run_live
+
+        return run_live(arguments)
     takes_text_alone, processor = arguments.text is not None, None
     if arguments.task is not None:
         processor = load_processor(arguments)

@@ -26,8 +26,9 @@ TALK = "pip install -c constraints.txt -e . && ttt-talk tests/fixtures/question.
 TEST = 'pip install -c constraints.txt -e ".[test]" && pytest'
 OWN_ENVIRONMENT = ("lmms",)  # extras that hold packages below the versions pinned here
 PACKAGES = ["modeling_ttt", "processing", "pipelines"]  # each may import those before it
-LOCAL_CODE = ("__init__", "convert_", "ttt_talk", "ttt_serve")  # everything else may travel with a model's weights,
-SERVING = ROOT / "pipelines" / "serving"  # but for this
+# Everything else may travel with a model's weights, but for SERVING.
+LOCAL_CODE = ("__init__", "convert_", "ttt_talk", "ttt_live", "ttt_serve")
+SERVING = ROOT / "pipelines" / "serving"
 MODEL_FOLDERS = [path.parent for path in sorted((ROOT / "model_cards").glob("*/config.json"))]
 TINY = ROOT / "model_cards" / "ttt-tiny"
 needs_tiny = pytest.mark.skipif(not (TINY / "model.safetensors").exists(), reason="the default model is not there")

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 from browser import MOUTH, OTHER_RATE, Visitor, launch, padded_wav
-from serving import ANSWER, QUESTION, ROOT, SECONDS, serve
+from serving import ANSWER, QUESTION, ROOT, SECONDS, serve, words_of
 
 from modeling_ttt import TttForConditionalGeneration
 from pipelines.serving.engine_requests import GenerationRequest
@@ -90,22 +90,6 @@ def visit(browser):
             return visitor
 
         yield opened
-
-
-def words_of(samples: np.ndarray) -> str:
-    """
-    What an independent recogniser of sums makes of samples. Where the machine is slower than speech, the voice waits
-    for what is to come; these silences are left out.
-    """
-    from training_examples.evaluation.recognisers import Recognizer
-
-    names = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
-    names = names.split()
-    sums = [f"{names[a]} plus {names[b]} is {names[a + b]}" for a in range(9) for b in range(9)]
-    silence = np.zeros(4800)
-    waveform = np.concatenate([silence, samples[samples != 0] / 32768, silence]).astype(np.float32)
-    with Recognizer(sorted({*names, "plus", "is"}), sums, num_workers=1) as recognizer:
-        return recognizer.transcribe([waveform], sampling_rate=24_000)[0]
 
 
 def assert_all_is_heard(visitor: Visitor, sent: np.ndarray | None = None) -> np.ndarray:
