@@ -5,7 +5,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import contextlib  # noqa: E402
-from collections.abc import Callable  # noqa: E402
+import gc  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -58,9 +59,22 @@ def no_compilation(implementation: str) -> contextlib.AbstractContextManager:
     return torch.compiler.set_stance("force_eager") if implementation == "flex_attention" else contextlib.nullcontext()
 
 
+def pytest_collection_finish() -> None:
+    """What the imports made is no garbage: the collections that every Trainer asks for need not look at it."""
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def undrawn_curves() -> Iterator[None]:
+    """Training runs leave an empty picture of their curves: drawing it takes longer than their few steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training_examples.training.trainer.plot_curves", lambda log_history, path: path.touch())
+        yield
 
 
 @pytest.fixture

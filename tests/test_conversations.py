@@ -1,6 +1,7 @@
 """What ttt-tiny learns from: the conversations made of encoded speech, and the examples made of a handful of shards."""
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -127,6 +128,8 @@ def write_shard(folder, name, rows):
 
 
 def test_shards_become_codes_once_and_examples_of_every_task(tmp_path, monkeypatch):
+    # tests/test_workers.py looks at workers that are processes.
+    monkeypatch.setattr(build_examples, "worker_pool", lambda workers, *_: ThreadPoolExecutor(workers))
     (tmp_path / "speech").mkdir()
     delivery = {"voice": "kokoro:am_adam", "rate": 1.0, "pitch": 1.0, "phrasing": "statement"}
     texts = ["two", domain.NOT_HEARD]

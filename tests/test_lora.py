@@ -35,6 +35,7 @@ from training_examples.training.arguments import TttTrainingArguments
 from training_examples.ttt_tiny import build_skill, domain, evaluate_skill, skill
 from training_examples.ttt_tiny.conversations import Mixture, MixtureArguments
 
+pytestmark = pytest.mark.usefixtures("undrawn_curves")
 BACKBONES = {"qwen2": True, "qwen3": False, "llama": True}  # by model type, whether the head is tied
 GENERATION = {"max_new_tokens": 12, "max_audio_codes_per_span": 20}
 

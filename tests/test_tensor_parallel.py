@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import make_model
 
 TESTS = Path(__file__).parent
 
 
+@pytest.mark.slow
 def test_a_sharded_model_answers_as_the_whole_one(tmp_path):
     for name in ("tied", "untied"):
         model = make_model({"tie_word_embeddings": name == "tied", "initializer_range": 0.3})

@@ -25,6 +25,7 @@ from training_examples.training.metrics import EvaluationMetrics, accuracies, pl
 from training_examples.training.resuming import last_complete_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.usefixtures("undrawn_curves")
 BINS = ["0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00"]
 
 
@@ -115,7 +116,8 @@ def assert_same_weights(first, second):
         assert torch.equal(tensor, theirs[name]), name
 
 
-def test_log_has_losses_accuracies_and_speed_of_training_and_evaluation(workspace, tmp_path):
+def test_log_has_losses_accuracies_and_speed_of_training_and_evaluation(workspace, tmp_path, monkeypatch):
+    monkeypatch.setattr("training_examples.training.trainer.plot_curves", plot_curves)
     log = train(
         workspace, tmp_path, max_steps=24, eval_strategy="steps", eval_steps=12, report_to="tensorboard",
  clean_batch_probability=0.0, gradient_accumulation_steps=2,

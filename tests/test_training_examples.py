@@ -247,6 +247,7 @@ def test_examples_are_written_as_the_processor_writes_them():
         assert {name: example[name] for name in expected} == expected
 
 
+@pytest.mark.usefixtures("undrawn_curves")
 @pytest.mark.parametrize("objective", ["diffusion", "autoregressive"])
 def test_training_lowers_the_loss_and_goes_on_after_a_stop(tmp_path, monkeypatch, objective):
     processor = build_processor()

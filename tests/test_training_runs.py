@@ -30,6 +30,8 @@ from training_examples.training.metrics import TrainingScores
 from training_examples.training.resuming import describe_resuming
 from training_examples.training.samples import choose_examples, split_example, word_error_rate
 
+pytestmark = pytest.mark.usefixtures("undrawn_curves")
+
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
