@@ -1,11 +1,13 @@
 """The server's parts that need no server: sound on the wire, truncation, turns, conversations, keys, stores, rates."""
 
+import asyncio
+
 import numpy as np
 import pytest
 import soundfile
 from builders import build_processor, tone
 
-from pipelines.serving.answers import AnswerStore
+from pipelines.serving.answers import Answer, AnswerStore
 from pipelines.serving.conversation import Conversation, Item, Part, Rhythm, messages
 from pipelines.serving.errors import ApiError
 from pipelines.serving.limits import Limits, RateLimit
@@ -172,13 +174,13 @@ def test_answers_are_kept_for_a_time_and_not_too_many():
     store = AnswerStore(2, 10.0, lambda: now[0])
     ids = [store.reserve() for _ in range(3)]
     for answer_id, expires_at in ids:
-        store.keep(answer_id, expires_at, "text", [1])
+        asyncio.run(store.keep(Answer(answer_id, "text", (1,), expires_at)))
     with pytest.raises(ApiError, match="expired, or another server"):
-        store.get(ids[0][0], "audio.id")
-    assert store.get(ids[2][0], "audio.id").codes == (1,)
+        asyncio.run(store.get(ids[0][0], "audio.id"))
+    assert asyncio.run(store.get(ids[2][0], "audio.id")).codes == (1,)
     now[0] = 10.0
     with pytest.raises(ApiError) as error:
-        store.get(ids[2][0], "audio.id")
+        asyncio.run(store.get(ids[2][0], "audio.id"))
     assert error.value.status == 404
 
 

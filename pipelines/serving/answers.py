@@ -1,4 +1,5 @@
-"""Answers of chat completions that a later request may name by `audio.id`: bounded in time and number."""
+"""Answers of chat completions that a later request may name by `audio.id`: bounded in time and number. A store that
+replicas share is in ray_app.py."""
 
 from __future__ import annotations
 
@@ -47,22 +48,26 @@ class AnswerStore:
         """Return the id an answer will have, and when it expires, before it is complete."""
         return new_id("audio"), int(self.clock() + self.seconds)
 
-    def keep(self, answer_id: str, expires_at: int, text: str, codes: list[int]) -> None:
+    async def keep(self, answer: Answer) -> None:
         """Keep an answer."""
         self._drop_expired()
-        self._answers[answer_id] = Answer(answer_id, text, tuple(codes), expires_at)
+        self._answers[answer.id] = answer
         while len(self._answers) > self.most:
             self._answers.popitem(last=False)
 
-    def get(self, answer_id: str, param: str) -> Answer:
+    async def find(self, answer_id: str) -> Answer | None:
+        """Return an answer, or None if there is none, or none any more."""
+        self._drop_expired()
+        return self._answers.get(answer_id)
+
+    async def get(self, answer_id: str, param: str) -> Answer:
         """
         Return an answer.
 
         Raises:
             ApiError: 404, if there is none, or none any more.
         """
-        self._drop_expired()
-        answer = self._answers.get(answer_id)
+        answer = await self.find(answer_id)
         if answer is None:
             message = (
                 f"There is no answer '{answer_id[:100]}' here: it has expired, or another server gave it. Send its "

@@ -12,6 +12,7 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from .answers import Answer
 from .conversation import check_texts, new_id
 from .engine_requests import AudioDelta, Finished, Generation, TextDelta
 from .errors import ApiError
@@ -107,7 +108,7 @@ class Answering:
             resampled = Resampler(self.service.engine.sampling_rate, WIRE_RATE).push(samples, last=True)
             file_format = self.body.audio.format.removesuffix("16")
             content = await asyncio.to_thread(encode_file, resampled, WIRE_RATE, file_format)
-            self.service.answers.keep(self.audio_id, self.expires_at, text, codes)
+            await self._keep(text, codes)
             audio = {"id": self.audio_id, "data": encode_base64(content), "transcript": text}
             message |= {"content": None, "audio": audio | {"expires_at": self.expires_at}}
         choice = {"index": 0, "message": message, "finish_reason": FINISH_REASONS[finished.reason], "logprobs": None}
@@ -136,12 +137,15 @@ class Answering:
         if speaks:
             if len(pcm := float_to_pcm(resampler.push(SILENCE, last=True))):
                 yield self._chunk({"audio": {"id": self.audio_id, "data": encode_base64(pcm)}})
-            self.service.answers.keep(self.audio_id, self.expires_at, "".join(texts), codes)
+            await self._keep("".join(texts), codes)
             yield self._chunk({"audio": {"id": self.audio_id, "expires_at": self.expires_at}})
         yield self._chunk({}, FINISH_REASONS[finished.reason])
         if self.body.stream_options is not None and self.body.stream_options.include_usage:
             yield sse(self._object("chat.completion.chunk", []) | {"usage": usage(finished)})
         yield sse("[DONE]")
+
+    async def _keep(self, text: str, codes: list[int]) -> None:
+        await self.service.answers.keep(Answer(self.audio_id, text, tuple(codes), self.expires_at))
 
     def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         head = {"id": self.id, "object": kind, "created": self.created, "model": self.service.model_name}
@@ -179,7 +183,7 @@ class Answering:
     async def _message(self, index: int) -> dict[str, Any]:
         message, where = self.body.messages[index], f"messages[{index}]"
         if isinstance(message, AssistantMessage):
-            return self._answer(message, where)
+            return await self._answer(message, where)
         role = "user" if isinstance(message, UserMessage) else "system"
         parts = [TextPart(type="text", text=message.content)] if isinstance(message.content, str) else message.content
         content = [await self._part(part, f"{where}.content[{position}]") for position, part in enumerate(parts)]
@@ -196,10 +200,10 @@ class Answering:
         samples, rate = await asyncio.to_thread(decode_file, content, limits, param)
         return {"type": "audio", "audio_codes": await self.service.encode(samples, rate, param)}
 
-    def _answer(self, message: AssistantMessage, where: str) -> dict[str, Any]:
+    async def _answer(self, message: AssistantMessage, where: str) -> dict[str, Any]:
         """Return what the model said before: an answer by its id, or a text."""
         if message.audio is not None:
-            answer = self.service.answers.get(message.audio.id, f"{where}.audio.id")
+            answer = await self.service.answers.get(message.audio.id, f"{where}.audio.id")
             content: list[dict[str, Any]] = [{"type": "text", "text": answer.text}]
             content += [{"type": "audio", "audio_codes": list(answer.codes)}] if answer.codes else []
             return {"role": "assistant", "content": content}

@@ -1,6 +1,5 @@
 """The same application under Ray Serve: replicas of it behind one address, on one machine or many. A WebSocket stays
-with its replica, and with it its session; an answer of a chat is found by id on the replica that gave it, and any other
-says so clearly (404).
+with its replica, and with it its session; answers of chats are kept beside the replicas, so that each finds them by id.
 
     python -m pipelines.serving.ray_app --replicas 2 --model my-model
 """
@@ -8,6 +7,7 @@ says so clearly (404).
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -17,11 +17,48 @@ from typing import TYPE_CHECKING, Any
 
 from ..ttt_serve import api_keys, build_parser, build_service, check_arguments
 from ..ttt_talk import UsageError
+from .answers import Answer, AnswerStore
+from .limits import Limits
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+logger = logging.getLogger(__name__)
 HEALTH_SECONDS = 5.0  # between two questions whether a replica is well
+UPSCALE_SECONDS = 10.0  # that more is asked than replicas answer before there is another
+
+
+class SharedAnswerStore(AnswerStore):
+    """
+    The answers of all replicas, kept by an actor. Where that has died, there are none.
+
+    Args:
+        actor: an [`AnswerStore`] as Ray's actor.
+        limits ([`Limits`]): those it was made with.
+    """
+
+    def __init__(self, actor: Any, limits: Limits):
+        super().__init__(limits.answers, limits.answer_seconds)
+        self.actor = actor
+
+    async def keep(self, answer: Answer) -> None:
+        """Keep an answer."""
+        from ray.exceptions import RayError
+
+        try:
+            await self.actor.keep.remote(answer)
+        except RayError:
+            logger.exception("an answer cannot be kept")
+
+    async def find(self, answer_id: str) -> Answer | None:
+        """Return an answer, or None if there is none, or none any more."""
+        from ray.exceptions import RayError
+
+        try:
+            return await self.actor.find.remote(answer_id)
+        except RayError:
+            logger.exception("an answer cannot be looked for")
+            return None
 
 
 class Replica:
@@ -31,11 +68,13 @@ class Replica:
     Args:
         arguments (`argparse.Namespace`): those of `ttt-serve`.
         keys (`Sequence[str]`): that open it.
+        answers: the actor that keeps answers of chats.
     """
 
-    def __init__(self, arguments: argparse.Namespace, keys: Sequence[str]):
+    def __init__(self, arguments: argparse.Namespace, keys: Sequence[str], answers: Any):
         self.arguments, self.keys = arguments, list(keys)
         self.service = build_service(arguments)
+        self.service.answers = SharedAnswerStore(answers, self.service.limits)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         from .app import create_app
@@ -53,26 +92,42 @@ class Replica:
             raise RuntimeError("the engine has died")
 
 
-def build(arguments: argparse.Namespace) -> Any:
+def check(arguments: argparse.Namespace) -> list[str]:
     """
-    Return the application for `ray.serve.run`.
+    Check the arguments, and return the keys that open the replicas.
 
     Raises:
-        UsageError: if the arguments make no sense together.
+        UsageError: if they make no sense together.
     """
-    from ray import serve
-
     check_arguments(arguments)
     if not 1 <= arguments.replicas <= arguments.max_replicas:
         raise UsageError(f"--replicas must be 1 or more, and --max_replicas no less; got {arguments.replicas}")
+    return api_keys(arguments)
+
+
+def build(arguments: argparse.Namespace, keys: Sequence[str]) -> Any:
+    """
+    Return the application for `ray.serve.run`. Ray is connected by now; answers are kept as long as this process lives.
+
+    Args:
+        arguments (`argparse.Namespace`): those of `ttt-serve` and of `main`, checked.
+        keys (`Sequence[str]`): that open the replicas.
+    """
+    import ray
+    from ray import serve
+
+    limits = Limits()
+    answers = ray.remote(AnswerStore).options(num_cpus=0).remote(limits.answers, limits.answer_seconds)
     scaling: dict[str, Any] = {"num_replicas": arguments.replicas}
     if arguments.max_replicas > arguments.replicas:
-        # As many requests as are answered together are well served; what waits calls for another replica.
+        # As many requests as are answered together are well served; what waits calls for another replica. Ray counts
+        # what is under way, which is the queue too, since it is the replicas that hold it; and every open session.
         scaling = {
             "autoscaling_config": {
                 "min_replicas": arguments.replicas,
                 "max_replicas": arguments.max_replicas,
                 "target_ongoing_requests": arguments.max_rows,
+                "upscale_delay_s": UPSCALE_SECONDS,
             }
         }
     deploy = serve.deployment(
@@ -84,7 +139,7 @@ def build(arguments: argparse.Namespace) -> Any:
         graceful_shutdown_timeout_s=max(1.0, arguments.drain_seconds),
         **scaling,
     )
-    return deploy(serve.ingress()(Replica)).bind(arguments, api_keys(arguments))
+    return deploy(serve.ingress()(Replica)).bind(arguments, keys, answers)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -104,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ray import serve
 
     try:
-        application = build(arguments)
+        keys = check(arguments)
     except UsageError as error:
         parser.error(str(error))
     ray.init(address=arguments.address, include_dashboard=False, log_to_driver=arguments.log_level == "debug")
@@ -113,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda *_: stopped.set())
     try:
         serve.start(http_options={"host": arguments.host, "port": arguments.port})
-        serve.run(application, name="ttt", route_prefix="/")
+        serve.run(build(arguments, keys), name="ttt", route_prefix="/")
         print(f"ttt-serve: {arguments.replicas} replicas at http://{arguments.host}:{arguments.port}", flush=True)
         stopped.wait()
     finally:
