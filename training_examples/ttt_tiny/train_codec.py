@@ -59,6 +59,9 @@ class CodecArguments:
     codes_per_second: float = field(default=12.5, metadata={"help": "Codes a second; the published rate is 12.5."})
     sampling_rate: int = field(default=24_000, metadata={"help": "Of the waveforms in and out, in Hz."})
     num_mel_bins: int = field(default=100, metadata={"help": "Log-mel channels."})
+    phoneme_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the codes' phoneme loss beside twice the L1 of log-mels."}
+    )
     adversarial_steps: int = field(
         default=0, metadata={"help": "Last steps of the stage decoder in which a discriminator takes part."}
     )
@@ -182,7 +185,9 @@ def mel_loss(predicted: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) 
     return (error.abs() * weight).sum(), (error.diff(dim=1).abs() * weight[:, 1:]).sum()
 
 
-def tokenizer_step(model: TttCodecModel, head: PhonemeHead, questions, answers, words) -> dict[str, torch.Tensor]:
+def tokenizer_step(
+    model: TttCodecModel, head: PhonemeHead, questions, answers, words, phoneme_weight: float
+) -> dict[str, torch.Tensor]:
     count, said = len(answers) + len(questions), len(answers)
     hop, frames = model.config.hop_length, model.config.frames_per_code
     # Half of all speech begins anywhere in its first code, or after silence.
@@ -203,7 +208,7 @@ def tokenizer_step(model: TttCodecModel, head: PhonemeHead, questions, answers, 
         for x in log_probs
     )
     l1, delta = mel_loss(mel, target, mask[:said].repeat_interleave(frames, 1))
-    loss = 0.5 * ctc + 0.5 * feature_ctc + 2 * l1 + delta
+    loss = phoneme_weight * ctc + 0.5 * feature_ctc + 2 * l1 + delta
     return {"loss": loss, "ctc": ctc, "feature_ctc": feature_ctc, "mel": l1}
 
 
@@ -354,7 +359,9 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * scale
         if args.stage == "tokenizer":
-            losses = tokenizer_step(model, head, next(question_batches), next(answer_batches), words)
+            losses = tokenizer_step(
+                model, head, next(question_batches), next(answer_batches), words, args.phoneme_weight
+            )
         elif args.stage == "vocoder":
             losses = vocoder_step(model, next(segments))
         else:
