@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from training_examples.ttt_tiny.train_codec import CodecArguments, Critic, PhonemeHead, configure
+from training_examples.ttt_tiny.phonemes import PhonemeHead
+from training_examples.ttt_tiny.train_codec import CodecArguments, Critic, configure
 from training_examples.ttt_tiny.waveforms import augment, backgrounds, bands, colors, pad, room_spectra
 
 RATE = 24_000

@@ -4,9 +4,10 @@
         --whisper base tiny.en
 
 Codes are good if little is lost in them and if text foretells them. So for each codec the development list of texts to
-read is encoded and decoded, and a small autoregressive model learns to read the assistant's texts aloud, for the same
-number of steps: its loss on held-out texts is given in bits a second, so that code rates compare, and its own speech is
-listened to. Every codec's row is kept as it is measured, so a killed run goes on with the next.
+read is encoded and decoded, its phonemes are read off the codes and off what the encoder knew before them, and a small
+autoregressive model learns to read the assistant's texts aloud, for the same number of steps: its loss on held-out
+texts is given in bits a second, so that code rates compare, and its own speech is listened to. Every codec's row is
+kept as it is measured, so a killed run goes on with the next.
 """
 
 import math
@@ -31,12 +32,16 @@ from training_examples.evaluation.whisper_judge import WhisperJudge, count_word_
 from training_examples.threads import threads_field, use_threads
 from training_examples.ttt_tiny.codes import encode, load_codec
 from training_examples.ttt_tiny.domain import is_held_out
+from training_examples.ttt_tiny.phonemes import load_head, phoneme_error_rates, pronunciations
 from training_examples.ttt_tiny.speech import read_audio, read_list, read_shard, to_int16
 from training_examples.ttt_tiny.untrained import build_model
 from training_examples.user_errors import run_command
 
 LIST = "development_tts"
-HEADER = ["codes", "codes a second", "bits a second", "loss, bits a second", "accuracy"]
+HEADER = [
+    *("codes", "codes a second", "bits a second", "phoneme errors", "before the codes"),
+    *("loss, bits a second", "accuracy"),
+]
 
 
 @dataclass
@@ -165,6 +170,9 @@ def measure(args: ComparisonArguments, folder: Path | None, judges: dict[str, Wh
     rate = codec.config.sampling_rate
     waves = [to_int16(read_audio(args.data_dir / "eval", row["answer_audio"], rate)) for row in rows]
     held_out_codes = encode(codec, waves)
+    words, num_phonemes = pronunciations()
+    known = [pair for pair in zip(texts, waves, strict=True) if all(word in words for word in pair[0].split())]
+    of_codes, of_features = phoneme_error_rates(codec, load_head(folder, codec, num_phonemes), known, words)
     decoded = []
     with torch.no_grad():
         for codes in held_out_codes:
@@ -180,6 +188,8 @@ def measure(args: ComparisonArguments, folder: Path | None, judges: dict[str, Wh
     return {
         "codes": codec.config.codebook_size,
         "codes_per_second": codec.config.frame_rate,
+        "phoneme_error": of_codes,
+        "phoneme_error_before_codes": of_features,
         "texts": len(train_texts),
         "loss": bits * codec.config.frame_rate,
         "accuracy": accuracy,
@@ -196,7 +206,9 @@ def table(results: dict[str, dict[str, Any]], judges: list[str]) -> str:
         line: list[object] = [name]
         if "codes" in row:
             bits = math.log2(row["codes"]) * row["codes_per_second"]
-            line += [row["codes"], row["codes_per_second"], f"{bits:.0f}", f"{row['loss']:.1f}"]
+            line += [row["codes"], row["codes_per_second"], f"{bits:.0f}"]
+            line += [f"{100 * row[key]:.1f} %" for key in ("phoneme_error", "phoneme_error_before_codes")]
+            line.append(f"{row['loss']:.1f}")
             line.append(f"{100 * row['accuracy']:.1f} %")
         else:
             line += [""] * len(HEADER)

@@ -30,7 +30,8 @@ from training_examples.files import whole_file
 from training_examples.threads import threads_field, use_threads
 from training_examples.ttt_tiny.discriminator import Discriminator
 from training_examples.ttt_tiny.domain import is_held_out
-from training_examples.ttt_tiny.speech import read_shard
+from training_examples.ttt_tiny.phonemes import PhonemeHead, build_head, phoneme_error_rates, pronunciations
+from training_examples.ttt_tiny.speech import read_audio, read_list, read_shard, to_int16
 from training_examples.ttt_tiny.waveforms import augment, pad
 from training_examples.user_errors import run_command
 
@@ -59,6 +60,12 @@ class CodecArguments:
     codes_per_second: float = field(default=12.5, metadata={"help": "Codes a second; the published rate is 12.5."})
     sampling_rate: int = field(default=24_000, metadata={"help": "Of the waveforms in and out, in Hz."})
     num_mel_bins: int = field(default=100, metadata={"help": "Log-mel channels."})
+    eval_dir: Path | None = field(
+        default=None,
+        metadata={
+            "help": "Held-out lists: log at every checkpoint what the codes keep of the phonemes of 60 sentences."
+        },
+    )
     phoneme_weight: float = field(
         default=1.0, metadata={"help": "Weight of the codes' phoneme loss beside twice the L1 of log-mels."}
     )
@@ -67,52 +74,6 @@ class CodecArguments:
     )
     threads: int = threads_field()
     seed: int = field(default=0, metadata={"help": "Seed of weights, batches and augmentation."})
-
-
-class PhonemeHead(nn.Module):
-    """Predicts phonemes at every 20 ms, four positions per code of 80 ms; used in training only.
-
-    One classifier sees the quantised codes (they must carry what is said), a second the encoder's features before
-    pooling (it learns much sooner, and pulls the encoder out of CTC's blank plateau).
-    """
-
-    def __init__(self, dims: int, positions: int, feature_size: int, num_phonemes: int, hidden_size: int = 256):
-        super().__init__()
-        self.positions = positions
-        self.proj_in = nn.Linear(dims, hidden_size)
-        self.convs = nn.ModuleList(nn.Conv1d(hidden_size, hidden_size, 3, padding=1) for _ in range(2))
-        self.upsample = nn.Linear(hidden_size, positions * hidden_size)
-        self.proj_out = nn.Linear(hidden_size, num_phonemes + 1)
-        self.proj_features = nn.Linear(feature_size, num_phonemes + 1)
-
-    def forward(self, features: torch.Tensor, grid: torch.Tensor) -> list[torch.Tensor]:
-        """
-        Return log-probabilities from the codes and from the features, each of shape
-        `(codes * positions, batch, phonemes + 1)`; the blank is 0.
-
-        Args:
-            features (`torch.Tensor` of shape `(batch, codes * positions, feature_size)`): of the encoder, before
-                pooling.
-            grid (`torch.Tensor` of shape `(batch, codes, dims)`): quantised codes.
-        """
-        hidden = self.proj_in(grid).transpose(1, 2)
-        for conv in self.convs:
-            hidden = hidden + F.gelu(conv(hidden))
-        hidden = self.upsample(hidden.transpose(1, 2)).reshape(len(grid), grid.shape[1] * self.positions, -1)
-        logits = (self.proj_out(F.gelu(hidden)), self.proj_features(features))
-        return [x.float().log_softmax(-1).transpose(0, 1) for x in logits]
-
-
-def pronunciations() -> tuple[dict[str, list[int]], int]:
-    """Return the phoneme ids (from 1) of every word of pocketsphinx's dictionary, and how many phonemes there are."""
-    import pocketsphinx
-
-    words: dict[str, list[str]] = {}
-    for line in Path(pocketsphinx.get_model_path("en-us/cmudict-en-us.dict")).read_text().splitlines():
-        word, *phones = line.split()
-        words.setdefault(word, phones)
-    ids = {phone: index + 1 for index, phone in enumerate(sorted({p for phones in words.values() for p in phones}))}
-    return {word: [ids[phone] for phone in phones] for word, phones in words.items()}, len(ids)
 
 
 class Speech:
@@ -282,6 +243,12 @@ def decoder_step(model: TttCodecModel, answers, critic: Critic | None = None) ->
     return {"loss": loss, "mel": l1, "spectral": spectral, "content": content, **found}
 
 
+def held_out_sentences(folder: Path, rate: int, words: Container[str]) -> list[tuple[str, np.ndarray]]:
+    """Return 60 texts of the development list of the assistant's speech, and their int16 waveforms."""
+    rows = [row for row in read_list(folder, "development_tts") if all(word in words for word in row["answer"].split())]
+    return [(row["answer"], to_int16(read_audio(folder, row["answer_audio"], rate))) for row in rows[:60]]
+
+
 def configure(args: CodecArguments) -> TttCodecConfig:
     """Return the configuration that the options name, with log-mel frames every 10 ms."""
     hop = args.sampling_rate / args.codes_per_second
@@ -323,7 +290,7 @@ def main() -> None:
     words, num_phonemes = pronunciations()
     model = load_for_stage(args, folder)
     config = model.config
-    head = PhonemeHead(len(config.fsq_levels), config.frames_per_code // 2, config.hidden_size, num_phonemes)
+    head = build_head(model, num_phonemes)
     stages: dict[str, list[torch.nn.Module]] = {
         "tokenizer": [model.encoder, model.decoder, head],
         "vocoder": [model.vocoder],
@@ -351,6 +318,9 @@ def main() -> None:
     answer_batches = answers.batches(args.batch_size // 2 if args.stage == "tokenizer" else args.batch_size)
     question_batches, segments = questions.batches(args.batch_size // 2), answers.segments(args.batch_size, rate)
 
+    held_out = []
+    if args.eval_dir is not None and args.stage == "tokenizer":
+        held_out = held_out_sentences(args.eval_dir, rate, words)
     progress, started = tqdm(total=args.max_steps, initial=step, desc=args.stage), time.time()
     running: dict[str, float] = {}
     critic: Critic | None = None
@@ -392,6 +362,11 @@ def main() -> None:
             state = {"optimizer": optimizer.state_dict(), "head": head.state_dict(), "step": step}
             with whole_file(state_file) as partial:
                 torch.save(state, partial)
+            if held_out:
+                of_codes, of_features = phoneme_error_rates(model, head, held_out, words)
+                with (folder / "log.jsonl").open("a") as log:
+                    found = {"step": step, "phoneme_error": of_codes, "phoneme_error_before_codes": of_features}
+                    log.write(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":
