@@ -21,7 +21,8 @@ from pipelines import ttt_talk
 from processing import TttProcessor
 
 ROOT = Path(__file__).parent.parent
-READMES = [ROOT / "training_examples" / "README.md", ROOT / "training_examples" / "ttt_tiny" / "README.md"]
+README = ROOT / "training_examples" / "README.md"
+PAGES = sorted(README.parent.rglob("*.md"))
 # Commands are printed instead of run.
 STUBS = """
 python() { printf "%q " "$@"; echo; }
@@ -39,7 +40,7 @@ def commands():
     Words of every command that starts a script, as bash reads them. A restricted shell that finds no program can
     neither run nor write anything, whatever the README says.
     """
-    text = "".join(path.read_text(encoding="utf-8") for path in READMES)
+    text = "".join(path.read_text(encoding="utf-8") for path in PAGES)
     for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
         shell = [shutil.which("bash") or "bash", "-r", "-euc", STUBS + block]
         done = subprocess.run(shell, env={"PATH": ""}, capture_output=True, text=True, check=True)
@@ -80,7 +81,7 @@ def test_the_four_commands_end_in_talking(tmp_path, monkeypatch, capsys):
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     monkeypatch.chdir(tmp_path)
 
-    block = re.search(r"```bash\n(# 1\..*?)```", READMES[0].read_text(encoding="utf-8"), re.DOTALL).group(1)
+    block = re.search(r"```bash\n(# 1\..*?)```", README.read_text(encoding="utf-8"), re.DOTALL).group(1)
     lines = [line for line in block.replace("\\\n", "").splitlines() if line and not line.startswith("#")]
     assert len(lines) == 4
     for line in lines[:3]:
@@ -90,7 +91,7 @@ def test_the_four_commands_end_in_talking(tmp_path, monkeypatch, capsys):
             options += "--clean_batch_probability 0 --save_steps 60 --use_cpu --report_to none".split()
         monkeypatch.setattr(sys, "argv", [script, *options])
         importlib.import_module(script.removesuffix(".py").replace("/", ".")).main()
-    (snippet,) = re.findall(r"```python\n(.*?)```", READMES[0].read_text(encoding="utf-8").split("## 4.")[0], re.DOTALL)
+    (snippet,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8").split("## 4.")[0], re.DOTALL)
     small = textwrap.dedent(snippet).replace("max_steps=1000", "max_steps=1, use_cpu=True, report_to='none'")
     exec(compile(small, "README.md", "exec"), {})
     _, *options = shlex.split(lines[3])

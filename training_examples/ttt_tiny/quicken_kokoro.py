@@ -1,7 +1,7 @@
 """Rewrites Kokoro's 8-bit ONNX export so that a CPU speaks with it 1.6 times faster, sample for sample the same.
 
     pip install onnx
-    python training_examples/ttt_tiny/quicken_kokoro.py data/voices/kokoro data/voices/kokoro_quick
+    python training_examples/ttt_tiny/quicken_kokoro.py --source data/voices/kokoro --target data/voices/kokoro_quick
 
 ONNX Runtime multiplies unsigned bytes by unsigned bytes in `ConvInteger`, for which processors have no fast
 instruction. Here such a convolution becomes a product of matrices, of unsigned inputs and signed weights, for which
@@ -9,16 +9,23 @@ they have one.
 """
 
 import shutil
-import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from training_examples.command_line import ScriptParser
 from training_examples.user_errors import run_command
 
 if TYPE_CHECKING:
     import onnx
+
+
+@dataclass
+class QuickenArguments:
+    source: Path = field(metadata={"help": "Kokoro's folder, see SPEECH.md."})
+    target: Path = field(metadata={"help": "The folder to write."})
 
 
 def quicken(model: "onnx.ModelProto") -> int:
@@ -98,16 +105,16 @@ def quicken(model: "onnx.ModelProto") -> int:
 
 
 def main() -> None:
-    if len(sys.argv) != 3:
-        raise SystemExit("usage: python training_examples/ttt_tiny/quicken_kokoro.py FOLDER NEW_FOLDER")
+    (args,) = ScriptParser(QuickenArguments, __doc__).parse_args_into_dataclasses()
+    if args.target.exists():
+        raise SystemExit(f"`--target` {args.target} exists: name a new folder")
     import onnx
 
-    source, target = map(Path, sys.argv[1:])
-    model = onnx.load(source / "model.onnx")
+    model = onnx.load(args.source / "model.onnx")
     replaced = quicken(model)
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("model.onnx"))
-    onnx.save(model, target / "model.onnx")
-    print(f"{target}: {replaced} convolutions rewritten")
+    shutil.copytree(args.source, args.target, ignore=shutil.ignore_patterns("model.onnx"))
+    onnx.save(model, args.target / "model.onnx")
+    print(f"{args.target}: {replaced} convolutions rewritten")
 
 
 if __name__ == "__main__":
