@@ -85,7 +85,7 @@ def ids_of(events: list) -> tuple[list[int], list[int]]:
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-@pytest.mark.parametrize(("attention", "number"), [("sdpa", 100), ("eager", 40)])
+@pytest.mark.parametrize(("attention", "number"), [("sdpa", 200), ("eager", 40)])
 def test_an_answer_among_many_is_the_answer_alone(kind, attention, number):
     model, draw = varied(kind, attention), random.Random(0)
     pool = [(write_prompt(draw), draw_options(draw)) for _ in range(30)]
