@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import socket
 
 import numpy as np
@@ -319,8 +320,11 @@ def test_the_page_its_files_and_the_description_of_the_endpoints(server):
     assert {"/v1/audio/speech", "/v1/audio/transcriptions", "/v1/chat/completions", "/v1/models", "/health"} <= set(
         paths
     )
-    for page in ("/", "/docs.html", "/docs.js"):
-        assert b"http://" not in server.request(page)[2].replace(b"http://www.w3.org", b"")
+    for page in ("/", "/docs.html", "/docs.js", "/docs.css"):
+        status, headers, body = server.request(page)
+        assert status == 200 and b"http://" not in body.replace(b"http://www.w3.org", b"")
+        assert "unsafe" not in headers["content-security-policy"]
+        assert not re.search(rb"<style|<script>|\sstyle=|\son\w+=", body)  # which that forbids
 
 
 def test_health_tells_when_the_engine_is_gone_and_requests_are_told_so():

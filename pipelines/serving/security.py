@@ -29,7 +29,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Content-Security-Policy": (
-        "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; media-src 'self' blob:; "
+        "default-src 'self'; img-src 'self' data:; media-src 'self' blob:; "
         "worker-src 'self' blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
     ),
 }
