@@ -10,6 +10,7 @@ import torch
 from modeling_ttt.ttt_codec import TttCodecConfig, TttCodecModel
 from training_examples.ttt_tiny import compare_codecs, domain, speech
 from training_examples.ttt_tiny.compare_codecs import ComparisonArguments
+from training_examples.ttt_tiny.phonemes import build_head, pronunciations
 
 
 @pytest.fixture
@@ -28,6 +29,8 @@ def data(tmp_path):
     torch.manual_seed(0)
     codec = TttCodecModel(TttCodecConfig(hidden_size=8, vocoder_hidden_size=8, fsq_levels=[3, 3]))
     codec.save_pretrained(tmp_path / "codec" / "tokenizer")
+    head = build_head(codec, pronunciations()[1])
+    torch.save({"head": head.state_dict()}, tmp_path / "codec" / "tokenizer" / "training_state.pt")
     return tmp_path
 
 
@@ -41,7 +44,8 @@ def test_a_codec_gets_a_row_of_what_is_lost_and_what_is_learned(data):
     assert 0 < row["loss"] < 12.5 * 12 and 0 <= row["accuracy"] <= 1
     assert compare_codecs.measure(args, args.codecs[0], {}) == row, "a seed gives one result"
     text = compare_codecs.table({"original speech": {"decoded": {}}, "codec": row}, [])
-    assert "| codec | 9 | 12.5 | 40 |" in text
+    assert row["phoneme_error"] > 0.5 and row["phoneme_error_before_codes"] > 0.5  # nobody has trained them
+    assert f"| codec | 9 | 12.5 | 40 | {100 * row['phoneme_error']:.1f} % |" in text
 
 
 def test_the_twin_learns_what_can_be_learned(data):

@@ -154,11 +154,12 @@ def test_processes_share_the_data_and_draw_noise_of_their_own(runs, data):
     assert sum(map(bool, first["masks"] + second["masks"])) >= 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "wrapper"),
     [
         ("script", "DistributedDataParallel"),
-        pytest.param("sharded_script", "FSDPTttForConditionalGeneration", marks=pytest.mark.slow),
+        ("sharded_script", "FSDPTttForConditionalGeneration"),
     ],
 )
 def test_the_script_trains_on_the_cpus_of_cpu_yaml_and_leaves_the_group(tmp_path, part, wrapper):
