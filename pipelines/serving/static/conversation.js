@@ -194,7 +194,8 @@ export class Conversation extends EventTarget {
       turn.remark("interrupted");
       const audio_end_ms = Math.floor((played / WIRE_RATE) * 1000);
       this.connection.send({ type: "conversation.item.truncate", item_id: turn.item, content_index: 0, audio_end_ms });
-      if (turn !== answer) this.connection.send({ type: "conversation.item.retrieve", item_id: turn.item });
+      // Whether the answer had ended when this reached the server is not known here: its end or this says what stays.
+      this.connection.send({ type: "conversation.item.retrieve", item_id: turn.item });
     }
     this.changed();
   }
