@@ -23,6 +23,7 @@ from serving import QUESTION, ROOT, RealtimeClient, RunningServer, spoken_pcm, w
 from websockets.exceptions import ConnectionClosed
 
 from pipelines import save_repository
+from pipelines.serving import answer_dataset
 
 pytestmark = [
     pytest.mark.slow,
@@ -147,6 +148,17 @@ def test_an_answer_is_found_by_its_id_on_every_replica(folder):
         status, answer = ask(server, "audio_of_another_server")
         assert status == 404 and answer["error"]["code"] == "audio_not_found"
         assert "expired, or another server gave it" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(("cores", "remedy"), [(2.0, "--cpus 0.5 or less"), (1.0, "a machine of 2")])
+def test_engines_leave_a_core_to_read_and_write_with(tmp_path, cores, remedy):
+    """Ray Data would wait for one without end."""
+    questions = tmp_path / "questions.jsonl"
+    questions.touch()
+    arguments = answer_dataset.Arguments(str(questions), tmp_path / "answers", engines=2)
+    with pytest.raises(ValueError, match=remedy):
+        answer_dataset.check_cores(arguments, cores)
+    answer_dataset.check_cores(arguments, 3.0)
 
 
 def test_a_dataset_is_answered_by_two_engines(folder, tmp_path):

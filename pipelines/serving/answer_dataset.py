@@ -2,9 +2,10 @@
 with a batch of questions in its rows.
 
     pip install -c constraints.txt -e ".[ray]"
-    python -m pipelines.serving.answer_dataset --questions questions.jsonl --output_dir answers --engines 2
+    python -m pipelines.serving.answer_dataset --questions questions.jsonl --output_dir answers --engines 2 --cpus 0.5
 
-A question is a line of JSON with "id" and "audio" (a sound file) or "text", and perhaps a "task" of the processor.
+A question is a line of JSON with "id" and "audio" (a sound file) or "text", and perhaps a "task" of the processor (by
+default "spoken_chat", of text alone "text_chat").
 Answers are lines in `output_dir/rows`: "text", "audio" (a WAV file), "seconds" of speech, "error" where there is one.
 Engines on other machines need `output_dir` and sound files in a place that all share."""
 
@@ -67,8 +68,9 @@ class Answerer:
         from pipelines.serving import GenerationRequest
 
         try:
-            asked = {name: question.get(name) for name in ("audio", "text", "task")}
-            ids = self.processor(**{name: value for name, value in asked.items() if value is not None})["input_ids"]
+            asked = {name: question[name] for name in ("audio", "text") if question.get(name) is not None}
+            task = question.get("task") or ("spoken_chat" if "audio" in asked else "text_chat")
+            ids = self.processor(**asked, task=task)["input_ids"]
             return self.engine.submit(GenerationRequest(ids, {"max_new_tokens": self.arguments.max_new_tokens}))
         except (OSError, ValueError) as error:  # a question that cannot be asked does not end the others
             return error
@@ -87,13 +89,34 @@ class Answerer:
         return row | {"text": text, "audio": str(path), "seconds": len(waveform) / self.engine.sampling_rate}
 
 
+def check_cores(arguments: Arguments, cores: float) -> None:
+    """
+    Refuse engines that take all cores, since Ray Data would then wait without end for one to read and write with.
+
+    Args:
+        arguments (`Arguments`): what is asked for.
+        cores (`float`): of the cluster.
+
+    Raises:
+        ValueError: naming what would fit.
+    """
+    taken = arguments.engines * arguments.cpus
+    if cores - taken < 1.0:
+        most = max(cores - 1.0, 0.0) / arguments.engines
+        remedy = f"give --cpus {most:.2g} or less, or fewer --engines" if most else "a machine of 2 is needed"
+        raise ValueError(
+            f"{arguments.engines} engines of {arguments.cpus:g} cores take {taken:g} of {cores:g}, and reading and "
+            f"writing takes 1: {remedy}"
+        )
+
+
 def main() -> None:
     (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
     ray.init(address=arguments.address, include_dashboard=False, log_to_driver=False)
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    check_cores(arguments, ray.cluster_resources().get("CPU", 0.0))
     questions = ray.data.read_json(arguments.questions, lines=True)
     for row in questions.iter_rows():
         if not re.fullmatch(r"[\w.-]+", str(row.get("id"))):
