@@ -70,6 +70,7 @@ class Row:
     block: list[int] = field(default_factory=list)
     step: int = 0  # denoising steps done in this block
     forwards: int = 0
+    denoising_steps: int = 0  # of these, in all blocks
     reason: str | None = None  # why it ended: "stop", "length", or "failed" where what its call brought along raised
 
     @property
@@ -340,6 +341,7 @@ class TttDecoder:
         denoising = [i for i, row in enumerate(rows) if row.block]
         writing = [i for i, row in enumerate(rows) if not row.block]
         for row in rows:
+            row.denoising_steps += bool(row.block)
             row.cached = self._num_final(row) if row.block else len(row.ids)
         if denoising:
             self._denoise([rows[i] for i in denoising], [hidden[i] for i in denoising])

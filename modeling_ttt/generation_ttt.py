@@ -68,12 +68,15 @@ class TttGenerateOutput(GenerateDecoderOnlyOutput):
             steps, commits of finished spans and unconditional branches.
         num_token_positions (`int`): token positions these forwards computed, filling included.
         forwards_per_row (`torch.LongTensor` of shape `(batch,)`): forwards each row took part in.
+        denoising_steps_per_row (`torch.LongTensor` of shape `(batch,)`): how many of them wrote speech. A row's
+            codes by these are its codes a step, whatever its prompt and its text took.
         tokens_per_forward (`torch.FloatTensor` of shape `(batch,)`): each row's new tokens by its forwards.
     """
 
     num_forwards: int | None = None
     num_token_positions: int | None = None
     forwards_per_row: torch.Tensor | None = None
+    denoising_steps_per_row: torch.Tensor | None = None
     tokens_per_forward: torch.Tensor | None = None
 
 
@@ -349,6 +352,7 @@ class TttGenerationMixin(GenerationMixin):
             num_forwards=decoder.runner.num_forwards,
             num_token_positions=decoder.runner.num_token_positions,
             forwards_per_row=forwards,
+            denoising_steps_per_row=torch.tensor([row.denoising_steps for row in call.rows]),
             tokens_per_forward=torch.tensor([len(answer) for answer in new_tokens]) / forwards,
             scores=tuple(call.scores) if call.scores is not None else None,
             logits=tuple(call.logits) if call.logits is not None else None,

@@ -101,7 +101,10 @@ class Echo:
         if any(sample.id in self.fails_on for sample in samples):
             raise ValueError("this one cannot be answered")
         self.asked += [sample.id for sample in samples]
-        return [Answer(s.turns[-1].text.upper(), tone(1.0), 16_000, 0.5, codes=8, forwards=4) for s in samples]
+        return [
+            Answer(s.turns[-1].text.upper(), tone(1.0), 16_000, 0.5, codes=8, forwards=4, speech_steps=2)
+            for s in samples
+        ]
 
 
 class Deaf:
@@ -129,7 +132,8 @@ def test_answers_are_rows_as_they_come_and_a_second_run_asks_for_the_rest_alone(
     assert rows[1] | {"audio": None, "sample": ""} == {
         "id": "s1", "sample": "", "kind": "k", "question": "text 1", "references": ["TEXT 1"], "text": "TEXT 1",
         "earlier": [],
-        "audio": None, "codes": 8, "forwards": 4, "ended": None, "seconds": 0.5, "audio_seconds": 1.0,
+        "audio": None, "codes": 8, "forwards": 4, "speech_steps": 2, "ended": None,
+        "seconds": 0.5, "audio_seconds": 1.0,
     }  # fmt: skip
 
 
@@ -218,12 +222,12 @@ def test_appending_cuts_off_what_a_kill_left(tmp_path):
 
 def test_speed_is_of_sums_and_of_what_rows_know():
     rows = [
-        {"id": "a", "codes": 10, "forwards": 5, "seconds": 1.0, "audio_seconds": 2.0},
-        {"id": "b", "codes": 20, "forwards": 5, "seconds": 1.0, "audio_seconds": 6.0},
+        {"id": "a", "codes": 10, "forwards": 5, "speech_steps": 4, "seconds": 1.0, "audio_seconds": 2.0},
+        {"id": "b", "codes": 20, "forwards": 5, "speech_steps": 2, "seconds": 1.0, "audio_seconds": 6.0},
         {"id": "c", "codes": None, "forwards": None, "seconds": None, "audio_seconds": 0.0},
     ]
     values = {measured.key: measured.figure.value for measured in speed_of(rows)}
-    assert values == {"codes_per_forward": 3.0, "forwards": 5.0, "real_time_factor": 0.25}
+    assert values == {"codes_per_forward": 3.0, "codes_per_step": 5.0, "forwards": 5.0, "real_time_factor": 0.25}
     assert speed_of(rows[2:]) == []
 
 
@@ -465,7 +469,7 @@ def test_an_answer_has_ended_when_its_turn_is_over_and_no_span_hit_its_limit(fol
 
 def test_the_twin_takes_a_forward_a_token(folder):
     (answer,) = TttBackend(str(folder / "twin")).answer([Sample("a", (Turn(text="x"),))], "text_chat")
-    assert answer.forwards == 12
+    assert answer.forwards == 12 and answer.codes <= answer.speech_steps < 12  # a forward a code and an end token
 
 
 def test_an_option_that_is_none_takes_off_what_the_checkpoint_sets(folder):
@@ -476,6 +480,7 @@ def test_an_option_that_is_none_takes_off_what_the_checkpoint_sets(folder):
     (sure,) = backend.with_generation(**options).answer([sample], "text_chat")
     (steps,) = backend.with_generation(**options, audio_confidence_threshold=None).answer([sample], "text_chat")
     assert steps.forwards > 2 * sure.forwards  # sure of everything at once
+    assert steps.speech_steps == 40 and sure.speech_steps == 10
     assert backend.pipe.model.generation_config.audio_confidence_threshold == 0.5
 
 

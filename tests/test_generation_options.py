@@ -391,6 +391,7 @@ def test_the_result_reports_forwards_and_tokens_per_forward():
     text = sum(token < 110 for token in output.sequences[0, len(case["prompt"]) :].tolist())
     assert output.forwards_per_row.tolist() == [output.num_forwards]
     assert output.num_forwards <= text + 4
+    assert 1 <= output.denoising_steps_per_row.tolist()[0] <= output.num_forwards - text + 1
     assert output.tokens_per_forward.tolist() == pytest.approx([new / output.num_forwards])
     assert output.tokens_per_forward[0] > 1
     assert len(output.scores) == len(output.logits) == new

@@ -98,7 +98,12 @@ def test_an_interval_holds_seeds_and_rows():
 def write_run(folder, arm, seed, exact, settings):
     run = folder / f"{arm}-{seed}"
     (run / "train").mkdir(parents=True)
-    counts = {"exact": [[exact, 1]] * 4, "speech_wer base": [[1, 5]] * 4, "codes_per_forward": [[20, 5]] * 4}
+    counts = {
+        "exact": [[exact, 1]] * 4,
+        "speech_wer base": [[1, 5]] * 4,
+        "codes_per_step": [[20, 4]] * 4,
+        "codes_per_forward": [[20, 5]] * 4,
+    }
     counts |= {"forwards": [[5, 1]] * 4, "time": [[0.1, 2.0]] * 4, "wer": [[0, 5]] * 4}
     lists = {name: counts for name in ("spoken_qa_seen", "spoken_qa_unheard", "asr_seen", "tts")}
     content = {"arm": arm, "split": "evaluation", "settings": {setting: lists for setting in settings}}
@@ -116,7 +121,7 @@ def test_table_and_plots_show_what_was_measured(tmp_path, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "| pure autoregressive | 2 | 100.0 % (100.0 to 100.0) |" in text
     assert "| TtT as published | 2 | 50.0 % (0.0 to 100.0) |" in text
-    assert "| TtT as published | 26:4 | 20.0 % (20.0 to 20.0) | 20.0 % (20.0 to 20.0) | 4.00 (4.00 to 4.00) |" in text
+    assert "| TtT as published | 26:4 | 20.0 % (20.0 to 20.0) | 20.0 % (20.0 to 20.0) | 5.00 (5.00 to 5.00) |" in text
     figures = json.loads((tmp_path / "study.json").read_text())
     assert figures["ar/speech WER, TTS"]["value"] == pytest.approx(0.2)
     for name in ("quality.png", "curves.png"):
@@ -141,15 +146,26 @@ def test_held_out_lists_become_samples_and_answers_counts(tmp_path):
     with pytest.raises(FileNotFoundError, match="build_speech.py"):
         measure_run.read_samples(tmp_path, "asr", 2)
     answered = [
-        {"id": "0", "text": "One two", "references": ["one two"], "codes": 20, "forwards": 5}
+        {"id": "0", "text": "One two", "references": ["one two"], "codes": 20, "forwards": 5, "speech_steps": 4}
         | {"seconds": 0.2, "audio_seconds": 1.6},
-        {"id": "1", "text": "snow is blue", "references": ["snow is white"], "codes": None, "forwards": None}
+        {
+            "id": "1",
+            "text": "snow is blue",
+            "references": ["snow is white"],
+            "codes": None,
+            "forwards": None,
+            "speech_steps": None,
+        }
         | {"seconds": 0.1, "audio_seconds": 0.0},
     ]
     counts = measure_run.count(answered, {"base": {"0": "one too", "1": "snow"}})
     assert counts["exact"] == [[1, 1], [0, 1]]
     assert [tuple(pair) for pair in counts["wer"]] == [(0, 2), (1, 3)]
     assert [tuple(pair) for pair in counts["speech_wer base"]] == [(0, 2), (2, 3)], "too and two sound alike"
-    assert counts["codes_per_forward"] == [[20, 5], [0, 0]] and counts["time"][0] == [0.2, 1.6]
+    assert (
+        counts["codes_per_forward"] == [[20, 5], [0, 0]]
+        and counts["codes_per_step"] == [[20, 4], [0, 0]]
+        and counts["time"][0] == [0.2, 1.6]
+    )
     assert measure_run.setting_name({}) == "default"
     assert measure_run.setting_name({"audio_block_size": 26, "audio_steps_per_block": 4}) == "26:4"

@@ -62,6 +62,8 @@ class Answer:
         sampling_rate (`int`): of the audio, Hz.
         seconds (`float`): its share of the time that its batch took, from recordings to waveforms.
         codes, forwards (`int`, *optional*): audio codes written and forwards of the backbone, where they are known.
+        speech_steps (`int`, *optional*): the forwards that wrote speech: denoising steps, or codes and end tokens one
+            by one.
         ended (`bool`, *optional*): whether the turn ended by itself and no span ran into its limit.
         earlier (`list[str]`, *optional*): what was written in the turns before.
     """
@@ -73,6 +75,7 @@ class Answer:
     codes: int | None = None
     forwards: int | None = None
     ended: bool | None = None
+    speech_steps: int | None = None
     earlier: list[str] = field(default_factory=list)
 
 
@@ -183,6 +186,7 @@ class TttBackend:
                 len(answer["audio_codes"]),
                 answer["forwards"],
                 answer["ended"],
+                answer["speech_steps"],
                 texts,
             )
             for answer, texts in zip(answers, earlier, strict=True)
@@ -197,12 +201,17 @@ class TttBackend:
         end = self.processor.token_ids.end_of_turn_token_id
         limit = getattr(self.pipe.model.generation_config, "max_audio_codes_per_span", None) or math.inf
         forwards = getattr(output, "forwards_per_row", None)
+        steps = getattr(output, "denoising_steps_per_row", None)
+        config = self.pipe.model.config
+        speech = range(config.audio_token_id_start, config.audio_token_id_end)
         for index, (ids, answer) in enumerate(zip(output.sequences[:, prompt_length:].tolist(), answers, strict=True)):
             has_end = end in ids
             answer["ended"] = has_end and len(answer["audio_codes"]) < limit
             # Left to right, every token takes a forward.
             written = ids.index(end) + 1 if has_end else len(ids)
             answer["forwards"] = written if forwards is None else int(forwards[index])
+            codes = sum(token in speech for token in ids[:written])
+            answer["speech_steps"] = codes if steps is None else int(steps[index])
         return answers
 
 

@@ -164,14 +164,17 @@ def of_median(key: str, title: str, values: Sequence[float], unit: str = "s") ->
 
 
 def speed_of(rows: Sequence[Row], prefix: str = "") -> list[Measured]:
-    """Return codes a forward, forwards an answer and time by the duration of the speech, as far as rows know them."""
+    """Return codes a step and a forward, forwards an answer and time by the duration, as far as rows know them."""
     spoken = [row for row in rows if row.get("codes") and row.get("forwards")]
     timed = [row for row in rows if row.get("seconds") is not None and row.get("audio_seconds")]
     counted = [row for row in rows if row.get("forwards")]
     found = []
     if spoken:
         values = [(row["id"], row["codes"], row["forwards"]) for row in spoken]
-        found.append(of_ratio(f"{prefix}codes_per_forward", "codes a forward", values))
+        found.append(of_ratio(f"{prefix}codes_per_forward", "codes a forward, of prompt and text too", values))
+    if stepped := [row for row in spoken if row.get("speech_steps")]:
+        values = [(row["id"], row["codes"], row["speech_steps"]) for row in stepped]
+        found.append(of_ratio(f"{prefix}codes_per_step", "codes a step of speech", values))
     if counted:
         forwards = [(row["id"], row["forwards"], 1.0) for row in counted]
         found.append(of_ratio(f"{prefix}forwards", "forwards an answer", forwards, lower_is_better=True))

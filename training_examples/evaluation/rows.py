@@ -172,7 +172,12 @@ class Run:
             (self.folder / "audio").mkdir(exist_ok=True)
             soundfile.write(self.folder / path, np.clip(answer.audio, -1.0, 1.0), answer.sampling_rate)
         row: Row = {"text": answer.text, "earlier": answer.earlier, "audio": path, "codes": answer.codes}
-        row |= {"forwards": answer.forwards, "ended": answer.ended, "seconds": _finite(answer.seconds)}
+        row |= {
+            "forwards": answer.forwards,
+            "speech_steps": answer.speech_steps,
+            "ended": answer.ended,
+            "seconds": _finite(answer.seconds),
+        }
         return row | {"audio_seconds": len(answer.audio) / answer.sampling_rate}
 
     def listen(self, listener: Listener, batch_size: int = 16) -> dict[str, str]:

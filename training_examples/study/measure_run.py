@@ -82,6 +82,7 @@ def count(rows: Sequence[Row], heard: Mapping[str, Mapping[str, str]]) -> dict[s
     counts: dict[str, Any] = {
         "exact": [[int(text == reference), 1] for text, reference in zip(said, right, strict=True)],
         "wer": count_word_errors(right, said),
+        "codes_per_step": [[row["codes"] or 0, row["speech_steps"] or 0] for row in rows],
         "codes_per_forward": [[row["codes"] or 0, row["forwards"] or 0] for row in rows],
         "forwards": [[row["forwards"] or 0, 1] for row in rows],
         "time": [[row["seconds"], row["audio_seconds"]] for row in rows],

@@ -30,9 +30,9 @@ COLUMNS = (
     ("asr_seen", "wer", "ASR WER"),
     ("spoken_qa_seen", "speech_wer *", "speech WER, QA"),
     ("tts", "speech_wer *", "speech WER, TTS"),
-    ("tts", "codes_per_forward", "codes a forward, TTS"),
+    ("tts", "codes_per_step", "codes a forward of speech, TTS"),
 )
-PLAIN = {"codes_per_forward", "forwards", "time"}
+PLAIN = {"codes_per_step", "codes_per_forward", "forwards", "time"}
 Counts = list[np.ndarray]  # one array of shape (rows, 2) a seed
 
 
@@ -117,12 +117,17 @@ def settings_table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             for list_name, key in (("spoken_qa_seen", "speech_wer *"), ("tts", "speech_wer *")):
                 counts = counts_of(seeds, setting, list_name, key)
                 cells.append(show(with_interval(counts), key) if counts else "")
-            for key in ("codes_per_forward", "forwards", "time"):
+            for key in ("codes_per_step", "codes_per_forward", "forwards", "time"):
                 counts = counts_of(seeds, setting, "tts", key)
                 cells.append(show(with_interval(counts), key) if counts else "")
             lines.append(cells)
     header = ["", "codes : steps a block", "speech WER, QA", "speech WER, TTS"]
-    header += ["codes a forward", "forwards an answer", "time / duration, in batches"]
+    header += [
+        "codes a forward of speech",
+        "codes a forward of all",
+        "forwards an answer",
+        "time / duration, in batches",
+    ]
     return markdown_table(header, lines)
 
 
@@ -151,7 +156,7 @@ def plot_quality(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) ->
             points = []
             for setting in seeds[0]["settings"]:
                 speech = counts_of(seeds, setting, "tts", "speech_wer *")
-                cost = counts_of(seeds, setting, "tts", "codes_per_forward")
+                cost = counts_of(seeds, setting, "tts", "codes_per_step")
                 if speech and cost:
                     points.append((float(np.mean([total(rows) for rows in cost])), *with_interval(speech)))
             points.sort()
@@ -161,7 +166,9 @@ def plot_quality(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) ->
                     x, 100 * middle, 100 * np.stack([middle - low, high - middle]).clip(min=0), fmt="o-", ms=4, lw=1.2,
                     elinewidth=0.8, color=color, label=ARMS[name].title,
                 )  # fmt: skip
-        axes.set(xscale="log", xlabel="codes a forward", ylabel="word errors of the speech, %", ylim=(0, None))
+        axes.set(
+            xscale="log", xlabel="codes a forward of speech", ylabel="word errors of the speech, %", ylim=(0, None)
+        )
         axes.set_title("Random sequences read aloud: quality against cost", fontsize=10)
 
 

@@ -279,9 +279,13 @@ def figures_of(rows: Mapping[str, Sequence[Row]]) -> list[Measured]:
         flags = [(row["id"], bool(row.get("ended") and row.get("codes"))) for row in spoken]
         found.append(share_of("end_of_audio", "end of audio found", flags))
     for name in SPOKEN:
-        counted = [(r["id"], r["codes"], r["forwards"]) for r in rows.get(name, ()) if r.get("codes") and r["forwards"]]
-        if counted:
-            found.append(of_ratio(f"{name}/codes_per_forward", f"{name}: codes a forward", counted))
+        for key, taken, title in (
+            ("codes_per_step", "speech_steps", "codes a forward of speech"),
+            ("codes_per_forward", "forwards", "codes a forward, of prompt and text too"),
+        ):
+            counted = [(r["id"], r["codes"], r[taken]) for r in rows.get(name, ()) if r.get("codes") and r.get(taken)]
+            if counted:
+                found.append(of_ratio(f"{name}/{key}", f"{name}: {title}", counted))
     return found
 
 
