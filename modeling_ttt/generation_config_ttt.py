@@ -69,7 +69,8 @@ class TttGenerationConfig(GenerationConfig):
         audio_block_size (`int`, default 26): mask tokens appended to a span at a time, in codes (80 ms each).
         audio_steps_per_block (`int`, default 2): denoising steps per block. The block's positions are split evenly
             over the steps, earlier steps taking the remainder. Steps beyond the block size change nothing. Not used
-            when `audio_confidence_threshold` is set.
+            when `audio_confidence_threshold` is set; but steps that a call of `generate` asks for go before a
+            threshold that the checkpoint alone sets.
         audio_remasking (`str`, default "low_confidence"): which positions a step fixes. "low_confidence": those whose
             chosen token has the highest probability; "entropy": those whose distribution has the lowest entropy;
             "random": any.

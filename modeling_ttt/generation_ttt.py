@@ -113,7 +113,12 @@ class TttGenerationMixin(GenerationMixin):
         kwargs = {name: value for name, value in kwargs.items() if value is not None or name not in AUDIO_DEFAULTS}
         kwargs |= read_options(kwargs)
         prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        return TttGenerationConfig.upgrade(prepared), model_kwargs
+        options = TttGenerationConfig.upgrade(prepared)
+        # Steps that the call asks for are not overruled by a threshold that the checkpoint alone sets.
+        given = kwargs if generation_config is None else {**vars(generation_config), **kwargs}
+        if given.get("audio_steps_per_block") is not None and given.get("audio_confidence_threshold") is None:
+            options.audio_confidence_threshold = None
+        return options, model_kwargs
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """

@@ -143,6 +143,20 @@ def test_the_caller_overrides_the_checkpoint_and_the_checkpoint_the_default(tiny
     assert model.generation_config.audio_steps_per_block == 1
 
 
+def test_steps_that_a_call_asks_for_go_before_a_threshold_of_the_checkpoint(tiny_model):
+    model = tiny_model()
+    model.generation_config.update(audio_steps_per_block=2, audio_confidence_threshold=0.9)
+
+    def threshold(generation_config=None, **options) -> float | None:
+        return model._prepare_generation_config(generation_config, **options)[0].audio_confidence_threshold
+
+    assert threshold() == threshold(audio_block_size=4) == threshold(TttGenerationConfig(audio_block_size=4)) == 0.9
+    assert threshold(audio_steps_per_block=None) == threshold(model.generation_config) == 0.9
+    assert threshold(audio_steps_per_block=4) is threshold(TttGenerationConfig(audio_steps_per_block=4)) is None
+    both = {"audio_steps_per_block": 4, "audio_confidence_threshold": 0.5}
+    assert threshold(**both) == threshold(TttGenerationConfig(**both)) == 0.5
+
+
 def test_none_as_a_keyword_asks_for_the_default(tiny_model):
     prompt = torch.tensor([[1, 2, 102]])  # ends with a begin token: a span follows
     model = tiny_model()
