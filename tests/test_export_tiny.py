@@ -1,5 +1,6 @@
 """The script that writes ttt-tiny's Hub folder: half precision on disk, code linked or copied, a card that stays."""
 
+import json
 import sys
 
 import pytest
@@ -37,7 +38,9 @@ def export(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("options", [[], ["--copy_code"]])
 def test_the_folder_is_whole_small_and_talks(export, options):
-    folder = export("--block_size", "4", "--steps", "2", *options)
+    chosen = {"audio_block_size": 4, "audio_steps_per_block": 2, "audio_order_bias": 0.05}
+    chosen |= {"audio_confidence_threshold": 0.9, "max_audio_codes_per_span": None}
+    folder = export("--generation", *(f"{name}={json.dumps(value)}" for name, value in chosen.items()), *options)
     assert (folder / "README.md").read_text() == "# A card\n" and not (folder / "old_code.py").exists()
     code = list(folder.rglob("*.py"))
     assert {"pipeline_ttt.py", "modeling_ttt.py", "processing_ttt.py"} <= {path.name for path in code}
@@ -45,10 +48,33 @@ def test_the_folder_is_whole_small_and_talks(export, options):
     for part in (folder, folder / "audio_tokenizer"):
         weights = load_file(part / "model.safetensors")
         assert {value.dtype for value in weights.values() if value.is_floating_point()} == {torch.float16}
+    assert not {"is_local", "local_files_only"} & set(json.loads((folder / "tokenizer_config.json").read_text()))
     pipe = pipeline("audio-to-audio", model=str(folder), trust_remote_code=True, device="cpu")
     assert pipe.model.dtype == torch.float32
     exported = pipe.processor.audio_tokenizer.vocoder
     assert torch.allclose(next(exported.parameters()), 2 * next(build_codec().vocoder.parameters()), atol=1e-2)
     settings = pipe.model.generation_config
-    assert (settings.audio_block_size, settings.audio_steps_per_block) == (4, 2)
+    assert {name: getattr(settings, name) for name in chosen} == chosen
     assert pipe(tone(0.4), generate_kwargs={"max_new_tokens": 30})["text"].startswith("hi")
+
+
+def test_without_a_word_the_folder_keeps_the_checkpoints_settings(export, capsys):
+    folder = export()
+    written = json.loads((folder / "generation_config.json").read_text())
+    assert {name: value for name, value in written.items() if "audio" in name} == {"max_audio_codes_per_span": 40}
+    assert "it answers with max_audio_codes_per_span 40" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("audio_steps_block=4", "audio_steps_block: .*did you mean `audio_steps_per_block`"),
+        ("audio_block_size=0", "`audio_block_size` is 0"),
+        ("audio_confidence_threshold=2", "`audio_confidence_threshold` is 2"),
+        ("audio_block_size", "NAME=VALUE"),
+    ],
+)
+def test_a_setting_that_is_none_is_refused_before_anything_is_written(export, option, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        export("--generation", option)
+    assert not (tmp_path / "card" / "config.json").exists()

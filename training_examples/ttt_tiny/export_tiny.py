@@ -1,26 +1,33 @@
 """Lay a trained model out as its Hub repository, in half precision, with this package's own files as its code.
 
     python training_examples/ttt_tiny/export_tiny.py --model runs/tiny/ttt --audio_tokenizer runs/codec/decoder \
-        --output_dir model_cards/ttt-tiny
+        --generation audio_block_size=4 audio_steps_per_block=4 --output_dir model_cards/ttt-tiny
 
-Weights are stored in float16 and computed in float32. The code files are relative symbolic links to the package, so
-the folder never drifts from it; `push_to_hub` and `--copy_code` follow them.
+`--generation` is how the model answers where its user says nothing: any option of TttGenerationConfig, chosen on the
+development lists, with null for one that the checkpoint is to lose. Weights are stored in float16 and computed in
+float32. The code files are relative symbolic links to the package, so the folder never drifts from it; `push_to_hub`
+and `--copy_code` follow them.
 """
 
+import difflib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from modeling_ttt import TttForConditionalGeneration
+from modeling_ttt import TttForConditionalGeneration, TttGenerationConfig
+from modeling_ttt.generation_config_ttt import AUDIO_OPTIONS
 from modeling_ttt.ttt_codec import TttCodecModel
 from pipelines import save_repository
 from processing import TttProcessor
 from training_examples.command_line import ScriptParser
+from training_examples.evaluation.options import read_pairs
 from training_examples.threads import threads_field, use_threads
 from training_examples.user_errors import run_command
 
@@ -37,9 +44,28 @@ class ExportArguments:
     )
     output_dir: Path = field(default=Path("model_cards/ttt-tiny"), metadata={"help": "The folder to write."})
     copy_code: bool = field(default=False, metadata={"help": "Copy code files instead of linking them."})
-    block_size: int = field(default=4, metadata={"help": "Default codes per block."})
-    steps: int = field(default=8, metadata={"help": "Default denoising steps per block."})
+    generation: list[str] = field(
+        default_factory=list,
+        metadata={"help": "OPTION=VALUE of generation_config.json, such as audio_block_size=8 audio_order_bias=0.05."},
+    )
     threads: int = threads_field()
+
+
+def set_defaults(config: TttGenerationConfig, options: Mapping[str, Any]) -> None:
+    """
+    Write options into a checkpoint's generation settings.
+
+    Raises:
+        ValueError: If there is no such option, or it does not take such a value.
+    """
+    known = vars(TttGenerationConfig())
+    for name in options:
+        if name not in known or name.startswith("_"):
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean `{close[0]}`?" if close else "."
+            raise ValueError(f"`--generation` {name}: TttGenerationConfig has no such option{hint}")
+        setattr(config, name, options[name])
+    config.validate()
 
 
 def halve(folder: Path) -> None:
@@ -52,6 +78,13 @@ def halve(folder: Path) -> None:
     if "text_config" in config:
         config["text_config"]["dtype"] = "float32"
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def forget_machine(path: Path) -> None:
+    """Take out of a tokenizer's configuration where it was loaded from, which the library writes into it."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    kept = {name: value for name, value in config.items() if name not in ("is_local", "local_files_only")}
+    path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
 def link_code(folder: Path) -> None:
@@ -67,8 +100,7 @@ def main() -> None:
     (args,) = ScriptParser(ExportArguments, __doc__).parse_args_into_dataclasses()
     use_threads(args.threads)
     model = TttForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32).eval()
-    model.generation_config.audio_block_size = args.block_size
-    model.generation_config.audio_steps_per_block = args.steps
+    set_defaults(model.generation_config, read_pairs("generation", args.generation))
     processor = TttProcessor.from_pretrained(args.processor or args.model)
     if args.audio_tokenizer is not None:
         processor.audio_tokenizer = TttCodecModel.from_pretrained(args.audio_tokenizer).eval()
@@ -78,10 +110,13 @@ def main() -> None:
     for folder in (args.output_dir, args.output_dir / "audio_tokenizer"):
         halve(folder)
         shutil.rmtree(folder / "__pycache__", ignore_errors=True)
+    forget_machine(args.output_dir / "tokenizer_config.json")
     if not args.copy_code:
         link_code(args.output_dir)
+    written = json.loads((args.output_dir / "generation_config.json").read_text(encoding="utf-8"))
+    defaults = ", ".join(f"{name} {value}" for name, value in written.items() if name in AUDIO_OPTIONS)
     size = sum(path.stat().st_size for path in args.output_dir.rglob("*.safetensors"))
-    print(f"{args.output_dir}: {size / 1e6:.1f} MB of weights")
+    print(f"{args.output_dir}: {size / 1e6:.1f} MB of weights; it answers with {defaults}")
 
 
 if __name__ == "__main__":
