@@ -1,8 +1,10 @@
 """Evaluation: figures, rows that survive a kill, reports and their comparison, the task set of ttt-tiny on a whole
 (random) model."""
 
+import contextlib
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import soundfile
 from builders import build_codec, build_model, build_processor, tone
 from transformers import EncodecFeatureExtractor
 
+from modeling_ttt.ttt_codec import TttCodecConfig, TttCodecModel
 from training_examples import evaluate_model
 from training_examples.evaluation.backends import Answer, Sample, TttBackend, Turn
 from training_examples.evaluation.figures import Figure, fingerprint, markdown_table, remember
@@ -18,8 +21,7 @@ from training_examples.evaluation.measuring import Measured, of_median, of_score
 from training_examples.evaluation.options import EvaluationArguments, read_pairs
 from training_examples.evaluation.reports import Report, Section, compare, write_report
 from training_examples.evaluation.rows import EvaluationError, Listener, Run, append_rows, read_rows
-from training_examples.ttt_tiny import task_report, task_set
-from training_examples.ttt_tiny.evaluate_codec import reconstruct
+from training_examples.ttt_tiny import evaluate_codec, task_report, task_set
 from training_examples.ttt_tiny.held_out import HeldOutLists
 from training_examples.ttt_tiny.speech import read_audio, read_list
 
@@ -78,12 +80,35 @@ def test_a_table_has_a_row_for_each_row():
 def test_reconstruction_keeps_lengths_and_does_not_depend_on_the_batch():
     codec, extractor = build_codec(), EncodecFeatureExtractor(feature_size=1, sampling_rate=16_000)
     waveforms = [tone(0.5), tone(0.9, frequency=200.0), tone(0.21)]
-    together, seconds, codes = reconstruct(codec, extractor, waveforms, "neural", batch_size=3)
-    alone, _, _ = reconstruct(codec, extractor, waveforms, "neural", batch_size=1)
+    together, seconds, codes = evaluate_codec.reconstruct(codec, extractor, waveforms, "neural", batch_size=3)
+    alone, _, _ = evaluate_codec.reconstruct(codec, extractor, waveforms, "neural", batch_size=1)
     assert [len(waveform) for waveform in together] == [len(waveform) for waveform in waveforms]
     assert [len(row) for row in codes] == [math.ceil(len(waveform) / 1280) for waveform in waveforms]
     assert all(np.allclose(a, b, atol=1e-4) for a, b in zip(together, alone, strict=True))
     assert seconds["encode"] > 0 and seconds["decode"] > 0
+
+
+def test_the_recogniser_is_told_the_rate_of_the_audio_tokenizer(tmp_path, monkeypatch, capsys):
+    sizes = {"hidden_size": 16, "num_encoder_blocks": 1, "num_code_blocks": 1, "num_mel_blocks": 1}
+    frames = {"sampling_rate": 24_000, "hop_length": 1920, "mel_hop_length": 240, "n_fft": 960}
+    vocoder = {"vocoder_hidden_size": 16, "num_vocoder_blocks": 1}
+    TttCodecModel(TttCodecConfig(fsq_levels=[4, 4], **sizes, **frames, **vocoder)).save_pretrained(tmp_path / "codec")
+    soundfile.write(tmp_path / "speech.wav", tone(0.4), 16_000)
+    for name in evaluate_codec.LISTS:
+        write_list(tmp_path, name, "tts", None)
+    heard = []
+
+    class Ear(Deaf):
+        def transcribe(self, waveforms, sampling_rate, progress=False):
+            heard.extend((len(waveform), sampling_rate) for waveform in waveforms)
+            return super().transcribe(waveforms, sampling_rate)
+
+    monkeypatch.setattr(evaluate_codec, "domain_recognizer", lambda *_: contextlib.nullcontext(Ear()))
+    command = f"--model {tmp_path / 'codec'} --data_dir {tmp_path} --output_dir {tmp_path / 'out'} --vocoders neural"
+    monkeypatch.setattr(sys, "argv", ["evaluate_codec.py", *command.split()])
+    evaluate_codec.main()
+    assert set(heard) == {(9600, 24_000)} and len(heard) == 2 * 2 * 2  # lists, originals and decoded, rows
+    assert "held-out answers | neural | 0.0 %" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------ rows on disk
@@ -110,7 +135,7 @@ class Echo:
 class Deaf:
     """Hears the same everywhere."""
 
-    def transcribe(self, waveforms, sampling_rate=16_000):
+    def transcribe(self, waveforms, sampling_rate):
         return ["one"] * len(waveforms)
 
 
@@ -432,7 +457,13 @@ def test_ttt_tinys_task_set_measures_model_and_twin_and_goes_on_where_it_stopped
     titles = [title for title in report.section_titles.values() if title.startswith("blocks of")]
     assert len(titles) == 2 * 2 and "blocks of 26, threshold 0.9, order 0.1" in titles
     assert values["sweep/blocks of 4, 2 steps", "tts/speech/deaf"].count == 1
-    for part in ("at least", "| autoregressive twin |", "by kind of question", "never heard by the codec"):
+    for part in (
+        "at least",
+        "| autoregressive twin |",
+        "by kind of question",
+        "never heard by the codec",
+        "rows are met",
+    ):
         assert part in text
     assert "Not measured, for the lists are not there: spoken_qa_unheard," in text
     assert (tmp_path / "sweep.png").stat().st_size > 1000
@@ -501,6 +532,9 @@ def test_the_goals_of_the_report_have_measured_figures(folder, tmp_path, one_lis
         for name in ("spoken_qa_unheard", "spoken_qa_unheard_natural", "asr_unheard", "asr_unheard_natural"):
             (folder / "eval" / f"{name}.jsonl").unlink()
     found = {key for section, key in Report.read(tmp_path).figures if section in ("model", "model_speed")}
-    kinds = ("dictation", "spoken then typed")  # these lists have one kind, "k"
-    wanted = {key for key, *_ in task_report.GOALS if not any(kind in key for kind in kinds)}
+    kinds = ("dictation", "spoken then typed", "after_spoken")  # these lists have one kind, "k"
+    listened = {asked.key for asked in task_report.ASKED if asked.of == "codec"}
+    wanted = {asked.key.format("deaf") for asked in task_report.ASKED if asked.key not in listened}
+    wanted |= {key for key, _ in task_report.FURTHER}
+    wanted = {key for key in wanted if not any(kind in key for kind in kinds)}
     assert wanted - found == {"speed/cold_command"}

@@ -111,9 +111,9 @@ def read_speech() -> tuple[list[str], list[np.ndarray]]:
 
 def test_recognises_synthetic_speech_whatever_came_before_it():
     texts, waveforms = read_speech()
-    recognizer = domain_recognizer(num_workers=1)
-    assert recognizer.transcribe(waveforms) == texts
-    again = recognizer.transcribe([np.zeros(0), *waveforms[::-1]])
+    recognizer = domain_recognizer(num_workers=1, of_slt=True)
+    assert recognizer.transcribe(waveforms, 16_000) == texts
+    again = recognizer.transcribe([np.zeros(0), *waveforms[::-1]], 16_000)
     assert again == ["", *texts[::-1]]
 
 
@@ -121,8 +121,8 @@ def test_workers_hear_the_same_and_keep_the_order():
     texts, waveforms = read_speech()
     sentences = domain.lm_sentences(seed=0, n=2000)
     with Recognizer(domain.vocabulary(), sentences, num_workers=2) as recognizer:
-        heard = recognizer.transcribe(waveforms + waveforms[::-1])
-    assert heard == Recognizer(domain.vocabulary(), sentences).transcribe(waveforms + waveforms[::-1])
+        heard = recognizer.transcribe(waveforms + waveforms[::-1], 16_000)
+    assert heard == Recognizer(domain.vocabulary(), sentences).transcribe(waveforms + waveforms[::-1], 16_000)
     assert len(heard) == 2 * len(texts)
 
 

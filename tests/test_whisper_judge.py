@@ -117,9 +117,9 @@ def test_whisper_hears_the_words_and_refuses_what_is_no_waveform():
     judge = WhisperJudge(os.environ["WHISPER_DIR"])
     assert judge.transcribe([np.zeros(0)], 24_000) == [""]
     with pytest.raises(ValueError, match=r"\(2, 5\)"):
-        judge.transcribe([np.zeros((2, 5))])
+        judge.transcribe([np.zeros((2, 5))], 16_000)
     with pytest.raises(ValueError, match="finite"):
-        judge.transcribe([np.full(16_000, np.nan)])
+        judge.transcribe([np.full(16_000, np.nan)], 16_000)
     synthesis = pytest.importorskip("training_examples.ttt_tiny.synthesis")
     try:
         wave = synthesis.speak("seven plus eight is fifteen", "flite:slt")

@@ -12,7 +12,7 @@ import numpy as np
 
 from training_examples.evaluation.figures import fingerprint
 from training_examples.evaluation.rows import Listener, Recogniser
-from training_examples.evaluation.whisper_judge import NUMBER_PROMPT, SAMPLING_RATE, WhisperJudge
+from training_examples.evaluation.whisper_judge import NUMBER_PROMPT, WhisperJudge
 
 KINDS = ("whisper", "transformers", "pocketsphinx")
 
@@ -36,7 +36,7 @@ class TransformersRecogniser:
         takes_language = getattr(getattr(self._pipe.model, "generation_config", None), "is_multilingual", False)
         self._options = {"generate_kwargs": {"language": language}} if language and takes_language else {}
 
-    def transcribe(self, waveforms: Sequence[np.ndarray], sampling_rate: int = SAMPLING_RATE) -> list[str]:
+    def transcribe(self, waveforms: Sequence[np.ndarray], sampling_rate: int) -> list[str]:
         """Return one transcript for each mono waveform of shape `(samples,)`; empty for an empty one."""
         rate = self._pipe.feature_extractor.sampling_rate
         texts = []

@@ -157,15 +157,13 @@ class Recognizer:
         if self._pool is not None:
             self._pool.shutdown()
 
-    def transcribe(
-        self, waveforms: Sequence[np.ndarray], sampling_rate: int = SAMPLING_RATE, progress: bool = False
-    ) -> list[str]:
+    def transcribe(self, waveforms: Sequence[np.ndarray], sampling_rate: int, progress: bool = False) -> list[str]:
         """
         Return what is said in each waveform.
 
         Args:
             waveforms (`Sequence[np.ndarray]`): mono waveforms, each of shape `(samples,)`, floats in [-1, 1].
-            sampling_rate (`int`, *optional*, defaults to 16000): of all of them, in Hz; other rates are resampled.
+            sampling_rate (`int`): of all of them, in Hz; other rates are resampled.
             progress (`bool`, *optional*, defaults to `False`): whether to show a progress bar.
 
         Returns:

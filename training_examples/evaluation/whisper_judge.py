@@ -203,15 +203,13 @@ class WhisperJudge:
             str(model), device="cpu", compute_type=compute_type, cpu_threads=num_threads, num_workers=1
         )
 
-    def transcribe(
-        self, waveforms: Sequence[np.ndarray], sampling_rate: int = SAMPLING_RATE, progress: bool = False
-    ) -> list[str]:
+    def transcribe(self, waveforms: Sequence[np.ndarray], sampling_rate: int, progress: bool = False) -> list[str]:
         """
         Return what is said in each waveform, as Whisper writes it.
 
         Args:
             waveforms (`Sequence[np.ndarray]`): mono waveforms, each of shape `(samples,)`, floats in [-1, 1].
-            sampling_rate (`int`, *optional*, defaults to 16,000): of all of them, in Hz.
+            sampling_rate (`int`): of all of them, in Hz.
             progress (`bool`, *optional*, defaults to `False`): whether to show a progress bar.
 
         Returns:

@@ -8,6 +8,7 @@ Needs the held-out lists of build_speech.py. Writes codec.json and codec.md into
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -40,6 +41,9 @@ class CodecEvaluationArguments:
     batch_size: int = field(default=16, metadata={"help": "Waveforms encoded and decoded at once."})
     device: str = field(default="cpu", metadata={"help": "Device of the audio tokenizer."})
     threads: int = threads_field()
+    sphinx_voice: Literal["slt", "none"] = field(
+        default="none", metadata={"help": "The voice that PocketSphinx is tuned to: slt is the first edition's."}
+    )
     num_workers: int = field(default=2, metadata={"help": "Processes of the recogniser."})
 
 
@@ -71,21 +75,22 @@ def main() -> None:
     (args,) = ScriptParser(CodecEvaluationArguments, __doc__).parse_args_into_dataclasses()
     use_threads(args.threads)
     model = AutoModelForAudioTokenization.from_pretrained(args.model).to(args.device).eval()
-    feature_extractor = EncodecFeatureExtractor(feature_size=1, sampling_rate=model.config.sampling_rate)
+    rate = model.config.sampling_rate
+    feature_extractor = EncodecFeatureExtractor(feature_size=1, sampling_rate=rate)
     report: dict[str, dict] = {}
     table = []
-    with domain_recognizer(args.num_workers) as recognizer:
+    with domain_recognizer(args.num_workers, args.sphinx_voice == "slt") as recognizer:
         for name, title in LISTS.items():
             rows = read_list(args.data_dir, name, args.limit)
             texts = [normalized(row["answer"]) for row in rows]
-            originals = [read_audio(args.data_dir, row["answer_audio"], model.config.sampling_rate) for row in rows]
-            duration = sum(map(len, originals)) / model.config.sampling_rate
-            heard = recognizer.transcribe(originals, progress=True)
+            originals = [read_audio(args.data_dir, row["answer_audio"], rate) for row in rows]
+            duration = sum(map(len, originals)) / rate
+            heard = recognizer.transcribe(originals, rate, progress=True)
             entry = {"originals": Figure(word_error_rate(texts, heard), len(rows))}
             table.append([title, "originals", entry["originals"], "", len(rows)])
             for vocoder in args.vocoders:
                 decoded, seconds, codes = reconstruct(model, feature_extractor, originals, vocoder, args.batch_size)
-                heard = recognizer.transcribe(decoded, progress=True)
+                heard = recognizer.transcribe(decoded, rate, progress=True)
                 entry[vocoder] = Figure(word_error_rate(texts, heard), len(rows))
                 entry[f"{vocoder}_decode_time"] = Figure(seconds["decode"] / duration, len(rows), "of duration")
                 entry["encode_time"] = Figure(seconds["encode"] / duration, len(rows), "of duration")

@@ -19,9 +19,8 @@ from training_examples.evaluation.measuring import Measured, of_scorer, share_of
 from training_examples.evaluation.recognisers import Recognizer
 from training_examples.evaluation.rows import Listener, Run
 from training_examples.threads import threads_field, use_threads
-from training_examples.ttt_tiny import domain
 from training_examples.ttt_tiny.held_out import HeldOutLists
-from training_examples.ttt_tiny.judge import VOICE_MEAN, VOICE_WARP
+from training_examples.ttt_tiny.judge import domain_recognizer
 from training_examples.ttt_tiny.skill import new_words, skill_items, split_of
 from training_examples.user_errors import run_command
 
@@ -48,21 +47,19 @@ class SkillEvaluationArguments:
     output_dir: Path = field(default=Path("runs/evaluate_skill"), metadata={"help": "Where parts and table go."})
     limit: int | None = field(default=None, metadata={"help": "Rows per list; all by default."})
     listen: bool = field(default=True, metadata={"help": "Have the recogniser listen to the answers."})
+    sphinx_voice: Literal["slt", "none"] = field(
+        default="none", metadata={"help": "The voice that PocketSphinx is tuned to: slt is the first edition's."}
+    )
     batch_size: int = field(default=32, metadata={"help": "Questions answered at once."})
     threads: int = threads_field()
 
 
-def recognizer() -> Recognizer:
+def recognizer(of_slt: bool) -> Recognizer:
     """Return the domain's recogniser with the words and the training sentences of the skill added."""
     sentences = [
         text for item in skill_items() if split_of(item.question) == "training" for text in (item.question, item.answer)
     ]
-    return Recognizer(
-        [*domain.vocabulary(), *new_words()],
-        [*domain.lm_sentences(seed=0, n=20_000), *sentences * 10],
-        frequency_warp=VOICE_WARP,
-        cepstral_mean=VOICE_MEAN,
-    )
+    return domain_recognizer(2, of_slt, new_words(), sentences * 10)
 
 
 def figures_of(run: Run, listener: Listener | None) -> dict[str, Measured]:
@@ -91,7 +88,9 @@ def main() -> None:
     (args,) = ScriptParser(SkillEvaluationArguments, __doc__).parse_args_into_dataclasses()
     use_threads(args.threads)
     figures: dict[tuple[str, str, str, str], Measured] = {}
-    listener = Listener("pocketsphinx", recognizer, {"domain": "ttt-tiny with the skill"}) if args.listen else None
+    voice = args.sphinx_voice
+    about = {"domain": "ttt-tiny with the skill", "voice": voice}
+    listener = Listener("pocketsphinx", lambda: recognizer(voice == "slt"), about) if args.listen else None
     before = TttBackend(args.model)
     after = TttBackend(args.adapter, processor_of=before)
     for data, folder in (("new", args.skill_dir), ("old", args.old_dir)):

@@ -1,49 +1,84 @@
-"""The tables and the plot of ttt-tiny's card, made of the sections that task_set.py measures."""
+"""The tables of ttt-tiny's card, made of the sections that task_set.py measures. The plot is in task_plot.py."""
 
+import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 
-from training_examples.evaluation.figures import markdown_table
+import numpy as np
+
+from training_examples.evaluation.figures import Figure, markdown_table
 from training_examples.evaluation.measuring import Measured
 from training_examples.evaluation.reports import Section, settings_list, verdict
 
-# Rows of the main table: key, title, at least, aim.
-GOALS: list[tuple[str, str, str, str]] = [
-    ("spoken_qa_seen/codes_per_step", "codes a forward of speech at the default setting (QA answers)", "4", "8"),
-    ("spoken_qa_seen/codes_per_forward", "the same, forwards of prompt and text counted too", "", ""),
-    ("spoken_qa_seen/exact", "spoken QA, trained voices: exact text answers", "92 %", "96 %"),
-    ("spoken_qa_unheard/exact", "the same, five Kokoro voices never heard", "85 %", "93 %"),
-    ("spoken_qa_unheard_natural/exact", "the same, flite rms, never heard", "75 %", "88 %"),
-    ("text_qa/exact", "QA in text: exact text answers", "", ""),
-    ("asr_seen/dictation/wer", "dictation of random words, trained voices: WER", "15 %", "8 %"),
-    ("asr_unheard/dictation/wer", "the same, voices never heard", "20 %", "12 %"),
-    ("asr_seen/wer", "all of recognition, trained voices: WER", "", ""),
-    ("asr_unheard/wer", "the same, voices never heard", "", ""),
-    ("asr_unheard_natural/wer", "the same, flite rms", "", ""),
-    ("human_digits/wer", "digits of two people, alone and spliced: WER", "40 %", "15 %"),
-    ("control_digits/wer", "the same of a trained voice, treated alike", "", ""),
-    ("human_words/wer", "names of animals, connected digits, by people: WER", "", ""),
-    ("not_heard/exact", '"i did not hear you" on silence, noise and music', "95 %", "99 %"),
-    ("other_seen/exact", '"i do not know that" on other sentences, trained voices', "90 %", "97 %"),
-    ("other_unheard/exact", "the same, other patterns, voices never heard", "90 %", "97 %"),
-    ("human_other/exact", "the same, by people", "", ""),
-    ("false_alarms", "either of them, wrongly, on domain questions", "2 %", "1 %"),
-    ("two_turns/exact", "second turn right", "85 %", "95 %"),
-    ("two_turns/spoken then typed/exact", "of these, typed after spoken", "", ""),
-    ("two_turns/first/exact", "first turn of the same conversations", "", ""),
-    ("tts/exact", "TTS: exact text", "", ""),
-    ("end_of_audio", "end of audio found", "", "all"),
-    ("speed/time_by_duration", "whole answer, time / duration, one at a time", "0.08", "0.04"),
-    ("speed/seconds", "whole answer, median", "", ""),
-    ("speed/first_sound", "first sound after the question's end, streaming, median", "0.4 s", "0.15 s"),
-    ("speed/cold_command", "ttt-talk, cold, from its start to the reply, median", "", ""),
-]
-SPEECH = {
-    "spoken_qa_seen": ("answers", "codec + 3 points", "codec + 1 point"),
-    "tts": ("random sequences read aloud", "codec + 6 points", "codec + 2 points"),
-    "codec_answers": ("answers never heard by the codec", "original + 4 points", "original + 1 point"),
-}
+TIMES = 4.0  # so many forwards of the twin for one of the model's are asked for
 KINDS = "spoken_qa_seen"  # whose figures are shown by kind of question
+TWIN = "against the twin: "  # how the rows begin that compare the model with it
+
+
+@dataclass(frozen=True)
+class Asked:
+    """
+    A row of what the model was asked to reach.
+
+    Args:
+        key (`str`): of its figure, in which "{}" stands for the first recogniser.
+        title (`str`): what it is called.
+        least, aim (`float`): what it should reach at least, and better.
+        over (`str`, *optional*): the section whose figure of the same key these are to be added to.
+        of (`str`, *optional*, defaults to `"model"`): the section it is measured in.
+    """
+
+    key: str
+    title: str
+    least: float
+    aim: float
+    over: str = ""
+    of: str = "model"
+
+
+ASKED = (
+    Asked("spoken_qa_seen/codes_per_step", "codes a forward of speech, default setting (QA answers)", 4, 8),
+    Asked("spoken_qa_seen/speech/{}", "reply speech (QA) against its own text: {} WER", 0.03, 0.01, "codec"),
+    Asked("tts/speech/{}", "random sequences read aloud: {} WER", 0.06, 0.02, "codec"),
+    Asked("codec_answers/speech/{}", "codec, answers encoded and decoded: {} WER", 0.04, 0.01, "original", "codec"),
+    Asked("spoken_qa_seen/exact", "spoken QA exact, trained voices", 0.92, 0.96),
+    Asked("spoken_qa_unheard/exact", "spoken QA exact, five Kokoro voices never heard", 0.85, 0.93),
+    Asked("spoken_qa_unheard_natural/exact", "spoken QA exact, flite rms, never heard", 0.75, 0.88),
+    Asked("asr_seen/dictation/wer", "dictation of random words, trained voices: WER", 0.15, 0.08),
+    Asked("asr_unheard/dictation/wer", "dictation of random words, voices never heard: WER", 0.20, 0.12),
+    Asked("human_digits/wer", "digits of two people, single and spliced: WER", 0.40, 0.15),
+    Asked("not_heard/exact", "“i did not hear you” on silence, noise and music", 0.95, 0.99),
+    Asked("other_seen/exact", "“i do not know that” on other sentences, trained voices", 0.90, 0.97),
+    Asked("other_unheard/exact", "“i do not know that”, other patterns and voices never heard", 0.90, 0.97),
+    Asked("false_alarms", "either of them, wrongly, on questions of the domain", 0.02, 0.01),
+    Asked("two_turns/after_spoken/exact", "second turn right, spoken or typed after spoken", 0.85, 0.95),
+    Asked("speed/time_by_duration", "whole answer, time / duration, one at a time", 0.08, 0.04),
+    Asked("speed/first_sound", "first sound after the question's end, streaming", 0.4, 0.15),
+)
+# What else is measured: key, title.
+FURTHER = (
+    ("spoken_qa_seen/codes_per_forward", "codes a forward, forwards of prompt and text counted too (QA answers)"),
+    ("tts/codes_per_step", "codes a forward of speech, random sequences"),
+    ("text_qa/exact", "QA in text: exact text answers"),
+    ("asr_seen/wer", "all of recognition, trained voices: WER"),
+    ("asr_unheard/wer", "the same, voices never heard"),
+    ("asr_unheard_natural/wer", "the same, flite rms"),
+    ("control_digits/wer", "digits of a trained voice, treated as those of people: WER"),
+    ("human_words/wer", "names of animals, connected digits, by people: WER"),
+    ("human_other/exact", "“i do not know that” on sentences of people"),
+    ("two_turns/exact", "second turn right, all conversations"),
+    ("two_turns/spoken then typed/exact", "of these, typed after spoken"),
+    ("two_turns/first/exact", "first turn of the same conversations"),
+    ("tts/exact", "TTS: exact text"),
+    ("end_of_audio", "end of audio found"),
+    ("speed/seconds", "whole answer, median"),
+    ("speed/cold_command", "ttt-talk, cold, from its start to the reply, median"),
+)
+SPEECH = {
+    "spoken_qa_seen": "answers",
+    "tts": "random sequences read aloud",
+    "codec_answers": "answers never heard by the codec",
+}
 
 
 def figures_by_key(sections: Sequence[Section], *names: str) -> dict[str, Measured]:
@@ -59,20 +94,98 @@ def with_interval(measured: Measured | None) -> str:
     return f"{measured.figure} ({interval})" if interval else str(measured.figure)
 
 
-def main_table(model: Mapping[str, Measured], twin: Mapping[str, Measured]) -> str:
-    """Return the table of goals and figures, the twin's beside, with what the difference to it means."""
-    header = ["", "at least", "aim", "measured (95 %)", "rows"]
-    header += ["autoregressive twin (95 %)", "rows", "model against twin"] if twin else []
+def bound_text(bound: float, unit: str, extra: str = "") -> str:
+    """Return a bound as figures of this unit are printed, with what it was added to."""
+    text = f"{100 * bound:.4g} %" if unit == "%" else f"{bound:g} {unit}".strip()
+    return f"{text} ({extra})" if extra else text
+
+
+def is_reached(value: float, bound: float, lower_is_better: bool) -> bool:
+    """Return whether a figure is as good as a bound, or better."""
+    return value <= bound if lower_is_better else value >= bound
+
+
+def asked_row(asked: Asked, sections: Sequence[Section], recogniser: str) -> list[str]:
+    """Return title, bounds, figure, rows and whether it was met of a row of what was asked."""
+    key, title = asked.key.format(recogniser), asked.title.format(recogniser)
+    found = figures_by_key(sections, asked.of, f"{asked.of}_speed").get(key)
+    base = figures_by_key(sections, asked.over).get(key) if asked.over else None
+    if found is None or (asked.over and base is None):
+        points = [f"{asked.over} + {100 * bound:g}" if asked.over else "" for bound in (asked.least, asked.aim)]
+        return [title, *points, "not measured", "", ""]
+    start = base.figure.value if base else 0.0
+    unit = found.figure.unit
+    extra = [f"{asked.over} + {100 * bound:g}" if base else "" for bound in (asked.least, asked.aim)]
+    bounds = [start + asked.least, start + asked.aim]
+    texts = [bound_text(bound, unit, more) for bound, more in zip(bounds, extra, strict=True)]
+    least, aim = (is_reached(found.figure.value, bound, found.lower_is_better) for bound in bounds)
+    return [title, *texts, with_interval(found), str(found.figure.count), "aim" if aim else "yes" if least else "no"]
+
+
+def twin_rows(model: Mapping[str, Measured], twin: Mapping[str, Measured], recogniser: str) -> list[list[str]]:
+    """Return the rows that ask the model to be no worse than its twin, at fewer forwards."""
+    rows = []
+    for name, title in (("spoken_qa_seen", "reply speech (QA)"), ("tts", "random sequences")):
+        key = f"{name}/speech/{recogniser}"
+        row = [f"{TWIN}{title}, {recogniser} WER", "no worse beyond the interval", "better"]
+        if key in model and key in twin:
+            difference, meaning = verdict(twin[key], model[key])
+            met = {"better": "aim", "worse": "no"}.get(meaning, "yes")
+            rows.append([*row, f"{difference} points", str(model[key].figure.count), met])
+        else:
+            rows.append([*row, "not measured", "", ""])
+    for key, title, least in (
+        ("spoken_qa_seen/codes_per_step", "its forwards of speech for one of the model's", TIMES),
+        ("spoken_qa_seen/codes_per_forward", "its forwards of prompt, text and speech for one of the model's", None),
+    ):
+        row = [f"{TWIN}{title} (QA answers)", f"{least:g}" if least else "", ""]
+        if key in model and key in twin:
+            times = times_of(model[key], twin[key])
+            met = "" if least is None else "yes" if times.value >= least else "no"
+            text = f"{times} ({times.interval})" if times.interval else str(times)
+            rows.append([*row, text, str(times.count), met])
+        else:
+            rows.append([*row, "not measured", "", ""])
+    return rows
+
+
+def times_of(model: Measured, twin: Measured) -> Figure:
+    """Return by how much a ratio of the model's is that of the twin, with its interval."""
+    low, high = math.nan, math.nan
+    if model.counts is not None and twin.counts is not None:
+        low, high = np.nanquantile(model.draws() / twin.draws(), (0.025, 0.975))  # the same rows of both, where paired
+    value = model.figure.value / twin.figure.value if twin.figure.value else math.nan
+    return Figure(value, min(model.figure.count, twin.figure.count), "", float(low), float(high))
+
+
+def asked_table(sections: Sequence[Section], recogniser: str) -> str:
+    """Return the table of what was asked: bounds, figure, rows and whether it was met, the twin's figure beside."""
+    model = figures_by_key(sections, "model", "model_speed")
+    twin = figures_by_key(sections, "twin", "twin_speed")
+    rows = []
+    for asked in ASKED:
+        row = asked_row(asked, sections, recogniser)
+        rows.append([*row, with_interval(twin.get(asked.key.format(recogniser)) if asked.of == "model" else None)])
+        if asked.of == "codec":
+            rows += [[*row, ""] for row in twin_rows(model, twin, recogniser)]
+    met = [row[5] for row in rows if row[5]]
+    count = f"{len(met) - met.count('no')} of the {len(met)} measured rows are met, {met.count('aim')} with the aim."
+    header = ["", "at least", "aim", "measured (95 %)", "n", "met", "autoregressive twin (95 %)"]
+    return f"{markdown_table(header, rows)}\n\n{count}"
+
+
+def further_table(model: Mapping[str, Measured], twin: Mapping[str, Measured]) -> str:
+    """Return the table of all other figures, the twin's beside, with what the difference to it means."""
+    header = ["", "measured (95 %)", "n", *(["autoregressive twin (95 %)", "model against twin"] if twin else [])]
     rows: list[list[object]] = []
-    for key, title, least, aim in GOALS:
-        if key not in model:
-            continue
-        row: list[object] = [title, least, aim, with_interval(model[key]), model[key].figure.count]
-        if twin:
-            other = twin.get(key)
-            row += [with_interval(other), other.figure.count if other else ""]
-            row.append(verdict(other, model[key])[1] if other and other.counts is not None else "")
-        rows.append(row)
+    for key, title in FURTHER:
+        if key in model:
+            row: list[object] = [title, with_interval(model[key]), model[key].figure.count]
+            if twin:
+                other = twin.get(key)
+                row += [with_interval(other)]
+                row.append(verdict(other, model[key])[1] if other and other.counts is not None else "")
+            rows.append(row)
     return markdown_table(header, rows)
 
 
@@ -82,7 +195,7 @@ def speech_table(sections: Sequence[Section], recognisers: Sequence[str]) -> str
     has_twin = bool(columns["twin"])
     header = ["speech", "recogniser", "original (95 %)", "audio tokenizer", "model", *(["twin"] if has_twin else [])]
     rows = []
-    for name, (title, *_) in SPEECH.items():
+    for name, title in SPEECH.items():
         for recogniser in recognisers:
             key = f"{name}/speech/{recogniser}"
             found = [columns[column].get(key) for column in ("original", "codec", "model", "twin")]
@@ -90,8 +203,7 @@ def speech_table(sections: Sequence[Section], recognisers: Sequence[str]) -> str
                 count = next(m.figure.count for m in found if m)
                 cells = [with_interval(m) for m in found[: 4 if has_twin else 3]]
                 rows.append([f"{title} (n = {count})", recogniser, *cells])
-    goals = "; ".join(f"{title}: at least {least}, aim {aim}" for title, least, aim in SPEECH.values())
-    return markdown_table(header, rows) + f"\n\nAsked for: {goals}."
+    return markdown_table(header, rows)
 
 
 def sweep_rows(sections: Sequence[Section]) -> list[tuple[str, dict[str, Measured]]]:
@@ -124,7 +236,8 @@ def body(sections: Sequence[Section], recognisers: Sequence[str]) -> str:
     twin = figures_by_key(sections, "twin", "twin_speed")
     parts = []
     if model:
-        parts += ["## Figures", main_table(model, twin)]
+        parts += ["## What was asked", asked_table(sections, recognisers[0] if recognisers else "no recogniser")]
+        parts += ["## Further figures", further_table(model, twin)]
     if recognisers and any(section.name == "original" for section in sections):
         parts += ["## Speech against its own text, word error rate", speech_table(sections, recognisers)]
     if any(section.name.startswith("sweep") for section in sections):
@@ -139,44 +252,3 @@ def body(sections: Sequence[Section], recognisers: Sequence[str]) -> str:
     if settings:
         parts += ["## Settings", settings_list(settings)]
     return "\n\n".join(parts)
-
-
-def plot_sweep(sections: Sequence[Section], recogniser: str, path: Path) -> None:
-    """Draw the word errors of the speech by codes a forward, with the twin's point and the original's line."""
-    points = sweep_rows(sections)
-    if not points:
-        return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    original = figures_by_key(sections, "original")
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained", sharex=True)
-    for axis, (name, title) in zip(axes, (("spoken_qa_seen", "answers"), ("tts", "random sequences")), strict=True):
-        wer, codes = f"{name}/speech/{recogniser}", f"{name}/codes_per_step"
-        groups: dict[str, list[tuple[float, float]]] = {}
-        for label, found in points:
-            if wer not in found or codes not in found:
-                continue
-            point = (found[codes].figure.value, 100 * found[wer].figure.value)
-            bias = label.partition(", order ")[2]
-            block = label.split(",")[0] + (", thresholds" if "threshold" in label else "")
-            group = label if "twin" in label else block + (f", order {bias}" if bias else "")
-            groups.setdefault(group, []).append(point)
-        for index, (label, values) in enumerate(groups.items()):
-            values.sort()
-            style = {"marker": "*", "markersize": 14, "linestyle": "none", "color": "black"}
-            style = style if "twin" in label else {"marker": "o", "markersize": 3, "color": f"C{index % 10}"}
-            if ", order" in label:
-                style["linestyle"] = "--"
-            axis.plot(*zip(*values, strict=True), label=label, **style)
-        if (own := original.get(wer)) is not None:
-            axis.axhline(100 * own.figure.value, color="grey", ls=":", lw=1.2, label="the original voice")
-        axis.set(title=title, xlabel="codes a forward of speech", ylabel=f"{recogniser} WER, %", ylim=0)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, fontsize=7, ncols=4, loc="outside lower center")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)

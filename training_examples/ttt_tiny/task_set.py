@@ -5,7 +5,8 @@
 
 Needs the lists of build_speech.py and human_lists.py. Choices are made with `--split development`, and what was chosen
 is then measured once on the evaluation lists. Every part is kept in --output_dir as it comes, so a killed run goes on
-where it stopped. Run it on an idle machine: it measures time too. What the tables look like is in task_report.py.
+where it stopped. Run it on an idle machine: it measures time too. The tables are made in task_report.py, the plot
+in task_plot.py.
 """
 
 import subprocess
@@ -31,7 +32,8 @@ from training_examples.ttt_tiny import domain
 from training_examples.ttt_tiny.held_out import HeldOutLists
 from training_examples.ttt_tiny.judge import domain_recognizer
 from training_examples.ttt_tiny.speech import read_audio
-from training_examples.ttt_tiny.task_report import body, plot_sweep
+from training_examples.ttt_tiny.task_plot import plot_sweep
+from training_examples.ttt_tiny.task_report import body
 
 SPHINX = "pocketsphinx"
 QUESTIONS = ("spoken_qa_seen", "spoken_qa_unheard", "spoken_qa_unheard_natural")
@@ -265,6 +267,8 @@ def figures_of(rows: Mapping[str, Sequence[Row]]) -> list[Measured]:
     if turns := rows.get("two_turns"):
         flags = [(row["id"], normalized((row["earlier"] or [""])[0]) == row["first_reference"]) for row in turns]
         found.append(share_of("two_turns/first/exact", "two_turns: first turn exact", flags))
+        after_spoken = [row for row in turns if row["kind"].startswith("spoken then")]
+        exact("two_turns/after_spoken/exact", "two_turns, after a spoken one: exact text", after_spoken)
     for name in (*DICTATIONS, *PEOPLE):
         errors(f"{name}/wer", f"{name}: WER", rows.get(name, ()))
         for kind in sorted({row["kind"] for row in rows.get(name, ())}):
