@@ -33,7 +33,7 @@ class TttStreamer(BaseStreamer):
         tokenizer (`PreTrainedTokenizerBase`): decodes text ids.
         token_ids (`TttTokenIds`): tells text from audio.
         audio_tokenizer (`PreTrainedModel`, *optional*): decodes codes; without one, audio is left out.
-        sampling_rate (`int`, *optional*, defaults to 16000): of the waveforms, Hz.
+        sampling_rate (`int`, *optional*): of the waveforms, Hz; that of the audio tokenizer where not given.
         skip_prompt (`bool`, *optional*, defaults to `True`): leave out the prompt, which `generate` hands in first.
         timeout (`float`, *optional*):
             Seconds to wait for the next piece before `queue.Empty` is raised; for ever where not given.
@@ -44,7 +44,7 @@ class TttStreamer(BaseStreamer):
         tokenizer: Any,
         token_ids: TttTokenIds,
         audio_tokenizer: Any | None = None,
-        sampling_rate: int = 16_000,
+        sampling_rate: int | None = None,
         skip_prompt: bool = True,
         timeout: float | None = None,
     ):
@@ -58,6 +58,8 @@ class TttStreamer(BaseStreamer):
         self._queue: queue.Queue[Any] = queue.Queue()
         self._cancelled = False
         self._read_anew()
+        if sampling_rate is None and self._audio is not None:
+            self.sampling_rate = self._audio.format.output_sampling_rate
 
     def _read_anew(self) -> None:
         """Forget what was read of an answer."""

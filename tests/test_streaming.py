@@ -81,7 +81,9 @@ def test_a_piece_is_there_before_the_answer_ends(processor):
 
 
 def test_an_audio_tokenizer_without_streaming_is_decoded_at_the_end(processor):
-    whole = TttCodecConfig(**{**processor.audio_tokenizer.config.to_dict(), "vocoder": "griffin_lim"})
+    whole = TttCodecConfig(
+        **{**processor.audio_tokenizer.config.to_dict(), "vocoder": "griffin_lim", "sampling_rate": 24_000}
+    )
 
     class Whole:
         device, config = torch.device("cpu"), whole  # whose samples depend on all codes
@@ -94,6 +96,7 @@ def test_an_audio_tokenizer_without_streaming_is_decoded_at_the_end(processor):
     pieces = list(streamer)
     assert [("audio" in piece) for piece in pieces].count(True) == 1 and "audio" in pieces[-1]
     assert np.allclose(pieces[-1]["audio"], processor.decode_audio([CODES])[0], atol=1e-5)
+    assert pieces[-1]["sampling_rate"] == 24_000  # as its audio tokenizer speaks
 
 
 def test_text_tokens_added_above_the_audio_range_are_written():

@@ -1,4 +1,4 @@
-"""TttCodec: the small trained speech tokenizer of ttt-tiny (16 kHz speech, one codebook, 12.5 codes a second)."""
+"""TttCodec: the small trained speech tokenizer of ttt-tiny (one codebook, 12.5 codes a second)."""
 
 from .configuration_ttt_codec import TttCodecConfig
 from .modeling_ttt_codec import (

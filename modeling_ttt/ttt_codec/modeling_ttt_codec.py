@@ -1,4 +1,4 @@
-"""TttCodec: 16 kHz speech to one stream of codes at 12.5 Hz, and codes to speech in one fixed voice.
+"""TttCodec: speech to one stream of codes at 12.5 Hz, and codes to speech in one fixed voice.
 
 Encoder (log-mel, local convolutions, finite scalar quantisation), decoder (codes to log-mel) and vocoder (log-mel to
 waveform by an inverse short-time Fourier transform) are convolutions with a bounded receptive field: what is far away

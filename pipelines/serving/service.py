@@ -51,7 +51,8 @@ class Service:
     def warm_up(self) -> None:
         """Answer once, and look for speech once, so that no caller waits for what is only done once."""
         features = self.processor(text="hello", task="text_chat")
-        codes = self.engine.encode_audio(np.zeros(self.engine.input_sampling_rate, np.float32), 16_000).result()
+        rate = self.engine.input_sampling_rate
+        codes = self.engine.encode_audio(np.zeros(rate, np.float32), rate).result()
         self.engine.submit(GenerationRequest(features["input_ids"], {"max_new_tokens": 64})).result()
         self.engine.decode_audio(codes[:1]).result()
         SpeechDetector(silero_probability()).push(np.zeros(4 * WINDOW, np.float32))
