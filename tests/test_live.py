@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 import soundfile
+import soxr
 from builders import build_model, build_processor
 from serving import ANSWER, QUESTION, ROOT, SECONDS, serve, words_of
 from test_serving_realtime import LONG
@@ -49,8 +50,7 @@ class Room:
         self.heard.append(self.conversation.play(int(FRAME * self.conversation.output_rate)))
 
     def say(self, recording=QUESTION) -> None:
-        samples, rate = soundfile.read(recording, dtype="float32")
-        assert rate == RATE
+        samples = soxr.resample(*soundfile.read(recording, dtype="float32"), RATE)
         for start in range(0, len(samples), int(FRAME * RATE)):
             self.frame(samples[start : start + int(FRAME * RATE)])
 

@@ -171,7 +171,7 @@ def test_the_readmes_tour_runs_as_written(tmp_path, monkeypatch):
 
 def test_the_question_is_a_short_recording():
     info = soundfile.info(QUESTION)
-    assert (info.samplerate, info.channels) == (16_000, 1) and 1 <= info.duration <= 4
+    assert info.samplerate >= 16_000 and info.channels == 1 and 1 <= info.duration <= 4
     samples, _ = soundfile.read(QUESTION)
     assert np.sqrt(np.mean(samples**2)) > 0.01 and np.abs(samples).max() <= 1
 
