@@ -1,23 +1,38 @@
-"""The study: what its arms are told, that a run goes on where it stopped, and its table and plots."""
+"""The study: what its arms are told, that it goes on where it stopped and ends its processes, its tables and plots."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import textwrap
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from modeling_ttt import TttConfig
 from training_examples.command_line import ScriptParser
-from training_examples.study import measure_run, report_study, run_study
-from training_examples.study.arms import ARMS, training_flags
-from training_examples.study.run_study import StudyArguments
-from training_examples.training.arguments import ModelArguments
+from training_examples.study import lists, report_study, run_study
+from training_examples.study.arms import ARMS, setting_name, training_flags
+from training_examples.study.counting import count
+from training_examples.study.run_study import Processes, Stage, StudyArguments
+from training_examples.study.samples import read_samples
+from training_examples.training.arguments import CONFIG_OPTIONS, ModelArguments, parse_arguments
+from training_examples.training.arguments import TttTrainingArguments as TrainingArguments
+
+ROOT = Path(__file__).parent.parent
+ROW = {"id": "0", "question": "", "answer": "one two", "kind": "random", "audio": None}
 
 
 @pytest.fixture
 def args(tmp_path):
+    for name in lists.LISTS:
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(ROW) + "\n")
+    (tmp_path / "start").mkdir()
     return StudyArguments(
-        start=tmp_path, dataset="data", output_dir=tmp_path / "study", arms=["ar", "ttt"], seeds=[0, 1]
+        tmp_path / "start", "data", tmp_path, tmp_path / "study", arms=["ar", "ttt"], seeds=[0, 1], workers=2
     )
 
 
@@ -26,9 +41,10 @@ def test_every_arm_is_a_configuration_that_training_takes(name, tmp_path):
     words = ["--model", str(tmp_path), *training_flags(ARMS[name].options)]
     (parsed,) = ScriptParser(ModelArguments).parse_args_into_dataclasses(words)
     options = parsed.config_options()
-    assert {key: options[key] for key in ARMS[name].options} == {
+    assert options == {
         key: list(value) if isinstance(value, tuple) else value for key, value in ARMS[name].options.items()
     }
+    assert set(options) == set(CONFIG_OPTIONS), "an option that is left out would be that of the start"
     TttConfig(**options)
 
 
@@ -39,93 +55,362 @@ def test_an_ablated_arm_differs_from_the_published_one_in_one_option():
         assert len(changed) == 1 and all(ARMS[name].options[key] == 0 for key in changed)
 
 
-def test_all_arms_take_as_many_steps(args):
-    for name in ARMS:
-        steps = 0
-        for _, command in run_study.stages_of(args, name, seed=3):
-            if command[1].endswith("train_ttt.py"):
-                steps += int(command[command.index("--max_steps") + 1])
-                assert command[command.index("--seed") + 1] == "3"
-        assert steps == args.max_steps
+def test_arms_are_measured_at_the_papers_setting_and_at_one_code_a_forward():
+    assert ARMS["ar"].ends == ("default", "default")
+    for name, arm in ARMS.items():
+        assert name == "ar" or arm.ends == ("26:2", "26:26")
+    assert setting_name({"audio_block_size": 26, "audio_steps_per_block": 4}) == "26:4"
 
 
-def test_runs_go_on_where_they_stopped_and_failures_are_named(args, monkeypatch):
-    """Commands of a moment stand in for training: what is looked at is which of them run."""
-    script = "import sys, pathlib; pathlib.Path(sys.argv[1]).parent.mkdir(parents=True, exist_ok=True); "
-    script += "sys.exit(3) if 'bad' in sys.argv[1] else pathlib.Path(sys.argv[1]).write_text('{}')"
+def test_all_arms_are_trained_alike_but_for_the_options_of_their_objective(args):
+    """Seed, steps, tokens a step, rates, optimizer: word for word."""
+    shared = set()
+    for name, arm in ARMS.items():
+        stages = [stage for stage in run_study.stages_of(args, name, seed=3) if stage.trained]
+        steps = [int(stage.options[stage.options.index("--max_steps") + 1]) for stage in stages]
+        assert sum(steps) == args.max_steps
+        for stage in stages:
+            words = " ".join(stage.options).replace(" ".join(training_flags(arm.options)), "")
+            for flag in ("--model", "--output_dir", "--dataset", "--max_steps", "--warmup_steps"):
+                before, _, after = words.partition(f"{flag} ")
+                words = before + after[after.index("--") :]
+            shared.add(words)
+    assert len(shared) == 1 and "--seed 3" in shared.pop()
 
-    def command(target):
-        return target, [sys.executable, "-c", script, str(target)]
 
-    asked = []
+def test_training_takes_what_a_stage_is_told(args, monkeypatch):
+    (stage,) = run_study.stages_of(args, "block_causal", seed=1)
+    monkeypatch.setattr(sys, "argv", [stage.script, *stage.options])
+    arguments, training = parse_arguments(ModelArguments)
+    assert isinstance(training, TrainingArguments) and training.seed == 1 and training.max_steps == args.max_steps
+    assert arguments.tokens_per_batch == args.tokens_per_batch and arguments.block_lengths == [8, 13, 26]
 
-    def stages(args, name, seed):
-        asked.append((name, seed))
-        return [command(args.output_dir / f"{name}-{seed}" / ("bad" if (name, seed) == ("ttt", 0) else "model"))]
 
-    monkeypatch.setattr(run_study, "stages_of", stages)
-    monkeypatch.setattr(
-        run_study,
-        "measuring_command",
-        lambda args, name, seed: command(args.output_dir / f"{name}-{seed}" / "figures.json"),
-    )
-    with pytest.raises(RuntimeError, match="ttt with seed 0 ended with status 3"):
+WORKER = """
+    import json, sys, time
+    from pathlib import Path
+    here = Path(__file__).parent
+    with (here / "done").open("a") as file:
+        file.write(sys.argv[1] + "\\n")
+    order = json.loads((here / "orders.json").read_text()).get(sys.argv[1])
+    if order == "fail":
+        sys.exit("no space left")
+    if order == "wait":
+        time.sleep(300)
+"""
+
+
+@pytest.fixture
+def stages(args, tmp_path, monkeypatch):
+    """
+    Processes of a moment in place of training and measuring. Returns a function that tells some what to do, and one
+    that says which were started.
+    """
+    script = tmp_path / "worker.py"
+    script.write_text(textwrap.dedent(WORKER))
+
+    def stage(name, run, depends):
+        return Stage(name, args.output_dir / run, str(script), [f"{run}/{name}"], depends)
+
+    def order(**orders):
+        (tmp_path / "orders.json").write_text(json.dumps({key.replace("__", "/"): how for key, how in orders.items()}))
+
+    def started():
+        path = tmp_path / "done"
+        return sorted(path.read_text().splitlines()) if path.exists() else []
+
+    replaced = {
+        "stages_of": lambda args, name, seed, depends=None: [stage("train", f"{name}-{seed}", args.max_steps)],
+        "measuring_stage": lambda args, name, seed, depends=None: stage("measured", f"{name}-{seed}", depends),
+        "last_stage": lambda args, depends=None: stage("measured", "once", depends),
+        "what_lies_there": lambda args: "these",
+    }
+    for name, function in replaced.items():
+        monkeypatch.setattr(run_study, name, function)
+    order()
+    return order, started
+
+
+def runs_of(names):
+    return sorted(f"{run}/{stage}" for run in names for stage in ("train", "measured"))
+
+
+def test_every_stage_runs_once_however_often_the_study_is_started(args, stages, capsys):
+    _, started = stages
+    run_study.run_all(args)
+    expected = sorted([*runs_of(["ar-0", "ttt-0", "ar-1", "ttt-1"]), "once/measured"])
+    assert started() == expected
+    said = capsys.readouterr().out.splitlines()
+    assert [line[:5] for line in said] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
+    assert "trained in 1 min, measured in 1 min; about 1 min to go" in said[0] and "to go" not in said[3]
+    run_study.run_all(args)
+    assert started() == expected and "4 of 4 runs are finished" in capsys.readouterr().out
+
+
+def test_a_stage_that_fails_ends_its_run_alone_and_is_tried_again(args, stages, capsys):
+    order, started = stages
+    order(**{"ttt-0__train": "fail", "ar-1__measured": "fail"})
+    with pytest.raises(RuntimeError, match="2 of 4 runs failed.*ttt-0: stage train ended with status 1: no space left"):
         run_study.run_all(args)
-    assert asked == [("ar", 0), ("ttt", 0), ("ar", 1), ("ttt", 1)], "seed after seed"
-    finished = sorted(path.parent.name for path in args.output_dir.glob("*/figures.json"))
-    assert finished == ["ar-0", "ar-1", "ttt-1"]
-    before = (args.output_dir / "ar-0" / "figures.json").stat().st_mtime_ns
-    with pytest.raises(RuntimeError):
+    first = started()
+    assert first == sorted([*runs_of(["ar-0", "ar-1", "ttt-1"]), "ttt-0/train"]), "nor what rests on them"
+    assert "ttt-0: FAILED" in capsys.readouterr().out
+    order()
+    run_study.run_all(args)
+    assert started() == sorted([*first, *runs_of(["ttt-0"]), "ar-1/measured", "once/measured"])
+
+
+def test_a_fault_of_the_study_itself_does_not_end_the_other_runs(args, stages):
+    args.output_dir.mkdir()
+    (args.output_dir / "ar-0").write_text("in the way")
+    with pytest.raises(RuntimeError, match="1 of 4 runs failed.*ar-0"):
         run_study.run_all(args)
-    assert (args.output_dir / "ar-0" / "figures.json").stat().st_mtime_ns == before
+    assert stages[1]() == runs_of(["ttt-0", "ar-1", "ttt-1"])
 
 
-def test_unknown_arms_are_refused(tmp_path):
+def test_what_a_kill_left_half_written_is_not_taken_for_finished(args, stages):
+    order, started = stages
+    run_study.run_all(args)
+    before = started()
+    path = args.output_dir / "ttt-1" / "train.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "finished": False}))
+    run_study.run_all(args)
+    assert started() == sorted([*before, "ttt-1/train"])
+
+
+def test_other_options_are_refused_before_anything_starts(args, stages):
+    run_study.run_all(args)
+    args.max_steps, before = 7, stages[1]()
+    with pytest.raises(ValueError, match="ar-0 was begun otherwise, in stage train: other weights or examples"):
+        run_study.run_all(args)
+    assert stages[1]() == before
+
+
+def test_a_changed_option_is_named(args):
+    (stage,) = run_study.stages_of(args, "ttt", 0)
+    stage.remember(0.0, finished=False)
+    args.learning_rate = 1e-3
+    with pytest.raises(ValueError, match="--learning_rate was 0.0005 and is 0.001"):
+        run_study.check_unchanged(run_study.stages_of(args, "ttt", 0))
+
+
+def test_other_rows_are_measured_without_training_anew(args, stages):
+    run_study.run_all(args)
+    before = stages[1]()
+    (args.data_dir / "tts.jsonl").write_text(json.dumps({**ROW, "answer": "three"}) + "\n")
+    run_study.run_all(args)
+    measured = [f"{run}/measured" for run in ("ar-0", "ar-1", "ttt-0", "ttt-1", "once")]
+    assert stages[1]() == sorted([*before, *measured])
+
+
+def test_a_missing_list_is_said_before_anything_starts(args, stages):
+    (args.data_dir / "tts.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match="--lists spoken_qa_seen spoken_qa_unheard asr_seen. does without"):
+        run_study.run_all(args)
+    assert stages[1]() == []
+    args.lists = ["asr_seen"]
+    run_study.run_all(args)
+    assert len(stages[1]()) == 9
+
+
+CALLER = """
+    import os, signal, sys
+    from pathlib import Path
+    from training_examples.study import run_study
+    from training_examples.study.run_study import Stage
+    from training_examples.user_errors import run_command
+    folder = Path(sys.argv[1])
+    def stage(run):
+        return Stage("train", folder / "study" / run, str(folder / "worker.py"), [f"{run}/train"], None)
+    run_study.stages_of = lambda args, name, seed, depends=None: [stage(f"{name}-{seed}")]
+    run_study.measuring_stage = lambda args, name, seed, depends=None: stage(f"{name}-{seed}")
+    run_study.last_stage = lambda args, depends=None: stage("once")
+    run_study.what_lies_there = lambda args: "these"
+    sys.argv = ["run_study.py", "--start", str(folder / "start"), "--dataset", "data", "--data_dir", str(folder),
+                "--output_dir", str(folder / "study"), "--arms", "ar", "ttt", "--workers", "1"]
+    run_command(run_study.main)
+"""
+
+
+@pytest.fixture
+def call(args, tmp_path, stages):
+    """Starts a study in a process of its own, whose first stage waits, and returns it once that stage is at work."""
+    stages[0](**{"ar-0__train": "wait"})
+    started = []
+
+    def begin():
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        words = [sys.executable, "-c", textwrap.dedent(CALLER), str(tmp_path)]
+        process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        started.append(process)
+        while not stages[1]():
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.05)
+        return process
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def child_of(process: subprocess.Popen) -> int:
+    """The process that another one has started."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            words = path.read_text().rpartition(")")[2].split()
+        except OSError:  # has ended meanwhile
+            continue
+        if int(words[1]) == process.pid:
+            return int(path.parent.name)
+    raise AssertionError("there is none")
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="children are found in /proc")
+
+
+@needs_proc
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_what_was_started_and_starts_no_more(call, stages, sent):
+    process = call()
+    child = child_of(process)
+    process.send_signal(sent)
+    said, _ = process.communicate()
+    assert process.returncode == 130 and "interrupted" in said
+    assert not Path(f"/proc/{child}").exists() and stages[1]() == ["ar-0/train"]
+
+
+@needs_proc
+def test_the_stage_of_a_study_that_was_killed_is_waited_for(call, args, stages):
+    process = call()
+    child = child_of(process)
+    process.kill()
+    process.wait()
+    processes = Processes()
+    processes.stop.set()  # as if interrupted, so that it does not wait for long
+    with pytest.raises(run_study.StoppedError), run_study.held(args.output_dir / "ar-0", processes.stop):
+        pass
+    os.kill(child, signal.SIGKILL)
+    with run_study.held(args.output_dir / "ar-0", Processes().stop):
+        pass
+
+
+def test_unknown_and_repeated_arms_are_refused(tmp_path):
     with pytest.raises(ValueError, match="'tttt'"):
-        StudyArguments(start=tmp_path, dataset="data", arms=["tttt"])
+        StudyArguments(tmp_path, "data", arms=["tttt"])
+    with pytest.raises(ValueError, match="named twice"):
+        StudyArguments(tmp_path, "data", seeds=[1, 1])
+    with pytest.raises(ValueError, match="no folder"):
+        StudyArguments(tmp_path / "none", "data")
 
 
 def test_an_interval_holds_seeds_and_rows():
-    counts = [np.array([[1, 10]] * 20), np.array([[3, 10]] * 20)]
-    middle, low, high = report_study.with_interval(counts)
-    assert (middle, low, high) == pytest.approx((0.2, 0.1, 0.3)), "rows are alike, so only the seeds differ"
+    counts = np.array([[[1, 10]] * 20, [[3, 10]] * 20], float)
+    assert report_study.with_interval(counts) == pytest.approx((0.2, 0.1, 0.3)), "rows are alike: only seeds differ"
     rng = np.random.default_rng(0)
-    rows = np.stack([rng.integers(0, 2, 400), np.ones(400, int)], 1)
-    middle, low, high = report_study.with_interval([rows])
-    assert high - low == pytest.approx(2 * 1.96 * (0.25 / 400) ** 0.5, rel=0.15)
+    rows = np.stack([rng.integers(0, 2, 400), np.ones(400, int)], 1).astype(float)
+    width = 2 * 1.96 * (0.25 / 400) ** 0.5
+    for seeds in (1, 3):  # the same sentences again are no more sentences
+        _, low, high = report_study.with_interval(np.stack([rows] * seeds))
+        assert high - low == pytest.approx(width, rel=0.1)
+    _, low, high = report_study.with_interval(np.ones((3, 20, 2)))
+    assert 0.8 < low < 0.85 and high == 1, "twenty rows that are all right are no certainty"
 
 
-def write_run(folder, arm, seed, exact, settings):
+def test_rows_without_words_leave_a_figure_out():
+    assert report_study.show(report_study.with_interval(np.zeros((2, 3, 2)))) == "none"
+
+
+def write_run(folder, arm, seed, exact, rows="abc"):
     run = folder / f"{arm}-{seed}"
     (run / "train").mkdir(parents=True)
-    counts = {
-        "exact": [[exact, 1]] * 4,
-        "speech_wer base": [[1, 5]] * 4,
-        "codes_per_step": [[20, 4]] * 4,
-        "codes_per_forward": [[20, 5]] * 4,
-    }
-    counts |= {"forwards": [[5, 1]] * 4, "time": [[0.1, 2.0]] * 4, "wer": [[0, 5]] * 4}
-    lists = {name: counts for name in ("spoken_qa_seen", "spoken_qa_unheard", "asr_seen", "tts")}
-    content = {"arm": arm, "split": "evaluation", "settings": {setting: lists for setting in settings}}
-    (run / "figures.json").write_text(json.dumps(content))
-    lines = [json.dumps({"step": step, "loss": 3.0 / step + seed}) for step in (1, 2, 3)]
+    counts = {"exact": exact, "speech_wer base": [[1, 5]] * 4, "codes_per_forward": [[20, 5]] * 4}
+    counts |= {"forwards": [[5, 1]] * 4, "wer": [[0, 5]] * 4, "speech_exact base": exact}
+    found = {name: counts for name in lists.LISTS}
+    settings = {setting_name(setting): found for setting in ARMS[arm].settings}
+    content = {"arm": arm, "lists": {"tts": rows}, "judges": {"base": {}}, "settings": settings}
+    (run / "figures-evaluation.json").write_text(json.dumps(content))
+    lines = [
+        json.dumps({"step": step, "loss": 1.0, "eval_text_loss": 1 / step + seed, "eval_audio_loss": 3 / step + seed})
+        for step in (1, 2, 3)
+    ]
     (run / "train" / "log_history.jsonl").write_text("\n".join(lines))
+    (run / "train.json").write_text(
+        json.dumps(
+            {"seconds": 90, "asked": {"options": "--max_steps 7 --tokens_per_batch 64 --learning_rate 0.1".split()}}
+        )
+    )
 
 
-def test_table_and_plots_show_what_was_measured(tmp_path, monkeypatch, capsys):
+def write_once(folder):
+    (folder / "once").mkdir()
+    row = {"seconds": 0.5, "duration": 2.0, "codes": 25, "forwards": 10, "positions": 300}
+    recordings = {"recordings": {"tts": {"speech_wer base": [[1, 20]] * 4}}}
+    content = {"cost": {"ar": {"default": [row] * 2}}, "recordings": recordings}
+    (folder / "once" / "once-evaluation.json").write_text(json.dumps(content))
+
+
+def test_tables_and_plots_show_what_was_measured(tmp_path, monkeypatch, capsys):
+    right, wrong, half = [[1, 1]] * 4, [[0, 1]] * 4, [[1, 1], [0, 1]] * 2
     for seed in (0, 1):
-        write_run(tmp_path, "ar", seed, 1, ["default"])
-        write_run(tmp_path, "ttt", seed, seed, ["26:2", "26:4"])
-    monkeypatch.setattr(sys, "argv", ["report_study.py", "--output_dir", str(tmp_path)])
+        write_run(tmp_path, "ar", seed, right)
+        write_run(tmp_path, "ttt", seed, half)
+    write_run(tmp_path, "nar", 0, wrong)
+    write_once(tmp_path)
+    readme = tmp_path / "docs" / "README.md"
+    readme.parent.mkdir()
+    readme.write_text(f"before\n{report_study.BEGIN}\nnothing\n{report_study.END}\nafter\n")
+    words = ["report_study.py", "--output_dir", str(tmp_path), "--readme", str(readme)]
+    monkeypatch.setattr(sys, "argv", words)
     report_study.main()
     text = capsys.readouterr().out
-    assert "| pure autoregressive | 2 | 100.0 % (100.0 to 100.0) |" in text
-    assert "| TtT as published | 2 | 50.0 % (0.0 to 100.0) |" in text
-    assert "| TtT as published | 26:4 | 20.0 % (20.0 to 20.0) | 20.0 % (20.0 to 20.0) | 5.00 (5.00 to 5.00) |" in text
+    assert "7 steps of at most 64 tokens" in text
+    assert "| pure autoregressive | default | 2 | 100.0 % (39.8 to 100.0) |" in text
+    assert "| TtT as published | 26:26 | 2 | 50.0 % (0.0 to 100.0) |" in text
+    assert "| TtT as published | 26:4 | 20.0 % (20.0 to 20.0) | 4.00 (4.00 to 4.00) | 5.00 (5.00 to 5.00) |" in text
+    assert "| pure autoregressive | default | 25.0 | 10.0 | 300.0 | 0.250 | 1.5 |" in text
+    assert "| recordings |  | 5.0 % (5.0 to 5.0) |" in text
     figures = json.loads((tmp_path / "study.json").read_text())
-    assert figures["ar/speech WER, TTS"]["value"] == pytest.approx(0.2)
+    assert figures["ar/default/texts read aloud, WER"]["value"] == pytest.approx(0.2)
+    filled = readme.read_text()
+    assert filled.startswith("before\n") and filled.endswith("after\n") and text.strip() in filled
+    report_study.main()
+    assert readme.read_text() == filled, "a second time replaces the first"
     for name in ("quality.png", "curves.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        assert (readme.parent / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_differences_are_of_the_same_rows_and_seeds(tmp_path):
+    hard_rows_wrong = [[1, 1], [1, 1], [0, 1], [0, 1]]
+    one_more_right = [[1, 1], [1, 1], [1, 1], [0, 1]]
+    for seed in (0, 1, 2):
+        write_run(tmp_path, "ttt", seed, hard_rows_wrong)
+    write_run(tmp_path, "block_causal", 0, hard_rows_wrong)
+    write_run(tmp_path, "distilled", 1, one_more_right)
+    figures = report_study.Figures(report_study.read_runs(tmp_path))
+    column = ("spoken_qa_seen", "exact")
+    settings = ("26:26", "26:26")
+    assert figures.difference("block_causal", "ttt", settings, *column) == (0, 0, 0), (
+        "not even drawing tells them apart"
+    )
+    value, low, high = figures.difference("distilled", "ttt", settings, *column)
+    assert value == 0.25 and low == 0 and 0.5 <= high <= 1
+    assert figures.difference("ttt", "ttt", settings, "tts", "no such count") is None
+
+
+def test_runs_that_were_measured_on_other_rows_are_not_compared(tmp_path):
+    write_run(tmp_path, "ar", 0, [[1, 1]] * 4)
+    write_run(tmp_path, "ttt", 0, [[1, 1]] * 4, rows="other")
+    with pytest.raises(ValueError, match="differ in their lists: run run_study.py again"):
+        report_study.read_runs(tmp_path)
+
+
+def test_the_curve_of_a_distilled_run_has_both_halves(tmp_path):
+    for name, losses in (("half", {5: 3.0, 10: 2.0}), ("train", {5: 1.5, 10: 1.0})):
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({"step": step, "eval_text_loss": loss}) for step, loss in losses.items()]
+        (tmp_path / name / "log_history.jsonl").write_text("\n".join(lines))
+    assert report_study.read_curve(tmp_path, "eval_text_loss") == {5: 3.0, 10: 2.0, 15: 1.5, 20: 1.0}
 
 
 def test_a_study_without_runs_says_what_comes_first(tmp_path):
@@ -133,39 +418,40 @@ def test_a_study_without_runs_says_what_comes_first(tmp_path):
         report_study.read_runs(tmp_path)
 
 
-def test_held_out_lists_become_samples_and_answers_counts(tmp_path):
+def test_the_studys_readme_takes_results():
+    text = (ROOT / "training_examples" / "study" / "README.md").read_text(encoding="utf-8")
+    assert text.index(report_study.BEGIN) < text.index(report_study.END)
+
+
+def test_held_out_lists_become_samples(tmp_path):
     rows = [
-        {"id": "0", "question": "", "answer": "one two", "kind": "random", "audio": None},
+        {**ROW, "answer_audio": "0-answer.flac"},
         {"id": "1", "question": "what is it", "answer": "snow is white", "kind": "facts", "audio": "1.flac"},
-        {"id": "2", "question": "who", "answer": "me", "kind": "facts", "audio": None},
+        {**ROW, "id": "2"},
     ]
-    (tmp_path / "tts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    samples = measure_run.read_samples(tmp_path, "tts", 2)
+    (tmp_path / "development_tts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    samples = read_samples(tmp_path, "development", "tts", 2)
     assert [sample.turns[0].text for sample in samples] == ["one two", None]
+    assert samples[0].details["answer_audio"] == str(tmp_path / "0-answer.flac")
     assert samples[1].turns[0].audio == str(tmp_path / "1.flac") and samples[1].references == ("snow is white",)
-    with pytest.raises(FileNotFoundError, match="build_speech.py"):
-        measure_run.read_samples(tmp_path, "asr", 2)
+    assert "spoken_qa_unheard" not in [name for name, kind in lists.LISTS.items() if "development" in kind.splits]
+    before = lists.hash_lists(tmp_path, "development", ["tts"], 2)
+    (tmp_path / "development_tts.jsonl").open("a").write("{}\n")
+    assert lists.hash_lists(tmp_path, "development", ["tts"], 2) == before, "a row that is not used"
+
+
+def test_speech_is_held_against_the_text_that_it_was_given():
     answered = [
-        {"id": "0", "text": "One two", "references": ["one two"], "codes": 20, "forwards": 5, "speech_steps": 4}
-        | {"seconds": 0.2, "audio_seconds": 1.6},
-        {
-            "id": "1",
-            "text": "snow is blue",
-            "references": ["snow is white"],
-            "codes": None,
-            "forwards": None,
-            "speech_steps": None,
-        }
-        | {"seconds": 0.1, "audio_seconds": 0.0},
+        {"id": "0", "text": "One two", "references": ["one two"], "codes": 20, "forwards": 5},
+        {"id": "1", "text": "snow is blue", "references": ["snow is white"], "codes": None, "forwards": None},
     ]
-    counts = measure_run.count(answered, {"base": {"0": "one too", "1": "snow"}})
-    assert counts["exact"] == [[1, 1], [0, 1]]
-    assert [tuple(pair) for pair in counts["wer"]] == [(0, 2), (1, 3)]
-    assert [tuple(pair) for pair in counts["speech_wer base"]] == [(0, 2), (2, 3)], "too and two sound alike"
-    assert (
-        counts["codes_per_forward"] == [[20, 5], [0, 0]]
-        and counts["codes_per_step"] == [[20, 4], [0, 0]]
-        and counts["time"][0] == [0.2, 1.6]
-    )
-    assert measure_run.setting_name({}) == "default"
-    assert measure_run.setting_name({"audio_block_size": 26, "audio_steps_per_block": 4}) == "26:4"
+    heard = {"base": {"0": "one too", "1": "snow is white"}}
+    counts = count(answered, "spoken_qa", heard)
+    assert counts["exact"] == [[1, 1], [0, 1]] and counts["wer"] == [[0, 2], [1, 3]]
+    assert counts["speech_wer base"] == [[0, 2], [1, 3]], "too and two sound alike; it wrote blue"
+    assert counts["speech_exact base"] == [[1, 1], [1, 1]]
+    assert counts["codes_per_forward"] == [[20, 5], [0, 0]]
+    silent = [{**row, "text": ""} for row in answered]  # texts read aloud are not written again
+    assert count(silent, "tts", heard)["speech_wer base"] == [[0, 2], [0, 3]]
+    assert count(silent, "tts", {"base": {"0": "", "1": ""}})["speech_wer base"] == [[2, 2], [3, 3]]
+    assert "exact" not in count(silent, "tts", heard)

@@ -1,10 +1,13 @@
 """What the study compares: the arms, how each is trained and how each is decoded. All else is the same for all."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-# The paper's probabilities, and what the published code does where it says nothing.
+Setting = Mapping[str, Any]
+
+# The paper's probabilities, and what the published code does where it says nothing. Every option that shapes the
+# objective is named, so that no arm takes one over from the model that it starts from.
 PUBLISHED: Mapping[str, Any] = {
     "audio_objective": "diffusion",
     "text_objective": "autoregressive",
@@ -12,29 +15,44 @@ PUBLISHED: Mapping[str, Any] = {
     "prefix_preservation_probability": 0.3,
     "prefix_preservation_unit": "span",
     "span_truncation_probability": 0.5,
+    "span_attention": "bidirectional",
+    "block_masking_probability": 0.0,
+    "block_lengths": (26,),
+    "block_filling_weight": 0.2,
+    "full_block_probability": 0.0,
     "noise_epsilon": 0.001,
+    "stratified_noise": True,  # the published λ of each sample, spread evenly over a batch: less variance for all arms
 }
-# Blocks as sampling shows them. Their prefix is clean and nothing follows them, so that neither PPM nor SST has a part.
-BLOCKS: Mapping[str, Any] = {
+# Blocks as sampling shows them: the prefix is clean and nothing follows, so that PPM and SST have no part. Three in ten
+# batches stay clean, as published: only there is text scored that comes after the block.
+BLOCK_ALIGNED: Mapping[str, Any] = {
     **PUBLISHED,
-    "clean_batch_probability": 0.0,
     "prefix_preservation_probability": 0.0,
     "span_truncation_probability": 0.0,
-    "noise_epsilon": 0.05,
     "block_masking_probability": 1.0,
     "block_lengths": (8, 13, 26),
+    "full_block_probability": 0.3,
+    "noise_epsilon": 0.05,
 }
+# All blocks in one pass. Text always sees clean spans here, which is what clean batches are for.
 BLOCK_CAUSAL: Mapping[str, Any] = {
-    **BLOCKS,
+    **BLOCK_ALIGNED,
+    "clean_batch_probability": 0.0,
     "block_masking_probability": 0.0,
     "span_attention": "block_causal",
-    "full_block_probability": 0.3,
 }
-# Codes a block and denoising steps a block; the published setting first.
-DIFFUSION_SETTINGS: tuple[Mapping[str, Any], ...] = tuple(
-    {"audio_block_size": size, "audio_steps_per_block": steps}
-    for size, steps in ((26, 2), (26, 4), (26, 8), (26, 26), (13, 4), (4, 4))
-)
+
+
+def in_blocks(*settings: tuple[int, int]) -> tuple[Setting, ...]:
+    """Return settings of `generate` for codes a block and denoising steps a block."""
+    return tuple({"audio_block_size": size, "audio_steps_per_block": steps} for size, steps in settings)
+
+
+def setting_name(setting: Setting) -> str:
+    """Return what a setting is called in files and tables: `26:4` for blocks of 26 codes in 4 steps."""
+    if not setting:
+        return "default"
+    return f"{setting['audio_block_size']}:{setting['audio_steps_per_block']}"
 
 
 @dataclass(frozen=True)
@@ -45,33 +63,40 @@ class Arm:
     Args:
         title (`str`): in tables.
         options (`Mapping`): options of train_ttt.py.
-        settings (`tuple` of `Mapping`): options of `generate`, each measured; the arm's figure is that of the first.
+        settings (`tuple` of `Mapping`): options of `generate`. At the first, that of the paper, and the last, which
+            writes one code a forward as the autoregressive arm does, every list is answered; at those between, texts
+            are read aloud.
         distilled (`bool`): whether the second half of the steps goes over answers of the model of the first half.
     """
 
     title: str
     options: Mapping[str, Any]
-    settings: tuple[Mapping[str, Any], ...] = field(default=DIFFUSION_SETTINGS)
+    settings: tuple[Setting, ...] = in_blocks((26, 2), (26, 4), (26, 8), (8, 8), (26, 26))
     distilled: bool = False
+
+    @property
+    def ends(self) -> tuple[str, str]:
+        """The names of the first and of the last setting."""
+        return setting_name(self.settings[0]), setting_name(self.settings[-1])
 
 
 ARMS: dict[str, Arm] = {
-    "ar": Arm("pure autoregressive", {"audio_objective": "autoregressive"}, ({},)),
+    "ar": Arm("pure autoregressive", {**PUBLISHED, "audio_objective": "autoregressive"}, ({},)),
+    # Text has no objective of its own here, so that BANOM and PPM have no part; SST has.
     "nar": Arm(
         "pure diffusion, text too",
         {**PUBLISHED, "text_objective": "diffusion"},
-        tuple(
-            {"audio_block_size": size, "audio_steps_per_block": steps} for size, steps in ((26, 2), (26, 8), (26, 26))
-        ),
+        in_blocks((26, 2), (26, 8), (26, 26)),
     ),
     "ttt": Arm("TtT as published", PUBLISHED),
     "ttt_without_banom": Arm("TtT without BANOM", {**PUBLISHED, "clean_batch_probability": 0.0}),
     "ttt_without_ppm": Arm("TtT without PPM", {**PUBLISHED, "prefix_preservation_probability": 0.0}),
     "ttt_without_sst": Arm("TtT without SST", {**PUBLISHED, "span_truncation_probability": 0.0}),
-    "block_aligned": Arm("TtT, block-aligned masking", BLOCKS),
+    "block_aligned": Arm("TtT, block-aligned masking", BLOCK_ALIGNED),
     "block_causal": Arm("TtT, block-causal spans", BLOCK_CAUSAL),
-    "distilled": Arm("TtT, block-causal spans and self-distillation", BLOCK_CAUSAL, distilled=True),
+    "distilled": Arm("TtT, block-causal, self-distilled", BLOCK_CAUSAL, distilled=True),
 }
+REFERENCE = "ttt"  # what the others' differences are from
 
 
 def training_flags(options: Mapping[str, Any]) -> list[str]:
