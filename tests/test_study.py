@@ -324,7 +324,12 @@ def test_rows_without_words_leave_a_figure_out():
 def write_run(folder, arm, seed, exact, rows="abc"):
     run = folder / f"{arm}-{seed}"
     (run / "train").mkdir(parents=True)
-    counts = {"exact": exact, "speech_wer base": [[1, 5]] * 4, "codes_per_forward": [[20, 5]] * 4}
+    counts = {
+        "exact": exact,
+        "speech_wer base": [[1, 5]] * 4,
+        "codes_per_forward": [[20, 5]] * 4,
+        "codes_per_step": [[20, 4]] * 4,
+    }
     counts |= {"forwards": [[5, 1]] * 4, "wer": [[0, 5]] * 4, "speech_exact base": exact}
     found = {name: counts for name in lists.LISTS}
     settings = {setting_name(setting): found for setting in ARMS[arm].settings}
@@ -367,7 +372,8 @@ def test_tables_and_plots_show_what_was_measured(tmp_path, monkeypatch, capsys):
     assert "7 steps of at most 64 tokens" in text
     assert "| pure autoregressive | default | 2 | 100.0 % (39.8 to 100.0) |" in text
     assert "| TtT as published | 26:26 | 2 | 50.0 % (0.0 to 100.0) |" in text
-    assert "| TtT as published | 26:4 | 20.0 % (20.0 to 20.0) | 4.00 (4.00 to 4.00) | 5.00 (5.00 to 5.00) |" in text
+    cost = "5.00 (5.00 to 5.00) | 4.00 (4.00 to 4.00) | 5.00 (5.00 to 5.00)"
+    assert f"| TtT as published | 26:4 | 20.0 % (20.0 to 20.0) | {cost} |" in text
     assert "| pure autoregressive | default | 25.0 | 10.0 | 300.0 | 0.250 | 1.5 |" in text
     assert "| recordings |  | 5.0 % (5.0 to 5.0) |" in text
     figures = json.loads((tmp_path / "study.json").read_text())
@@ -442,15 +448,22 @@ def test_held_out_lists_become_samples(tmp_path):
 
 def test_speech_is_held_against_the_text_that_it_was_given():
     answered = [
-        {"id": "0", "text": "One two", "references": ["one two"], "codes": 20, "forwards": 5},
-        {"id": "1", "text": "snow is blue", "references": ["snow is white"], "codes": None, "forwards": None},
+        {"id": "0", "text": "One two", "references": ["one two"], "codes": 20, "forwards": 5, "speech_steps": 4},
+        {
+            "id": "1",
+            "text": "snow is blue",
+            "references": ["snow is white"],
+            "codes": None,
+            "forwards": None,
+            "speech_steps": None,
+        },
     ]
     heard = {"base": {"0": "one too", "1": "snow is white"}}
     counts = count(answered, "spoken_qa", heard)
     assert counts["exact"] == [[1, 1], [0, 1]] and counts["wer"] == [[0, 2], [1, 3]]
     assert counts["speech_wer base"] == [[0, 2], [1, 3]], "too and two sound alike; it wrote blue"
     assert counts["speech_exact base"] == [[1, 1], [1, 1]]
-    assert counts["codes_per_forward"] == [[20, 5], [0, 0]]
+    assert counts["codes_per_forward"] == [[20, 5], [0, 0]] and counts["codes_per_step"] == [[20, 4], [0, 0]]
     silent = [{**row, "text": ""} for row in answered]  # texts read aloud are not written again
     assert count(silent, "tts", heard)["speech_wer base"] == [[0, 2], [0, 3]]
     assert count(silent, "tts", {"base": {"0": "", "1": ""}})["speech_wer base"] == [[2, 2], [3, 3]]

@@ -11,8 +11,8 @@ Pairs = list[list[int]]
 
 def count(rows: Sequence[Row], task: str, heard: Mapping[str, Mapping[str, str]]) -> dict[str, Pairs]:
     """
-    Return what each row counts: `exact` answers and word errors of the text (`wer`), codes by forwards, forwards, and
-    what `count_speech` says.
+    Return what each row counts: `exact` answers and word errors of the text (`wer`), codes by the forwards that wrote
+    speech (`codes_per_step`) and by all forwards, forwards, and what `count_speech` says.
 
     Args:
         heard (`Mapping`): by judge, what was heard in each row, by id.
@@ -20,6 +20,7 @@ def count(rows: Sequence[Row], task: str, heard: Mapping[str, Mapping[str, str]]
     right = [normalized(row["references"][0]) for row in rows]
     said = [normalized(row["text"]) for row in rows]
     counts: dict[str, Pairs] = {
+        "codes_per_step": [[row["codes"] or 0, row["speech_steps"] or 0] for row in rows],
         "codes_per_forward": [[row["codes"] or 0, row["forwards"] or 0] for row in rows],
         "forwards": [[row["forwards"] or 0, 1] for row in rows],
     }

@@ -37,7 +37,7 @@ COLUMNS = (
     ("spoken_qa_seen", "speech_exact *", "spoken QA, speech heard right"),
     ("spoken_qa_seen", "speech_wer *", "its speech, WER"),
     ("tts", "speech_wer *", "texts read aloud, WER"),
-    ("tts", "codes_per_forward", "codes a forward"),
+    ("tts", "codes_per_step", "codes a forward of speech"),
 )
 COLORS = {
     "ar": "black", "nar": "0.55", "ttt": "tab:blue", "ttt_without_banom": "tab:cyan", "ttt_without_ppm": "tab:purple",
@@ -162,7 +162,7 @@ def show(value: Interval | None, key: str = "", signed: bool = False) -> str:
         return ""
     if math.isnan(value[0]):
         return "none"
-    plain = key in ("codes_per_forward", "forwards")
+    plain = key in ("codes_per_step", "codes_per_forward", "forwards")
     scale, digits, unit = (1, 2, "") if plain else (100, 1, "" if signed else " %")
     middle, low, high = (f"{scale * number:{'+' if signed else ''}.{digits}f}" for number in value)
     text = f"{middle}{unit} ({low} to {high})"
@@ -212,10 +212,11 @@ def settings_table(figures: Figures) -> str:
         for setting in runs[0]["settings"]:
             cells = [
                 show(figures.figure(arm, setting, "tts", key), key)
-                for key in ("speech_wer *", "codes_per_forward", "forwards")
+                for key in ("speech_wer *", "codes_per_step", "codes_per_forward", "forwards")
             ]
             lines.append([ARMS[arm].title, setting, *cells])
-    return markdown_table(["", "codes : steps a block", "WER", "codes a forward", "forwards an answer"], lines)
+    header = ["", "codes : steps a block", "WER", "codes a forward of speech", "codes a forward of all"]
+    return markdown_table([*header, "forwards an answer"], lines)
 
 
 def cost_table(folder: Path, once: Mapping[str, Any]) -> str:
@@ -301,7 +302,7 @@ def plot_quality(figures: Figures, once: Mapping[str, Any] | None, path: Path) -
             points: dict[str, tuple[float, ...]] = {}
             for setting in runs[0]["settings"]:
                 speech = figures.figure(arm, setting, "tts", "speech_wer *")
-                cost = figures.counts(arm, setting, "tts", "codes_per_forward")
+                cost = figures.counts(arm, setting, "tts", "codes_per_step")
                 if speech is not None and cost is not None and math.isfinite(speech[0]) and mean(cost) > 0:
                     points[setting] = (aside * mean(cost), *(100 * value for value in speech))
             if not points:
@@ -327,7 +328,7 @@ def plot_quality(figures: Figures, once: Mapping[str, Any] | None, path: Path) -
                         ha="right", va="bottom",
                     )  # fmt: skip
         axes.set(xscale="log", ylabel="word errors of the speech, %")
-        axes.set_xlabel("codes a forward, of all forwards (open marks: blocks of 8 in 8 steps)")
+        axes.set_xlabel("codes a forward of speech (open marks: blocks of 8 in 8 steps)")
         axes.set_ylim(0, min(110.0, 1.15 * highest) if highest else 1)
         ticks = [0.5, 1, 2, 4, 8, 16]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
