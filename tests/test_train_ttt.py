@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from builders import build_processor, run_without_packages
@@ -398,6 +399,30 @@ def test_evaluation_metrics_take_batches_or_all_at_once():
     assert alone["text_loss"] == pytest.approx(table[:, 0, 0].mean().item())
 
 
-def test_curves_can_be_drawn_of_an_empty_log(tmp_path):
-    plot_curves([], tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").stat().st_size > 1000
+@pytest.mark.parametrize(
+    ("entries", "titles"),
+    [
+        ([], ["loss (nats)"]),
+        ([{"step": 1, "loss": 2.0, "text_loss": 2.0}], ["loss (nats)"]),
+        ([{"step": 1, "loss": 2.0}, {"step": 2, "eval_text_accuracy": 0.5}], ["loss (nats)", "accuracy"]),
+        (
+            [{"step": 1, "loss": 2.0, "audio_accuracy": 0.5, "train_tokens_per_second": 9.0}],
+            ["loss (nats)", "accuracy", "tokens per second"],
+        ),
+        (
+            [{"step": 1, "loss": 2.0, "audio_accuracy": 0.5, "audio_accuracy_0.00-0.50": 0.5}]
+            + [{"step": 2, "train_tokens_per_second": 9.0}],
+            ["loss (nats)", "accuracy", "accuracy of masked audio, by noise level", "tokens per second"],
+        ),
+    ],
+)
+def test_curves_show_what_was_logged(tmp_path, monkeypatch, entries, titles):
+    drawn, close = [], plt.close
+
+    def note_and_close(figure):
+        drawn.extend(axis.get_title() for axis in figure.axes)
+        close(figure)
+
+    monkeypatch.setattr(plt, "close", note_and_close)
+    plot_curves(entries, tmp_path / "curves.png")
+    assert drawn == titles and (tmp_path / "curves.png").stat().st_size > 1000

@@ -148,8 +148,8 @@ def write_log(log_history: list[dict[str, Any]], path: Path) -> None:
 
 
 def plot_curves(log_history: list[dict[str, Any]], path: Path) -> None:
-    """Draw losses, accuracies and speed over the steps, of training and, dashed, of evaluation."""
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    """Draw losses, accuracies and speed over the steps, as far as they were logged; those of evaluation are dashed."""
+    logged = {name for entry in log_history if "step" in entry for name in entry}
     names = sorted({name for entry in log_history for name in entry if name.startswith("audio_accuracy_")})
     panels: list[tuple[str, list[str]]] = [
         ("loss (nats)", ["loss", "text_loss", "audio_loss"]),
@@ -157,7 +157,14 @@ def plot_curves(log_history: list[dict[str, Any]], path: Path) -> None:
         ("accuracy of masked audio, by noise level", names),
         ("tokens per second", ["train_tokens_per_second"]),
     ]
-    for axis, (title, curves) in zip(axes.flat, panels, strict=True):
+    shown = [panel for panel in panels if not logged.isdisjoint({*panel[1], *(f"eval_{name}" for name in panel[1])})]
+    shown = shown or panels[:1]
+    rows = len(shown) // 4 + 1
+    columns = len(shown) // rows
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(11 if columns > 1 else 6, 3.5 * rows), squeeze=False, layout="constrained"
+    )
+    for axis, (title, curves) in zip(axes.flat, shown, strict=True):
         for name in curves:
             label: str | None = name.removeprefix("train_").removeprefix("audio_accuracy_").replace("_", " ")
             colour = None
@@ -173,6 +180,7 @@ def plot_curves(log_history: list[dict[str, Any]], path: Path) -> None:
             axis.legend(fontsize="small")
         else:
             axis.text(0.5, 0.5, "not logged", transform=axis.transAxes, ha="center", color="grey")
-    figure.suptitle("training solid, evaluation dashed", fontsize="small")
+    if any(name.startswith("eval_") for name in logged):
+        figure.suptitle("training solid, evaluation dashed", fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)
