@@ -353,8 +353,8 @@ def test_the_page_fits_a_phone_and_the_keyboard(server, visit):
 
 @needs_tiny
 @pytest.mark.slow
-def test_models_tell_what_the_settings_offer(server):
+def test_models_tell_what_the_settings_offer(tiny, server):
     status, _, body = server.request("/v1/models")
     [model] = json.loads(body)["data"]
     assert status == 200 and model["ttt"]["tasks"] == list(server.service.processor.tasks)
-    assert model["ttt"]["defaults"]["audio_block_size"] == 4
+    assert model["ttt"]["defaults"]["audio_block_size"] == tiny[0].generation_config.audio_block_size
