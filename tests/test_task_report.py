@@ -122,8 +122,10 @@ def test_the_plot_has_a_line_a_block_size_the_twin_the_default_and_the_recording
     lines = {line.get_label(): line.get_xydata().tolist() for line in left.get_lines() if line.get_label()[0] != "_"}
     assert lines["blocks of 4"] == [[1.0, 10.0], [4.0, 20.0]] and lines["blocks of 26"] == [[12.0, 40.0]]
     assert lines["the recordings through the codec"][0][1] == 5 and lines["the recordings"][0][1] == 2
+    shaded = left.collections[-1].get_paths()[0].get_extents()
+    assert shaded.x0 == 4 and (shaded.y0, shaded.y1) == (0, pytest.approx(8))  # the codec's 5 % and 3 points
     entries = {text.get_text() for text in figure.legends[0].get_texts()}
-    assert entries >= {"autoregressive twin", "the default, all rows (95 %)", "confidence thresholds"}
+    assert entries >= {"autoregressive twin", "the default, all rows (95 %)", "confidence thresholds", "asked at least"}
     assert "faint: without order bias" in entries
     assert points_of(sweep[:2], "spoken_qa_seen/speech/ear", "spoken_qa_seen/codes_per_step") == [(1, 12), (4, 30)]
     plt.close(figure)

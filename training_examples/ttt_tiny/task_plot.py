@@ -5,17 +5,19 @@ from pathlib import Path
 from typing import Any
 
 from training_examples.evaluation.reports import Section
-from training_examples.ttt_tiny.task_report import figures_by_key
+from training_examples.ttt_tiny.task_report import ASKED, figures_by_key
 
 LISTS = {"spoken_qa_seen": "answers to spoken questions", "tts": "random words read aloud"}
 HIGHEST = 105.0  # %, of the word errors shown
-TICKS = (0.5, 1, 2, 4, 8, 13, 26)
+FEWEST, TICKS = 0.7, (1, 2, 4, 8, 13, 26)  # codes a forward
+LEAST = {asked.key: asked.least for asked in ASKED}
 
 
 def plot_sweep(sections: Sequence[Section], recogniser: str, path: Path) -> None:
     """
     Draw the word errors of speech by codes a forward: a line a block size, from many steps to few; the largest order
     bias strong, others faint; thresholds as diamonds; the default setting, the twin, and the recordings themselves.
+    What was asked at least is shaded.
     """
     swept = [section for section in sections if section.name.startswith("sweep/")]
     if not swept:
@@ -52,7 +54,14 @@ def plot_sweep(sections: Sequence[Section], recogniser: str, path: Path) -> None
         ):
             if (own := figures_by_key(sections, section).get(wer)) is not None:
                 axis.axhline(100 * own.figure.value, color="0.35", ls=line, lw=1.4, label=label)
-        axis.set(title=title, xlabel="codes a forward of speech", ylim=0)
+        through_codec = figures_by_key(sections, "codec").get(wer)
+        if through_codec is not None:
+            highest = 100 * (through_codec.figure.value + LEAST[f"{name}/speech/{{}}"])
+            axis.fill_between(
+                (LEAST["spoken_qa_seen/codes_per_step"], 2 * TICKS[-1]), highest, color="tab:green", alpha=0.1, lw=0,
+                label="asked at least",
+            )  # fmt: skip
+        axis.set(title=title, xlabel="codes a forward of speech", xlim=(FEWEST, 1.15 * TICKS[-1]), ylim=0)
         axis.set_ylim(top=min(HIGHEST, axis.get_ylim()[1]))
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
