@@ -346,6 +346,10 @@ def test_recognisers_are_opened_by_what_they_are(tmp_path):
         assert (listener.settings["kind"], listener.name) == (kind, name)
     with pytest.raises(ValueError, match="'vosk'.*pocketsphinx"):
         open_listener("vosk:small")
+    (tmp_path / "nothing").mkdir()
+    for spec in (str(tmp_path / "nothing"), f"whisper:{tmp_path / 'nothing'}"):
+        with pytest.raises(ValueError, match="--recogniser.*model.bin"):
+            open_listener(spec)
 
 
 def test_pocketsphinx_hears_a_closed_domain(tmp_path):

@@ -536,6 +536,8 @@ def test_audio_beyond_the_limits_is_rejected_and_counted(model, speech, tmp_path
         summary, examples = run(model, tmp_path / task, path, tasks=[task], **limits)
         assert len(examples) == 1 and summary["rejected_kinds"] == dict.fromkeys(kinds, 1)
         assert [row["kind"] for row in rejections(tmp_path / task)] in (kinds, sorted(kinds, key=kinds.index))
+        named = [row["reason"].rpartition("(")[2] for row in rejections(tmp_path / task)]
+        assert named == ["zeros.wav)", "clipped.wav)", "short.wav)", "spoken.wav)", "spoken.wav)"]
     columns = ["answer=text", "answer_audio=audio"]  # what the user says is not known, what the answer says is
     summary, _ = run(model, tmp_path / "chat", path, tasks=["text_chat"], columns=columns, **limits)
     assert summary["rejected_kinds"] == dict.fromkeys(kinds, 1)

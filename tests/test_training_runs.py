@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from pipelines import save_repository
 from training_examples import finetune_lora, train_ttt
+from training_examples.command_line import ScriptParser
 from training_examples.training import metrics, samples
 from training_examples.training.arguments import ModelArguments, TttTrainingArguments, check_group
 from training_examples.training.batches import BatchCollator, TokenBatches, bucket_by_length
@@ -67,6 +68,12 @@ def start(workspace, output, script=train_ttt, **options):
 
 def log_of(folder):
     return [json.loads(line) for line in (folder / "log_history.jsonl").read_text().splitlines()]
+
+
+def test_a_short_run_shows_its_loss_without_being_asked(tmp_path):
+    words = ["--output_dir", str(tmp_path), "--max_steps", "40", "--use_cpu"]
+    (training,) = ScriptParser(TttTrainingArguments).parse_args_into_dataclasses(words)
+    assert training.logging_steps * 4 <= training.max_steps
 
 
 # ---------------------------------------------------------------------- cards and pushes
@@ -258,8 +265,8 @@ def test_a_side_that_was_not_scored_is_not_logged(workspace, tmp_path):
 class Listener:
     """Hears "hi" in everything."""
 
-    def __init__(self, name, num_threads):
-        self.name = name
+    def __init__(self, name, prompt, num_threads, language):
+        self.name, Listener.told = name, (prompt, language)
 
     def transcribe(self, waveforms, sampling_rate):
         return ["hi"] * len(waveforms)
@@ -268,8 +275,9 @@ class Listener:
 def test_a_run_answers_held_out_examples_in_text_and_speech(workspace, tmp_path, monkeypatch, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    monkeypatch.setattr("training_examples.training.trainer.WhisperJudge", Listener)
-    options = {"sample_steps": 2, "num_samples": 2, "recogniser": "base", "report_to": "tensorboard", "max_steps": 3}
+    monkeypatch.setattr("training_examples.evaluation.listening.WhisperJudge", Listener)
+    options = {"sample_steps": 2, "num_samples": 2, "report_to": "tensorboard", "max_steps": 3}
+    options |= {"recogniser": "base", "language": "de"}
     output = start(workspace, tmp_path / "run", **options, learning_rate=0.0)
     files = sorted(path.name for path in (output / "samples").iterdir())
     steps = [f"step-00000{step}{end}" for step in (2, 3) for end in ("-0.wav", "-1.wav", ".jsonl")]
@@ -285,6 +293,7 @@ def test_a_run_answers_held_out_examples_in_text_and_speech(workspace, tmp_path,
     assert {"samples/0/answered", "samples/1/answered", "samples/0/expected"} <= set(board.Tags()["audio"])
     assert [event.value for event in board.Scalars("samples/word_error_rate")] == [0.0, 0.0]
     assert "| hi | hi | hi |" in (output / "README.md").read_text()
+    assert Listener.told == (None, "de")  # the prompt that has English numbers spelled is for English
 
 
 def test_a_run_that_answers_learns_the_same(workspace, tmp_path):

@@ -23,7 +23,8 @@ from tqdm import tqdm
 from modeling_ttt import TttForConditionalGeneration
 from processing import TttProcessor, deinterleave
 from training_examples.command_line import ScriptParser
-from training_examples.evaluation.whisper_judge import WhisperJudge, canonical, count_word_errors
+from training_examples.evaluation.listening import LANGUAGE_HELP, open_listener
+from training_examples.evaluation.whisper_judge import canonical, count_word_errors
 from training_examples.preparation.examples import ShardReport
 from training_examples.preparation.mixtures import load_mixture
 from training_examples.preparation.records import RejectedError
@@ -47,8 +48,12 @@ class DistillArguments:
     )
     recogniser: str | None = field(
         default=None,
-        metadata={"help": "Folder or name of a faster-whisper model that reads the speech; without it, text decides."},
+        metadata={
+            "help": "Who reads the speech: a faster-whisper folder or name (base), or transformers:NAME; without it, "
+            "text decides."
+        },
     )
+    language: str = field(default="en", metadata={"help": LANGUAGE_HELP})
     max_word_error_rate: float = field(
         default=0.0, metadata={"help": "Keep answers whose speech is read with at most this rate of word errors."}
     )
@@ -192,7 +197,7 @@ def distill(args: DistillArguments, recogniser: Recogniser | None = None) -> dic
     """
     threads = use_threads(args.threads)
     if recogniser is None and args.recogniser is not None:
-        recogniser = WhisperJudge(args.recogniser, num_threads=threads)
+        recogniser = open_listener(args.recogniser, args.language, args.device, threads).open()
     model = TttForConditionalGeneration.from_pretrained(args.model, dtype="auto").to(args.device).eval()
     processor = TttProcessor.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
     if processor.audio_tokenizer is not None:

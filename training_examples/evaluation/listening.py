@@ -15,6 +15,7 @@ from training_examples.evaluation.rows import Listener, Recogniser
 from training_examples.evaluation.whisper_judge import NUMBER_PROMPT, WhisperJudge
 
 KINDS = ("whisper", "transformers", "pocketsphinx")
+LANGUAGE_HELP = "What is spoken, for the recogniser; auto lets it find out."
 
 
 class TransformersRecogniser:
@@ -80,7 +81,7 @@ def open_listener(spec: str, language: str = "en", device: str = "cpu", threads:
         threads (`int`, *optional*, defaults to 1): of faster-whisper.
 
     Raises:
-        ValueError: If the kind is unknown.
+        ValueError: If the kind is unknown, or a folder holds no model.
     """
     kind, colon, name = spec.partition(":")
     if not colon or kind not in KINDS:
@@ -90,6 +91,8 @@ def open_listener(spec: str, language: str = "en", device: str = "cpu", threads:
         kind, name = "transformers" if (folder / "preprocessor_config.json").exists() else "whisper", spec
         if (folder / "model.bin").exists():
             kind = "whisper"
+    if kind == "whisper" and Path(name).is_dir() and not (Path(name) / "model.bin").exists():
+        raise ValueError(f"`--recogniser` {spec}: the folder has no model.bin, as faster-whisper's models have.")
     settings: dict[str, Any] = {"kind": kind, "name": name, "language": language}
     if Path(name).exists():
         settings["hash"] = fingerprint(name)

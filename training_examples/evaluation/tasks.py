@@ -406,7 +406,7 @@ def _file_of(root: Path, name: str) -> str:
             return str(path)
     below = sorted(root.rglob(Path(name).name)) if root != Path() else []
     if not below:
-        raise FileNotFoundError(f"{name} is neither in {root} nor below it")
+        raise FileNotFoundError(f"{name} is neither in {root} nor below it; put it there, or take its row out.")
     return str(below[0])
 
 

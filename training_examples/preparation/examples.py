@@ -19,7 +19,7 @@ from processing.vocabulary_ttt import (
     END_OF_AUDIO,
     END_OF_LAST_AUDIO,
 )
-from training_examples.preparation.recordings import AudioLimits, load_recording
+from training_examples.preparation.recordings import AudioLimits, load_recording, name_audio
 from training_examples.preparation.records import Draft, RecordReader, RejectedError
 from training_examples.preparation.sources import Chunk
 
@@ -106,7 +106,7 @@ class ExampleBuilder:
                 for column, text in draft.spoken.items():
                     self.limits.check_speaking_rate(text, seconds[record, column])
             except RejectedError as error:
-                report.reject(record, draft.task, error)
+                report.reject(record, draft.task, name_audio(error, column, draft.audios[column]))
             else:
                 encoded.append((record, draft))
 

@@ -73,6 +73,13 @@ def loudest_level(waveform: np.ndarray, sampling_rate: int) -> float:
     return 10 * np.log10(max(power, 1e-20))
 
 
+def name_audio(error: RejectedError, column: str, audio: Any) -> RejectedError:
+    """Return an error that names the audio it is about, by its file or else its column: a record may have several."""
+    path = audio.get("path") if isinstance(audio, Mapping) else audio
+    name = path if isinstance(path, str) and 0 < len(path) < 1000 else f"`{column}`"
+    return error if name in str(error) else RejectedError(error.kind, f"{error} ({name})")
+
+
 def load_recording(audio: Any, root: Path, sampling_rate: int, source_rate: int | None = None) -> np.ndarray:
     """
     Return a record's audio as a waveform.

@@ -11,6 +11,7 @@ import torch
 from transformers import TrainingArguments, set_seed
 
 from training_examples.command_line import ScriptParser
+from training_examples.evaluation.listening import LANGUAGE_HELP
 from training_examples.files import without_folders
 from training_examples.threads import threads_field, use_threads
 
@@ -145,9 +146,10 @@ class ModelArguments:
     recogniser: str | None = field(
         default=None,
         metadata={
-            "help": "faster-whisper model that reads the speech of --sample_steps: folder, or name such as base."
+            "help": "Who reads the speech of --sample_steps: faster-whisper folder or name (base); transformers:NAME."
         },
     )
+    language: str = field(default="en", metadata={"help": LANGUAGE_HELP})
     license: str | None = field(
         default=None, metadata={"help": "Licence that the model card names, such as apache-2.0; by default --model's."}
     )
@@ -188,7 +190,7 @@ class ModelArguments:
 class TttTrainingArguments(TrainingArguments):
     """
     The Trainer's arguments, with other defaults where TtT has reasons: evaluation hands its losses to the metrics,
-    tokens per second are logged, and every step uses all parameters.
+    tokens per second are logged, and every step uses all parameters. Short runs show their loss, too.
 
     Raises:
         ValueError: for an option under which the Trainer would train something else than TtT.
@@ -201,6 +203,9 @@ class TttTrainingArguments(TrainingArguments):
     include_num_input_tokens_seen: str = field(
         default="non_padding",
         metadata={"help": "Tokens counted for tokens per second.", "choices": ["non_padding", "all", "no"]},
+    )
+    logging_steps: float = field(
+        default=10, metadata={"help": "Steps between two logs; below 1, a share of all steps."}
     )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Look for parameters without a gradient; TtT has none."}

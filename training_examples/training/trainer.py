@@ -14,7 +14,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from modeling_ttt import TttConfig
 from processing import TttDataCollator, TttProcessor, pack_examples
-from training_examples.evaluation.whisper_judge import WhisperJudge
+from training_examples.evaluation.listening import open_listener
 from training_examples.preparation.mixtures import load_mixture, parse_source
 from training_examples.preparation.shards import FEATURES
 from training_examples.training.arguments import ModelArguments
@@ -201,7 +201,10 @@ def make_samples(args: ModelArguments, training: TrainingArguments, model: Any, 
         raise ValueError(f"--sample_steps: no held-out example has at most {longest} tokens and an answer.")
     # The recogniser is for the process that answers, and for it alone.
     wanted = args.recogniser is not None and training.process_index == 0
-    recogniser = WhisperJudge(args.recogniser, num_threads=max(1, args.threads)) if wanted else None  # type: ignore[arg-type]
+    recogniser = None
+    if wanted:
+        device = str(training.device)
+        recogniser = open_listener(args.recogniser, args.language, device, max(1, args.threads)).open()  # type: ignore[arg-type]
     return Samples(processor, examples, args.sample_steps, Path(training.output_dir), recogniser, training.seed)
 
 
