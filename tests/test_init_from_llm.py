@@ -228,7 +228,10 @@ def test_a_template_that_says_nothing_first_leaves_the_system_turn_out(initialis
 def test_a_first_checkpoint_says_what_it_is(initialise, tmp_path, capsys):
     save_instruct_llm(tmp_path / "llm", CHATML_TEMPLATE)
     output = initialise(tmp_path / "llm")
-    assert "text_chat is asked with the system prompt 'You are Tiny.'" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "text_chat is asked with the system prompt 'You are Tiny.'" in said.out
+    stages = [line.split()[0] for line in said.err.splitlines() if line.endswith(" ...")]
+    assert stages == ["Reading", "Reading", "Writing"]  # what takes long has a sign of life
     card = (output / "README.md").read_text()
     assert "license: unknown" in card and "It is there to be trained" in card and "'You are Tiny.'" in card
     assert "license: mit" in (initialise(tmp_path / "llm", "--license", "mit") / "README.md").read_text()

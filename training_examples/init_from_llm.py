@@ -12,6 +12,7 @@ pipeline and their code, and a card.
 
 import json
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -325,16 +326,23 @@ def build_processor(args: InitArguments, tokenizer: PreTrainedTokenizerBase, aud
     return processor
 
 
+def say(stage: str) -> None:
+    """Tell what is done next, where it may take a minute."""
+    print(f"{stage} ...", file=sys.stderr, flush=True)
+
+
 def main() -> None:
     (args,) = ScriptParser(InitArguments, __doc__).parse_args_into_dataclasses()
     use_threads(args.threads)
     audio_tokenizer, extractor = load_audio_tokenizer(args)
     num_codes = TttAudioFormat.from_config(audio_tokenizer.config).num_codes
     name, file = locate_llm(args.llm)
+    say(f"Reading the tokenizer of {args.llm}")
     tokenizer = AutoTokenizer.from_pretrained(name, **file)
     old_size = max(tokenizer.get_vocab().values()) + 1
     extend_tokenizer(tokenizer, num_codes)
     processor = build_processor(args, tokenizer, audio_tokenizer, extractor)
+    say(f"Reading the weights of {args.llm} and drawing rows for {num_codes} codes")
     model = build_model(args.llm, tokenizer, old_size, args.dtype, args.row_spread, args.seed)
     # Blocks last as long as the published ones, in whole frames; so does the longest span.
     model.generation_config.audio_block_size = processor.audio_format.chunk_size
@@ -350,6 +358,7 @@ def main() -> None:
         {"size": size, "vocabulary": tokens, "text_chat is asked with": repr(prompt)},
         args.license,
     )
+    say(f"Writing {args.output_dir}")
     save_repository(model, processor, args.output_dir)
     write_card(args.output_dir, card)
     print(f"{args.output_dir}: {size}, {tokens}\ntext_chat is asked with the system prompt {prompt!r}")
