@@ -69,7 +69,7 @@ def test_every_row_that_was_asked_is_in_one_table_with_its_bounds_and_whether_it
     assert rows["first sound after the question's end, streaming"][:5] == [
         "0.4 s", "0.15 s", "0.20 s (0.20 to 0.20)", "3", "yes"
     ]  # fmt: skip
-    assert rows["digits of two people, single and spliced: WER"] == ["", "", "not measured", "", "", ""]
+    assert rows["digits of two people, single and spliced: WER"] == ["40 %", "15 %", "not measured", "", "", ""]
     assert "7 of the 10 measured rows are met, 2 with the aim." in table
 
 

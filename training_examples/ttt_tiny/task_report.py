@@ -26,6 +26,7 @@ class Asked:
         least, aim (`float`): what it should reach at least, and better.
         over (`str`, *optional*): the section whose figure of the same key these are to be added to.
         of (`str`, *optional*, defaults to `"model"`): the section it is measured in.
+        unit (`str`, *optional*, defaults to `"%"`): of figure and bounds.
     """
 
     key: str
@@ -34,10 +35,21 @@ class Asked:
     aim: float
     over: str = ""
     of: str = "model"
+    unit: str = "%"
+
+    def bounds(self, base: float | None) -> list[str]:
+        """Return the bounds as they are printed, given what they are added to, where that is known."""
+        texts = []
+        for bound in (self.least, self.aim):
+            number = bound + (base or 0.0)
+            text = f"{round(100 * number, 1):g} %" if self.unit == "%" else f"{number:g} {self.unit}".strip()
+            added = f"{self.over} + {100 * bound:g}"
+            texts.append(text if not self.over else added if base is None else f"{text} ({added})")
+        return texts
 
 
 ASKED = (
-    Asked("spoken_qa_seen/codes_per_step", "codes a forward of speech, default setting (QA answers)", 4, 8),
+    Asked("spoken_qa_seen/codes_per_step", "codes a forward of speech, default setting (QA answers)", 4, 8, unit=""),
     Asked("spoken_qa_seen/speech/{}", "reply speech (QA) against its own text: {} WER", 0.03, 0.01, "codec"),
     Asked("tts/speech/{}", "random sequences read aloud: {} WER", 0.06, 0.02, "codec"),
     Asked("codec_answers/speech/{}", "codec, answers encoded and decoded: {} WER", 0.04, 0.01, "original", "codec"),
@@ -52,8 +64,8 @@ ASKED = (
     Asked("other_unheard/exact", "“i do not know that”, other patterns and voices never heard", 0.90, 0.97),
     Asked("false_alarms", "either of them, wrongly, on questions of the domain", 0.02, 0.01),
     Asked("two_turns/after_spoken/exact", "second turn right, spoken or typed after spoken", 0.85, 0.95),
-    Asked("speed/time_by_duration", "whole answer, time / duration, one at a time", 0.08, 0.04),
-    Asked("speed/first_sound", "first sound after the question's end, streaming", 0.4, 0.15),
+    Asked("speed/time_by_duration", "whole answer, time / duration, one at a time", 0.08, 0.04, unit=""),
+    Asked("speed/first_sound", "first sound after the question's end, streaming", 0.4, 0.15, unit="s"),
 )
 # What else is measured: key, title.
 FURTHER = (
@@ -94,12 +106,6 @@ def with_interval(measured: Measured | None) -> str:
     return f"{measured.figure} ({interval})" if interval else str(measured.figure)
 
 
-def bound_text(bound: float, unit: str, extra: str = "") -> str:
-    """Return a bound as figures of this unit are printed, with what it was added to."""
-    text = f"{100 * bound:.4g} %" if unit == "%" else f"{bound:g} {unit}".strip()
-    return f"{text} ({extra})" if extra else text
-
-
 def is_reached(value: float, bound: float, lower_is_better: bool) -> bool:
     """Return whether a figure is as good as a bound, or better."""
     return value <= bound if lower_is_better else value >= bound
@@ -110,16 +116,15 @@ def asked_row(asked: Asked, sections: Sequence[Section], recogniser: str) -> lis
     key, title = asked.key.format(recogniser), asked.title.format(recogniser)
     found = figures_by_key(sections, asked.of, f"{asked.of}_speed").get(key)
     base = figures_by_key(sections, asked.over).get(key) if asked.over else None
-    if found is None or (asked.over and base is None):
-        points = [f"{asked.over} + {100 * bound:g}" if asked.over else "" for bound in (asked.least, asked.aim)]
-        return [title, *points, "not measured", "", ""]
-    start = base.figure.value if base else 0.0
-    unit = found.figure.unit
-    extra = [f"{asked.over} + {100 * bound:g}" if base else "" for bound in (asked.least, asked.aim)]
-    bounds = [start + asked.least, start + asked.aim]
-    texts = [bound_text(bound, unit, more) for bound, more in zip(bounds, extra, strict=True)]
-    least, aim = (is_reached(found.figure.value, bound, found.lower_is_better) for bound in bounds)
-    return [title, *texts, with_interval(found), str(found.figure.count), "aim" if aim else "yes" if least else "no"]
+    start = base.figure.value if base else None
+    row = [title, *asked.bounds(start)]
+    if found is None or (asked.over and start is None):
+        return [*row, "not measured", "", ""]
+    least, aim = (
+        is_reached(found.figure.value, bound + (start or 0.0), found.lower_is_better)
+        for bound in (asked.least, asked.aim)
+    )
+    return [*row, with_interval(found), str(found.figure.count), "aim" if aim else "yes" if least else "no"]
 
 
 def twin_rows(model: Mapping[str, Measured], twin: Mapping[str, Measured], recogniser: str) -> list[list[str]]:

@@ -341,7 +341,8 @@ def time_command(model: str, question: str, count: int) -> list[float]:
 def settings_title(options: Mapping[str, Any]) -> str:
     """Return the options of a row of the sweep in words."""
     threshold = options.get("audio_confidence_threshold")
-    how = f"threshold {threshold}" if threshold else f"{options['audio_steps_per_block']} steps"
+    steps = options.get("audio_steps_per_block")
+    how = f"threshold {threshold}" if threshold else f"{steps} step{'s' if steps != 1 else ''}"
     bias = f", order {options['audio_order_bias']}" if options["audio_order_bias"] else ""
     return f"blocks of {options['audio_block_size']}, {how}{bias}"
 
