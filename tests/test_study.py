@@ -11,10 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from builders import build_model, build_processor, tone, write_wav
 
 from modeling_ttt import TttConfig
+from pipelines import save_repository
 from training_examples.command_line import ScriptParser
-from training_examples.study import lists, report_study, run_study
+from training_examples.evaluation.backends import TttBackend
+from training_examples.evaluation.rows import Listener
+from training_examples.study import lists, measure_once, measure_run, report_study, run_study
 from training_examples.study.arms import ARMS, setting_name, training_flags
 from training_examples.study.counting import count
 from training_examples.study.run_study import Processes, Stage, StudyArguments
@@ -87,7 +91,7 @@ def test_training_takes_what_a_stage_is_told(args, monkeypatch):
 
 
 WORKER = """
-    import json, sys, time
+    import json, os, signal, sys, time
     from pathlib import Path
     here = Path(__file__).parent
     with (here / "done").open("a") as file:
@@ -95,6 +99,8 @@ WORKER = """
     order = json.loads((here / "orders.json").read_text()).get(sys.argv[1])
     if order == "fail":
         sys.exit("no space left")
+    if order == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
     if order == "wait":
         time.sleep(300)
 """
@@ -149,9 +155,11 @@ def test_every_stage_runs_once_however_often_the_study_is_started(args, stages, 
 
 def test_a_stage_that_fails_ends_its_run_alone_and_is_tried_again(args, stages, capsys):
     order, started = stages
-    order(**{"ttt-0__train": "fail", "ar-1__measured": "fail"})
-    with pytest.raises(RuntimeError, match="2 of 4 runs failed.*ttt-0: stage train ended with status 1: no space left"):
+    order(**{"ttt-0__train": "fail", "ar-1__measured": "die"})
+    with pytest.raises(run_study.FailedError, match="2 of 4 runs failed") as error:
         run_study.run_all(args)
+    assert "ttt-0: stage train ended with status 1: no space left" in str(error.value)
+    assert "ar-1: stage measured was killed by signal 9" in str(error.value)
     first = started()
     assert first == sorted([*runs_of(["ar-0", "ar-1", "ttt-1"]), "ttt-0/train"]), "nor what rests on them"
     assert "ttt-0: FAILED" in capsys.readouterr().out
@@ -163,7 +171,7 @@ def test_a_stage_that_fails_ends_its_run_alone_and_is_tried_again(args, stages, 
 def test_a_fault_of_the_study_itself_does_not_end_the_other_runs(args, stages):
     args.output_dir.mkdir()
     (args.output_dir / "ar-0").write_text("in the way")
-    with pytest.raises(RuntimeError, match="1 of 4 runs failed.*ar-0"):
+    with pytest.raises(run_study.FailedError, match="1 of 4 runs failed.*ar-0"):
         run_study.run_all(args)
     assert stages[1]() == runs_of(["ttt-0", "ar-1", "ttt-1"])
 
@@ -468,3 +476,71 @@ def test_speech_is_held_against_the_text_that_it_was_given():
     assert count(silent, "tts", heard)["speech_wer base"] == [[0, 2], [0, 3]]
     assert count(silent, "tts", {"base": {"0": "", "1": ""}})["speech_wer base"] == [[2, 2], [3, 3]]
     assert "exact" not in count(silent, "tts", heard)
+
+
+class Ears:
+    """Hears the same words in everything, and remembers how often it was asked."""
+
+    def __init__(self):
+        self.heard = 0
+
+    def transcribe(self, waveforms, sampling_rate):
+        self.heard += len(waveforms)
+        return ["one two"] * len(waveforms)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A study whose one run has a model that answers everything with "hi" and 40 codes, and two lists."""
+    root = tmp_path_factory.mktemp("study")
+    processor = build_processor()
+    save_repository(build_model(processor), processor, root / "study" / "ttt-0" / "train")
+    write_wav(root / "a.wav", tone(0.4))
+    spoken = {**ROW, "id": "1", "answer": "hi", "audio": "a.wav"}
+    (root / "development_tts.jsonl").write_text(json.dumps({**ROW, "answer_audio": "a.wav"}) + "\n")
+    (root / "development_spoken_qa_seen.jsonl").write_text(json.dumps(spoken) + "\n")
+    return root
+
+
+CHOSEN = {"split": "development", "lists": ["tts", "spoken_qa_seen"]}
+
+
+def test_a_run_is_measured_at_its_settings_and_listened_to_once(measured):
+    ears = Ears()
+    arguments = measure_run.MeasureArguments(measured / "study" / "ttt-0", "ttt", measured, **CHOSEN, threads=1)
+    found = measure_run.measure(arguments, [Listener("ears", lambda: ears, {})])
+    assert list(found) == ["26:2", "26:4", "26:8", "8:8", "26:26"]
+    assert {name: set(counts) for name, counts in found.items() if "spoken_qa_seen" in counts} == {
+        "26:2": {"tts", "spoken_qa_seen"},
+        "26:26": {"tts", "spoken_qa_seen"},
+    }
+    assert found["26:2"]["spoken_qa_seen"]["exact"] == [[1, 1]]
+    assert found["26:2"]["tts"]["speech_wer ears"] == [[0, 2]], "against the text that was to be read"
+    assert found["26:2"]["tts"]["codes_per_step"] == [[40, 4]]
+    assert found["26:26"]["tts"]["codes_per_step"] == [[40, 52]], "what is dropped of the last block was work, too"
+    assert ears.heard == 7
+    assert measure_run.measure(arguments, [Listener("ears", lambda: ears, {})]) == found and ears.heard == 7
+    other = Ears()
+    measure_run.measure(arguments, [Listener("other", lambda: other, {})])
+    assert other.heard == 7, "another recogniser can still listen"
+
+
+def test_what_an_answer_costs_is_counted(measured):
+    backend = TttBackend(str(measured / "study" / "ttt-0" / "train"))
+    samples = measure_run.read_samples(measured, "development", "tts", 1)
+    (fast,), (slow,) = (
+        measure_once.cost_of(backend.with_generation(audio_block_size=20, audio_steps_per_block=steps), samples, "tts")
+        for steps in (2, 20)
+    )
+    assert fast["codes"] == slow["codes"] == 40 and slow["forwards"] - fast["forwards"] == 2 * 18
+    assert slow["positions"] > fast["positions"] and fast["seconds"] > 0
+    assert fast["duration"] == pytest.approx(40 / backend.processor.audio_format.frame_rate)
+
+
+def test_recordings_are_heard_as_they_are_and_through_the_audio_tokenizer(measured):
+    arguments = measure_once.OnceArguments(measured / "study", ["ttt"], 0, measured, **CHOSEN, threads=1)
+    ears = Ears()
+    found = measure_once.measure_recordings(arguments, CHOSEN["lists"], [Listener("ears", lambda: ears, {})])
+    counts = {"tts": {"speech_wer ears": [[0, 2]], "speech_exact ears": [[1, 1]]}}
+    assert found == {"recordings": counts, "through the audio tokenizer": counts}, "one list has no recorded answers"
+    assert ears.heard == 2

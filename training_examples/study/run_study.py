@@ -136,6 +136,10 @@ class StoppedError(Exception):
     """Raised in a worker after an interrupt."""
 
 
+class FailedError(ValueError):
+    """Stages that failed: what they say, and their logs, have the fault; that of the study itself has no traceback."""
+
+
 def training_stage(
     args: StudyArguments, arm: Arm, seed: int, folder: Path, stage: tuple[str, int], start: Path,
     datasets: Sequence[str], depends: Any,
@@ -265,7 +269,7 @@ class Processes:
         Run a stage to its end; its output goes to the run's log.
 
         Raises:
-            RuntimeError: If it fails, with the last line of its log.
+            FailedError: If it fails, with the last line of its log.
             StoppedError: If the study was interrupted.
         """
         command = [sys.executable, str(SCRIPTS / stage.script), *stage.options]
@@ -291,8 +295,8 @@ class Processes:
             raise StoppedError
         stage.remember(time.monotonic() - begin, finished=code == 0)
         if code:
-            lines = [line for line in log_path.read_text(encoding="utf-8", errors="replace").splitlines() if line]
-            raise RuntimeError(f"stage {stage.name} ended with status {code}: {lines[-1]} ({log_path})")
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}: {last_line(log_path)}"
+            raise FailedError(f"stage {stage.name} {how} ({log_path})")
         if stage.trained is not None:  # what a killed run would go on from
             for folder in stage.trained.glob("checkpoint-*"):
                 shutil.rmtree(folder)
@@ -310,6 +314,12 @@ class Processes:
                 process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+def last_line(path: Path) -> str:
+    """Return what a log says last; a progress bar writes one line again and again."""
+    lines = path.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines()
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 class Progress:
@@ -369,7 +379,7 @@ def run_all(args: StudyArguments) -> None:
 
     Raises:
         ValueError, FileNotFoundError: If what was begun is another study, or a list is missing.
-        RuntimeError: If stages fail; the message says which, why, and where their logs are. The other runs go on.
+        FailedError: If stages fail; the message says which, why, and where their logs are. The other runs go on.
     """
     names = choose_lists(args.data_dir, args.split, args.lists)
     depends, lists = what_lies_there(args), hash_lists(args.data_dir, args.split, names, args.limit)
@@ -425,7 +435,7 @@ def run_all(args: StudyArguments) -> None:
         raise
     if failures:
         told = f"{len(failures)} of {len(runs)} runs failed, and are tried again by the next call"
-        raise RuntimeError("; ".join([told, *failures]))
+        raise FailedError("; ".join([told, *failures]))
 
 
 def interrupt(*_: Any) -> None:
