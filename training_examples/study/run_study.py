@@ -47,12 +47,14 @@ class StudyArguments:
     output_dir: Path = field(default=Path("runs/study"), metadata={"help": "A folder for each run."})
     arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": "Which arms, see arms.py."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of data order and noise."})
-    max_steps: int = field(default=250, metadata={"help": "Training steps of every run."})
-    tokens_per_batch: int = field(default=4096, metadata={"help": "Tokens a step, padding included."})
+    max_steps: int = field(default=500, metadata={"help": "Training steps of every run."})
+    tokens_per_batch: int = field(default=2048, metadata={"help": "Tokens a step, padding included."})
     learning_rate: float = field(default=5e-4, metadata={"help": "Peak of a cosine schedule."})
-    eval_steps: int = field(default=50, metadata={"help": "Steps between two losses of held-out examples; 0 is never."})
+    eval_steps: int = field(
+        default=100, metadata={"help": "Steps between two losses of held-out examples; 0 is never."}
+    )
     save_steps: int = field(
-        default=50, metadata={"help": "Steps between two checkpoints, which a killed run goes on from."}
+        default=100, metadata={"help": "Steps between two checkpoints, which a killed run goes on from."}
     )
     distilled_records: int = field(default=1_500, metadata={"help": "Prompts that the distilled arm answers itself."})
     recogniser: list[str] = field(
