@@ -50,9 +50,7 @@ class StudyArguments:
     max_steps: int = field(default=500, metadata={"help": "Training steps of every run."})
     tokens_per_batch: int = field(default=2048, metadata={"help": "Tokens a step, padding included."})
     learning_rate: float = field(default=5e-4, metadata={"help": "Peak of a cosine schedule."})
-    eval_steps: int = field(
-        default=100, metadata={"help": "Steps between two losses of held-out examples; 0 is never."}
-    )
+    eval_steps: int = field(default=100, metadata={"help": "Steps between two held-out losses; 0 is never."})
     save_steps: int = field(
         default=100, metadata={"help": "Steps between two checkpoints, which a killed run goes on from."}
     )
