@@ -28,6 +28,7 @@ from training_examples.study.lists import SPLITS
 from training_examples.user_errors import run_command
 
 DRAWS, SEED = 2_000, 0
+EDGE = 120  # per cent of word errors, above which a plot shows no difference
 BEGIN, END = "<!-- results: written by report_study.py -->", "<!-- end of results -->"
 # What the tables show: list, count (`*`: of the judge), heading.
 COLUMNS = (
@@ -37,6 +38,7 @@ COLUMNS = (
     ("spoken_qa_seen", "speech_exact *", "spoken QA, speech heard right"),
     ("spoken_qa_seen", "speech_wer *", "its speech, WER"),
     ("tts", "speech_wer *", "texts read aloud, WER"),
+    ("tts", "speech_exact *", "the same, heard right"),
     ("tts", "codes_per_step", "codes a forward of speech"),
 )
 COLORS = {
@@ -308,6 +310,7 @@ def plot_quality(figures: Figures, once: Mapping[str, Any] | None, path: Path) -
             if not points:
                 continue
             highest = max(highest, *(point[1] for point in points.values()))
+            points = {name: (point[0], *np.clip(point[1:], 0, EDGE)) for name, point in points.items()}
             line = sorted(point for setting, point in points.items() if not setting.startswith("8:"))
             single = arm == "ar"
             style = {"color": COLORS[arm], "elinewidth": 0.8, "lw": 2 if arm in ("ttt", "distilled") else 1.3}
@@ -322,14 +325,23 @@ def plot_quality(figures: Figures, once: Mapping[str, Any] | None, path: Path) -
             for title, lists in once["recordings"].items():
                 if value := lists.get("tts", {}).get(f"speech_wer {figures.judge}"):
                     height = 100 * mean(np.array([value], float))
+                    highest = max(highest, height)
                     axes.axhline(height, color="0.5", lw=0.8, ls=":")
                     axes.annotate(
                         title, (1, height), xycoords=("axes fraction", "data"), fontsize=8, color="0.4",
                         ha="right", va="bottom",
-                    )  # fmt: skip
+                    ).set_in_layout(False)  # fmt: skip
         axes.set(xscale="log", ylabel="word errors of the speech, %")
         axes.set_xlabel("codes a forward of speech (open marks: blocks of 8 in 8 steps)")
-        axes.set_ylim(0, min(110.0, 1.15 * highest) if highest else 1)
+        axes.set_ylim(0, min(EDGE + 3, 1.15 * highest) if highest else 1)
+        if highest > EDGE:
+            axes.annotate(
+                f"what lies above {EDGE} % is drawn there",
+                (0.01, 0.985),
+                xycoords="axes fraction",
+                fontsize=8,
+                va="top",
+            )
         ticks = [0.5, 1, 2, 4, 8, 16]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
