@@ -335,13 +335,7 @@ def plot_quality(figures: Figures, once: Mapping[str, Any] | None, path: Path) -
         axes.set_xlabel("codes a forward of speech (open marks: blocks of 8 in 8 steps)")
         axes.set_ylim(0, min(EDGE + 3, 1.15 * highest) if highest else 1)
         if highest > EDGE:
-            axes.annotate(
-                f"what lies above {EDGE} % is drawn there",
-                (0.01, 0.985),
-                xycoords="axes fraction",
-                fontsize=8,
-                va="top",
-            )
+            axes.set_ylabel(f"word errors of the speech, % (more than {EDGE} at {EDGE})")
         ticks = [0.5, 1, 2, 4, 8, 16]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
