@@ -510,8 +510,9 @@ def test_the_twin_takes_a_forward_a_token(folder):
 def test_an_option_that_is_none_takes_off_what_the_checkpoint_sets(folder):
     backend = TttBackend(str(folder / "model"))
     backend.pipe.model.generation_config.audio_confidence_threshold = 0.5
+    backend.pipe.model.generation_config.audio_steps_per_block = 4
     sample = Sample("a", (Turn(text="x"),))
-    options = {"audio_block_size": 4, "audio_steps_per_block": 4}
+    options = {"audio_block_size": 4}  # asked for steps, too, a call takes no threshold from the checkpoint
     (sure,) = backend.with_generation(**options).answer([sample], "text_chat")
     (steps,) = backend.with_generation(**options, audio_confidence_threshold=None).answer([sample], "text_chat")
     assert steps.forwards > 2 * sure.forwards  # sure of everything at once
