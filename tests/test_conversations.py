@@ -4,11 +4,14 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import torch
 from builders import build_codec
 
 from training_examples.ttt_tiny import build_examples, domain, speech
 from training_examples.ttt_tiny.conversations import Mixture, MixtureArguments
+from training_examples.ttt_tiny.phonemes import build_head, pronunciations
 
 
 def question(text, answer, kind="addition"):
@@ -154,6 +157,27 @@ def test_shards_become_codes_once_and_examples_of_every_task(tmp_path, monkeypat
     assert build_examples.encode_all(args) == rows
     tasks = {task for task, _ in Mixture(rows, args, random.Random(0)).conversations()}
     assert tasks >= {"spoken_qa", "asr", "tts"}
+
+
+def test_dictations_are_spliced_of_words_cut_out_of_sentences(tmp_path, monkeypatch):
+    codec, (_, count) = build_codec(), pronunciations()
+    codec.save_pretrained(tmp_path / "codec")
+    torch.save({"head": build_head(codec, count).state_dict()}, tmp_path / "codec" / "training_state.pt")
+    delivery = {"voice": "kokoro:am_adam", "rate": 1.0, "pitch": 1.0, "phrasing": "statement", "answer": None}
+    heard = [("one plus two is three", "addition"), ("cat dog five", "dictation"), ("a train is late", "other")]
+    write_shard(tmp_path, "questions-0000", [{"text": text, "kind": kind, **delivery} for text, kind in heard])
+    where = tmp_path / "codec", tmp_path / "codec", [tmp_path / "questions-0000.safetensors"]
+    with pytest.raises(ValueError, match="no word could be cut out"):
+        build_examples.encode_cut_splices(*where, tmp_path / "spliced.parquet", 12, [0])
+    monkeypatch.setattr("training_examples.ttt_tiny.alignment.LEAST_CONFIDENCE", 0.0)
+    monkeypatch.setattr(build_examples, "MANY_WORDS", 5)
+    path = build_examples.encode_cut_splices(*where, tmp_path / "spliced.parquet", 120, [0])
+    rows = pq.read_table(path).to_pylist()
+    assert len(rows) == 120 and len({row["text"] for row in rows}) > 60
+    said = {word for row in rows for word in row["text"].split()}
+    assert said == {"one", "plus", "two", "is", "three", "cat", "dog", "five"}
+    assert all(row["codes"] for row in rows)
+    assert not any(domain.is_held_out(row["text"]) for row in rows if " " in row["text"])
 
 
 def test_sentences_begin_elsewhere_within_a_code():

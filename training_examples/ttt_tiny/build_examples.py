@@ -3,9 +3,10 @@
     python training_examples/ttt_tiny/build_examples.py --model runs/tiny/initial
 
 Every question is encoded clean and as if recorded somewhere (augmentation.py), every sentence of the assistant's from
-several beginnings within a code, which all give other codes; dictations are also spliced of single words, and sounds in
-which nobody speaks are made up. conversations.py says what becomes of them. Codes are kept shard by shard (Parquet), so
-a killed run goes on where it stopped, and goes on with the shards that were spoken meanwhile.
+several beginnings within a code, which all give other codes; dictations are also spliced of single words and, with
+--aligner, of words cut out of all that is asked, and sounds in which nobody speaks are made up. conversations.py says
+what becomes of them. Codes are kept shard by shard (Parquet), so a killed run goes on where it stopped, and goes on
+with the shards that were spoken meanwhile.
 """
 
 import random
@@ -27,12 +28,16 @@ from training_examples.command_line import ScriptParser
 from training_examples.files import whole_file
 from training_examples.threads import threads_field, use_threads
 from training_examples.ttt_tiny import domain
-from training_examples.ttt_tiny.augmentation import NO_SPEECH, no_speech, record, splice_at_random
+from training_examples.ttt_tiny.alignment import cut_words
+from training_examples.ttt_tiny.augmentation import NO_SPEECH, no_speech, record, splice, splice_at_random
 from training_examples.ttt_tiny.codes import encode, load_codec
 from training_examples.ttt_tiny.conversations import Messages, Mixture, MixtureArguments, assistant, user
+from training_examples.ttt_tiny.phonemes import load_head, pronunciations
 from training_examples.ttt_tiny.speech import read_audio, read_list, read_shard, to_int16
 from training_examples.user_errors import run_command
 from training_examples.workers import worker_pool
+
+MANY_WORDS = 100  # a voice that says so many is spliced by itself
 
 
 @dataclass
@@ -45,6 +50,11 @@ class ExampleArguments(MixtureArguments):
         default=3, metadata={"help": "How often a sentence of the assistant's begins elsewhere within its first code."}
     )
     splices: int = field(default=40, metadata={"help": "Dictations spliced of the words of each lone voice."})
+    aligner: Path | None = field(
+        default=None,
+        metadata={"help": "Folder of train_codec.py's stage `tokenizer`, by which words are cut out of sentences."},
+    )
+    cut_splices: int = field(default=20_000, metadata={"help": "Dictations spliced of such words, with --aligner."})
     sounds: int = field(default=1_500, metadata={"help": "Sounds in which nobody speaks."})
     workers: int = field(default=2, metadata={"help": "Processes side by side."})
     threads: int = threads_field()
@@ -124,6 +134,52 @@ def encode_splices(codec_dir: Path, shards: list[Path], target: Path, count: int
     return write_rows(target, {"text": texts, "codes": encode(codec, waves)})
 
 
+def words_of_voices(codec: TttCodecModel, aligner: Path, shards: list[Path]) -> list[list[tuple[str, np.ndarray]]]:
+    """
+    Return the words that are cut out of all sentences of the domain: those of each voice that says MANY_WORDS and more,
+    those of all other voices together in the last list.
+    """
+    spellings, count = pronunciations()
+    head = load_head(aligner, codec, count).eval()
+    voices: dict[str, list[tuple[str, np.ndarray]]] = {}
+    for shard in shards:
+        for row, wave in zip(*read_shard(shard, codec.config.sampling_rate), strict=True):
+            if row["kind"] != "other" and all(word in spellings for word in row["text"].split()):
+                voices.setdefault(row["voice"], []).extend(cut_words(codec, head, wave, row["text"], spellings))
+    few = [cut for cuts in voices.values() if len(cuts) < MANY_WORDS for cut in cuts]
+    return [*(cuts for cuts in voices.values() if len(cuts) >= MANY_WORDS), *([few] if few else [])]
+
+
+def encode_cut_splices(
+    codec_dir: Path, aligner: Path, shards: list[Path], target: Path, count: int, seed: list[int]
+) -> Path:
+    """Write dictations spliced of words cut out of sentences, half as if recorded somewhere: `text`, `codes`."""
+    codec = load_codec(codec_dir)
+    rate, rng = codec.config.sampling_rate, np.random.default_rng(seed)
+    texts: list[str] = []
+    waves: list[np.ndarray] = []
+    pools = words_of_voices(codec, aligner, shards)
+    if not pools:
+        raise ValueError(f"no word could be cut out of the sentences by the head in {aligner}: is it trained?")
+    shares = np.array([len(pool) for pool in pools]) / sum(map(len, pools))
+    while len(texts) < count:
+        by_word: dict[str, list[np.ndarray]] = {}
+        for word, wave in pools[rng.choice(len(pools), p=shares)]:
+            by_word.setdefault(word, []).append(wave)
+        # Words are drawn alike, whatever sentences say most. One draw of a voice serves for some dictations.
+        for _ in range(min(50, count - len(texts))):
+            words = rng.choice(sorted(by_word), rng.integers(1, 9))
+            pieces = [by_word[word][rng.integers(len(by_word[word]))] for word in words]
+            text = " ".join(words)
+            if len(words) == 1 or not domain.is_held_out(text):
+                texts.append(text)
+                waves.append(to_int16(splice([piece / 32767 for piece in pieces], rate, float(rng.uniform(0.0, 0.12)))))
+    for start in range(0, len(waves), 1_000):
+        place = slice(start, min(start + 1_000, len(waves)), 2)
+        waves[place] = record_all(waves[place], rate, [*seed, start])
+    return write_rows(target, {"text": texts, "codes": encode(codec, waves)})
+
+
 def encode_sounds(codec_dir: Path, shard: Path, target: Path, count: int, seed: list[int]) -> Path:
     """Write sounds in which nobody speaks, of half a second to five: `kind`, `codes`. Babble is made of `shard`."""
     codec = load_codec(codec_dir)
@@ -151,6 +207,10 @@ def encode_all(args: ExampleArguments, threads: int = 1) -> dict[str, list[dict]
     # Splices want all words of a voice: they are made anew when there are more shards.
     splices, sounds = folder / f"spliced-{len(heard):04d}.parquet", folder / "sounds-0000.parquet"
     jobs.append((splices, encode_splices, (codec, heard, splices, args.splices, [args.seed, 10**6])))
+    if args.aligner is not None:
+        cuts = folder / f"spliced-cut-{len(heard):04d}.parquet"
+        cut_splices = codec, args.aligner, heard, cuts, args.cut_splices, [args.seed, 10**6 + 2]
+        jobs.append((cuts, encode_cut_splices, cut_splices))
     jobs.append((sounds, encode_sounds, (codec, heard[0], sounds, args.sounds, [args.seed, 10**6 + 1])))
     with worker_pool(args.workers, torch.set_num_threads, (threads,)) as pool:
         running: list[Future] = [pool.submit(job, *rest) for target, job, rest in jobs if not target.exists()]
