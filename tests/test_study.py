@@ -227,6 +227,7 @@ CALLER = """
     from training_examples.study import run_study
     from training_examples.study.run_study import Stage
     from training_examples.user_errors import run_command
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started deaf to it
     folder = Path(sys.argv[1])
     def stage(run):
         return Stage("train", folder / "study" / run, str(folder / "worker.py"), [f"{run}/train"], None)
@@ -283,7 +284,7 @@ def test_an_interrupt_ends_what_was_started_and_starts_no_more(call, stages, sen
     process = call()
     child = child_of(process)
     process.send_signal(sent)
-    said, _ = process.communicate()
+    said, _ = process.communicate(timeout=120)
     assert process.returncode == 130 and "interrupted" in said
     assert not Path(f"/proc/{child}").exists() and stages[1]() == ["ar-0/train"]
 
