@@ -159,25 +159,61 @@ def test_shards_become_codes_once_and_examples_of_every_task(tmp_path, monkeypat
     assert tasks >= {"spoken_qa", "asr", "tts"}
 
 
-def test_dictations_are_spliced_of_words_cut_out_of_sentences(tmp_path, monkeypatch):
+@pytest.fixture
+def cuts(tmp_path, monkeypatch):
+    """What encode_cut_splices is told of a codec with an untrained head, and of three sentences of one voice."""
     codec, (_, count) = build_codec(), pronunciations()
     codec.save_pretrained(tmp_path / "codec")
     torch.save({"head": build_head(codec, count).state_dict()}, tmp_path / "codec" / "training_state.pt")
-    delivery = {"voice": "kokoro:am_adam", "rate": 1.0, "pitch": 1.0, "phrasing": "statement", "answer": None}
-    heard = [("one plus two is three", "addition"), ("cat dog five", "dictation"), ("a train is late", "other")]
-    write_shard(tmp_path, "questions-0000", [{"text": text, "kind": kind, **delivery} for text, kind in heard])
-    where = tmp_path / "codec", tmp_path / "codec", [tmp_path / "questions-0000.safetensors"]
-    with pytest.raises(ValueError, match="no word could be cut out"):
-        build_examples.encode_cut_splices(*where, tmp_path / "spliced.parquet", 12, [0])
-    monkeypatch.setattr("training_examples.ttt_tiny.alignment.LEAST_CONFIDENCE", 0.0)
+    delivery = {"voice": "kokoro:am_adam", "rate": 1.0, "pitch": 1.0, "phrasing": "statement"}
+    heard = [
+        ("one plus two is three", "three", "addition"),
+        ("cat dog five", None, "dictation"),
+        ("a train is late", "i do not know that", "other"),
+    ]
+    rows = [{"text": text, "answer": answer, "kind": kind, **delivery} for text, answer, kind in heard]
+    write_shard(tmp_path, "questions-0000", rows)
     monkeypatch.setattr(build_examples, "MANY_WORDS", 5)
-    path = build_examples.encode_cut_splices(*where, tmp_path / "spliced.parquet", 120, [0])
-    rows = pq.read_table(path).to_pylist()
+    return tmp_path / "codec", tmp_path / "codec", [tmp_path / "questions-0000.safetensors"], tmp_path / "cut.parquet"
+
+
+@pytest.fixture
+def sure(monkeypatch):
+    """An untrained head is sure of nothing: all words are cut out all the same."""
+    monkeypatch.setattr("training_examples.ttt_tiny.alignment.LEAST_CONFIDENCE", 0.0)
+
+
+def test_nothing_is_spliced_of_words_that_the_head_is_not_sure_of(cuts):
+    with pytest.raises(ValueError, match="no word could be cut out"):
+        build_examples.encode_cut_splices(*cuts, 12, False, [0])
+
+
+def test_dictations_are_spliced_of_words_cut_out_of_sentences(cuts, sure, monkeypatch):
+    monkeypatch.setattr(build_examples, "CHUNK", 50)  # waveforms of some are held at a time
+    rows = pq.read_table(build_examples.encode_cut_splices(*cuts, 120, False, [0])).to_pylist()
     assert len(rows) == 120 and len({row["text"] for row in rows}) > 60
     said = {word for row in rows for word in row["text"].split()}
     assert said == {"one", "plus", "two", "is", "three", "cat", "dog", "five"}
     assert all(row["codes"] for row in rows)
     assert not any(domain.is_held_out(row["text"]) for row in rows if " " in row["text"])
+
+
+def test_questions_are_spliced_of_cut_words_with_their_answers(cuts, sure):
+    rows = pq.read_table(build_examples.encode_cut_splices(*cuts, 20, True, [0])).to_pylist()
+    assert [(row["text"], row["answer"], row["kind"]) for row in rows] == [
+        ("one plus two is three", "three", "addition")
+    ] * 20
+    assert len({tuple(row["codes"]) for row in rows}) > 10  # other gaps, other recordings
+
+
+def test_questions_whose_words_no_voice_says_end_in_an_error(cuts, sure, monkeypatch):
+    monkeypatch.setattr(build_examples, "MOST_DRAWS", 3)
+    shards = cuts[2]
+    rows, waves = speech.read_shard(shards[0], 24_000)
+    rows = [{**row, "answer": None} for row in rows]
+    speech.write_shard(shards[0], rows, waves)
+    with pytest.raises(ValueError, match="no question can be spliced"):
+        build_examples.encode_cut_splices(*cuts, 20, True, [0])
 
 
 def test_sentences_begin_elsewhere_within_a_code():

@@ -10,7 +10,7 @@ with the shards that were spoken meanwhile.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,13 +31,16 @@ from training_examples.ttt_tiny import domain
 from training_examples.ttt_tiny.alignment import cut_words
 from training_examples.ttt_tiny.augmentation import NO_SPEECH, no_speech, record, splice, splice_at_random
 from training_examples.ttt_tiny.codes import encode, load_codec
-from training_examples.ttt_tiny.conversations import Messages, Mixture, MixtureArguments, assistant, user
+from training_examples.ttt_tiny.conversations import Messages, Mixture, MixtureArguments, Row, assistant, user
 from training_examples.ttt_tiny.phonemes import load_head, pronunciations
 from training_examples.ttt_tiny.speech import read_audio, read_list, read_shard, to_int16
 from training_examples.user_errors import run_command
 from training_examples.workers import worker_pool
 
 MANY_WORDS = 100  # a voice that says so many is spliced by itself
+CUT_SHARD = 25_000  # splices of cut words that one process makes
+CHUNK = 1_000  # of these, how many waveforms are held at a time
+MOST_DRAWS = 1_000  # voices drawn in vain before it is said that nothing can be spliced
 
 
 @dataclass
@@ -55,6 +58,7 @@ class ExampleArguments(MixtureArguments):
         metadata={"help": "Folder of train_codec.py's stage `tokenizer`, by which words are cut out of sentences."},
     )
     cut_splices: int = field(default=20_000, metadata={"help": "Dictations spliced of such words, with --aligner."})
+    cut_questions: int = field(default=0, metadata={"help": "Questions spliced of such words, with --aligner."})
     sounds: int = field(default=1_500, metadata={"help": "Sounds in which nobody speaks."})
     workers: int = field(default=2, metadata={"help": "Processes side by side."})
     threads: int = threads_field()
@@ -150,34 +154,62 @@ def words_of_voices(codec: TttCodecModel, aligner: Path, shards: list[Path]) -> 
     return [*(cuts for cuts in voices.values() if len(cuts) >= MANY_WORDS), *([few] if few else [])]
 
 
+def draw_dictations(known: Sequence[str], count: int, rng: np.random.Generator) -> list[Row]:
+    """Return texts of one to eight words, drawn alike, whatever sentences say most; none that is held out."""
+    texts = [" ".join(rng.choice(known, rng.integers(1, 9))) for _ in range(count)]
+    return [{"text": text} for text in texts if " " not in text or not domain.is_held_out(text)]
+
+
+def draw_questions(asked: Sequence[Row], known: Sequence[str], count: int, rng: np.random.Generator) -> list[Row]:
+    """Return questions that are asked in training, of known words alone; each kind as often as any other."""
+    kinds: dict[str, list[Row]] = {}
+    for row in asked:
+        if row["answer"] is not None and row["kind"] != "other" and set(row["text"].split()) <= set(known):
+            kinds.setdefault(row["kind"], []).append({key: row[key] for key in ("text", "answer", "kind")})
+    if not kinds:
+        return []
+    drawn = [kinds[str(kind)] for kind in rng.choice(sorted(kinds), count)]
+    return [rows[rng.integers(len(rows))] for rows in drawn]
+
+
 def encode_cut_splices(
-    codec_dir: Path, aligner: Path, shards: list[Path], target: Path, count: int, seed: list[int]
+    codec_dir: Path, aligner: Path, shards: list[Path], target: Path, count: int, questions: bool, seed: list[int]
 ) -> Path:
-    """Write dictations spliced of words cut out of sentences, half as if recorded somewhere: `text`, `codes`."""
+    """
+    Write dictations, or questions with their answers, spliced of words cut out of sentences, half of them as if
+    recorded somewhere: `text`, `codes`, and `answer` and `kind` of questions.
+
+    Raises:
+        ValueError: If no word could be cut out.
+    """
     codec = load_codec(codec_dir)
     rate, rng = codec.config.sampling_rate, np.random.default_rng(seed)
-    texts: list[str] = []
-    waves: list[np.ndarray] = []
     pools = words_of_voices(codec, aligner, shards)
     if not pools:
         raise ValueError(f"no word could be cut out of the sentences by the head in {aligner}: is it trained?")
+    asked = [row for shard in shards for row in read_shard(shard, rate)[0]] if questions else []
     shares = np.array([len(pool) for pool in pools]) / sum(map(len, pools))
-    while len(texts) < count:
-        by_word: dict[str, list[np.ndarray]] = {}
-        for word, wave in pools[rng.choice(len(pools), p=shares)]:
-            by_word.setdefault(word, []).append(wave)
-        # Words are drawn alike, whatever sentences say most. One draw of a voice serves for some dictations.
-        for _ in range(min(50, count - len(texts))):
-            words = rng.choice(sorted(by_word), rng.integers(1, 9))
-            pieces = [by_word[word][rng.integers(len(by_word[word]))] for word in words]
-            text = " ".join(words)
-            if len(words) == 1 or not domain.is_held_out(text):
-                texts.append(text)
-                waves.append(to_int16(splice([piece / 32767 for piece in pieces], rate, float(rng.uniform(0.0, 0.12)))))
-    for start in range(0, len(waves), 1_000):
-        place = slice(start, min(start + 1_000, len(waves)), 2)
-        waves[place] = record_all(waves[place], rate, [*seed, start])
-    return write_rows(target, {"text": texts, "codes": encode(codec, waves)})
+    rows: list[Row] = []
+    while len(rows) < count:
+        found: list[Row] = []
+        waves: list[np.ndarray] = []
+        for _ in range(MOST_DRAWS):
+            by_word: dict[str, list[np.ndarray]] = {}
+            for word, wave in pools[rng.choice(len(pools), p=shares)]:
+                by_word.setdefault(word, []).append(wave)
+            # One draw of a voice serves for some sentences.
+            many, known = min(50, count - len(rows) - len(found)), sorted(by_word)
+            for row in draw_questions(asked, known, many, rng) if questions else draw_dictations(known, many, rng):
+                pieces = [by_word[word][rng.integers(len(by_word[word]))] / 32767 for word in row["text"].split()]
+                found.append(row)
+                waves.append(to_int16(splice(pieces, rate, float(rng.uniform(0.0, 0.12)))))
+            if len(rows) + len(found) == count or len(found) >= CHUNK:
+                break
+        if not found:
+            raise ValueError(f"no question can be spliced of the words cut out by the head in {aligner}")
+        waves[::2] = record_all(waves[::2], rate, [*seed, len(rows)])
+        rows += [{**row, "codes": codes} for row, codes in zip(found, encode(codec, waves), strict=True)]
+    return write_rows(target, {key: [row[key] for row in rows] for key in rows[0]})
 
 
 def encode_sounds(codec_dir: Path, shard: Path, target: Path, count: int, seed: list[int]) -> Path:
@@ -208,9 +240,13 @@ def encode_all(args: ExampleArguments, threads: int = 1) -> dict[str, list[dict]
     splices, sounds = folder / f"spliced-{len(heard):04d}.parquet", folder / "sounds-0000.parquet"
     jobs.append((splices, encode_splices, (codec, heard, splices, args.splices, [args.seed, 10**6])))
     if args.aligner is not None:
-        cuts = folder / f"spliced-cut-{len(heard):04d}.parquet"
-        cut_splices = codec, args.aligner, heard, cuts, args.cut_splices, [args.seed, 10**6 + 2]
-        jobs.append((cuts, encode_cut_splices, cut_splices))
+        for kind, count in (("spliced", args.cut_splices), ("questions", args.cut_questions)):
+            for start in range(0, count, CUT_SHARD):
+                most = min(CUT_SHARD, count - start)
+                cuts = folder / f"{kind}-cut-{len(heard):04d}-{start // CUT_SHARD:02d}-{most}.parquet"
+                seed = [args.seed, 10**6 + 2, int(kind == "questions"), start]
+                cut = codec, args.aligner, heard, cuts, most, kind == "questions", seed
+                jobs.append((cuts, encode_cut_splices, cut))
     jobs.append((sounds, encode_sounds, (codec, heard[0], sounds, args.sounds, [args.seed, 10**6 + 1])))
     with worker_pool(args.workers, torch.set_num_threads, (threads,)) as pool:
         running: list[Future] = [pool.submit(job, *rest) for target, job, rest in jobs if not target.exists()]
