@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import soundfile
 from builders import build_processor, tone
+from serving import SECONDS
 
 from pipelines.serving.answers import Answer, AnswerStore
 from pipelines.serving.conversation import Conversation, Item, Part, Rhythm, messages
 from pipelines.serving.errors import ApiError
 from pipelines.serving.limits import Limits, RateLimit
+from pipelines.serving.outbox import ROOM_BYTES, Outbox
 from pipelines.serving.security import KeyRing, is_loopback, read_api_keys
 from pipelines.serving.sound import (
     FileStream,
@@ -190,3 +192,37 @@ def test_a_rate_is_kept():
     assert rate.take(20.0) == 0.0 and rate.take(5.0) == 0.5
     now[0] = 100.0
     assert rate.take(20.0) == 0.0 and rate.take(1.0) == pytest.approx(0.1)
+
+
+# ---- what is sent --------------------------------------------------------------------------------------------------
+
+
+def test_sending_ends_though_it_is_cancelled_at_the_moment_at_which_an_event_is_sent():
+    async def main() -> None:
+        async def send(text: str) -> None:
+            running.cancel()
+
+        outbox = Outbox(send, 1000, SECONDS)
+        running = asyncio.create_task(outbox.run())
+        outbox.put({"type": "error"})
+        await asyncio.wait({running}, timeout=30.0)
+        assert running.cancelled()
+
+    asyncio.run(main())
+
+
+def test_nobody_waits_for_events_that_will_not_be_sent():
+    async def main() -> None:
+        async def send(text: str) -> None:
+            raise OSError("the connection is lost")
+
+        outbox = Outbox(send, 2 * ROOM_BYTES, SECONDS)
+        outbox.put({"type": "error", "error": "x" * ROOM_BYTES}, "resp_1", 1)
+        waiting = {asyncio.create_task(wait) for wait in (outbox.room(), outbox.empty(), outbox.sent_all("resp_1"))}
+        await asyncio.sleep(0)
+        with pytest.raises(OSError, match="lost"):
+            await outbox.run()
+        _, late = await asyncio.wait(waiting, timeout=30.0)
+        assert not late and not outbox.sent
+
+    asyncio.run(main())

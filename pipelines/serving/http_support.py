@@ -46,7 +46,8 @@ class AnswerResponse(StreamingResponse):
 
         async def send_in_time(message: Any) -> None:
             try:
-                await asyncio.wait_for(send(message), self.seconds)
+                async with asyncio.timeout(self.seconds):
+                    await send(message)
             except TimeoutError:
                 raise ClientDisconnect from None
 

@@ -4,6 +4,7 @@ process or of a server. The devices themselves are ttt_live.py's, in the folder 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import threading
 from collections import deque
@@ -274,9 +275,10 @@ async def talk_to(conversation: LiveConversation, url: str, api_key: str | None 
         async with connect(url, additional_headers=headers, max_size=MESSAGE_BYTES, compression=None) as socket:
 
             async def write() -> None:
-                while (event := await events.get()) is not None:
-                    await socket.send(json.dumps(event))
-                await socket.close()
+                with contextlib.suppress(ConnectionClosed):  # which ends the reading below, too
+                    while (event := await events.get()) is not None:
+                        await socket.send(json.dumps(event))
+                    await socket.close()
 
             writing = asyncio.create_task(write())
             try:
@@ -296,7 +298,7 @@ def _events_of(conversation: LiveConversation) -> asyncio.Queue[dict[str, Any] |
     loop = asyncio.get_running_loop()
 
     def send(event: dict[str, Any] | None) -> None:
-        if not loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # the loop is closed: there is no connection any more
             loop.call_soon_threadsafe(events.put_nowait, event)
 
     conversation.connect(send)

@@ -90,27 +90,35 @@ class Outbox:
 
     async def run(self) -> None:
         """
-        Send what there is, for ever.
+        Send what there is, for ever. Where that ends, what waits is forgotten, and nobody waits for it any more.
 
         Raises:
             SlowReader: if the client takes nothing for too long, or too much waited.
         """
-        while True:
-            while not self._entries:
-                await self._wait()
-            if self._overflowed:
-                raise SlowReader
-            entry = self._entries[0]
-            try:
-                await asyncio.wait_for(self.send(entry.text), self.seconds)
-            except TimeoutError:
-                raise SlowReader from None
-            if self._entries and self._entries[0] is entry:  # it may have been dropped while it was sent
-                self._entries.popleft()
-                self._bytes -= len(entry.text)
-            if entry.source is not None:
-                self.sent[entry.source] += entry.samples
+        try:
+            while True:
+                while not self._entries:
+                    await self._wait()
+                if self._overflowed:
+                    raise SlowReader
+                await self._send(self._entries[0])
+        finally:
+            self._entries.clear()
+            self._bytes = 0
             self._wake()
+
+    async def _send(self, entry: Entry) -> None:
+        try:
+            async with asyncio.timeout(self.seconds):
+                await self.send(entry.text)
+        except TimeoutError:
+            raise SlowReader from None
+        if self._entries and self._entries[0] is entry:  # it may have been dropped while it was sent
+            self._entries.popleft()
+            self._bytes -= len(entry.text)
+        if entry.source is not None:
+            self.sent[entry.source] += entry.samples
+        self._wake()
 
     async def _wait(self) -> None:
         waker = asyncio.get_running_loop().create_future()

@@ -128,14 +128,15 @@ class RealtimeSession:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             code, reason = self._outcome(next(task for task in tasks if task.done()))
             if code and not sending.done():
-                await asyncio.wait_for(self.outbox.empty(), self.service.limits.send_seconds)
+                async with asyncio.timeout(self.service.limits.send_seconds):
+                    await self.outbox.empty()
             if code:
-                await asyncio.wait_for(self.socket.close(code, reason), CLOSE_SECONDS)
+                async with asyncio.timeout(CLOSE_SECONDS):
+                    await self.socket.close(code, reason)
         except (TimeoutError, RuntimeError, WebSocketDisconnect):
             pass  # there is nobody to say goodbye to
         finally:
             await self._end(tasks)
-            self._has_ended.set()
 
     def _outcome(self, task: asyncio.Task[Any]) -> tuple[int, str]:
         """Return how to close the connection; 0 where the client has closed it."""
@@ -149,32 +150,36 @@ class RealtimeSession:
         return (0, "") if error is not None else task.result()
 
     async def _end(self, tasks: list[asyncio.Task[Any]]) -> None:
-        for response in (self.response, *self._aside):
-            if response is not None:
-                response.cancel("client_cancelled")
+        for response in self._running:
+            response.cancel("client_cancelled")
         if self._idle is not None:
             self._idle.cancel()
         for task in (*tasks, *self._tasks):
             task.cancel()
-        await asyncio.gather(*tasks, *self._tasks, return_exceptions=True)
-        self.service.engine.forget(self.id)
+        try:
+            await asyncio.gather(*tasks, *self._tasks, return_exceptions=True)
+        finally:  # also where the server does not wait for that
+            self.service.engine.forget(self.id)
+            self._has_ended.set()
 
     async def _read(self) -> tuple[int, str]:
         """Take events until there are to be no more; return why, as a code and a reason to close with."""
-        ends = time.monotonic() + self.service.limits.session_seconds
-        while True:
-            left = min(self.service.limits.idle_seconds, ends - time.monotonic())
+        clock = asyncio.get_running_loop().time
+        ends = clock() + self.service.limits.session_seconds
+        while (now := clock()) < ends:
             try:
-                message = await asyncio.wait_for(self.socket.receive(), max(0.0, left))
+                async with asyncio.timeout_at(min(now + self.service.limits.idle_seconds, ends)):
+                    message = await self.socket.receive()
             except TimeoutError:
-                code = "session_expired" if time.monotonic() >= ends else "session_idle"
-                self._error(ApiError(f"The session ends: {code.replace('_', ' ')}.", code=code), None)
-                return 1001, code
+                break
             if message["type"] == "websocket.disconnect":
                 raise WebSocketDisconnect(message.get("code", 1005))
             await asyncio.sleep(self._messages.take(1.0))
             await self.outbox.room()
             await self._handle(message.get("text"))
+        code = "session_expired" if clock() >= ends else "session_idle"
+        self._error(ApiError(f"The session ends: {code.replace('_', ' ')}.", code=code), None)
+        return 1001, code
 
     async def _handle(self, text: str | None) -> None:
         """Do what one event asks. Whatever is wrong with it, the connection stays."""
@@ -224,8 +229,8 @@ class RealtimeSession:
     async def _leave(self) -> tuple[int, str]:
         """Wait until the session is to end and nothing is being written; return why, as `_read` does."""
         await self._is_leaving.wait()
-        while self.response is not None or self._aside:
-            await asyncio.sleep(0.05)
+        while running := self._running:
+            await running[0].done.wait()
         self._error(draining(), None)
         return 1001, "the server is shutting down"
 
@@ -402,6 +407,11 @@ class RealtimeSession:
 
     # ---- responses ---------------------------------------------------------------------------------------------------
 
+    @property
+    def _running(self) -> list[Response]:
+        """The responses that are being written."""
+        return [response for response in (self.response, *self._aside) if response is not None]
+
     async def _create_response(self, event: ResponseCreateEvent) -> None:
         await self._respond(event.response or ResponseParams())
 
@@ -446,9 +456,9 @@ class RealtimeSession:
         return items
 
     async def _write(self, response: Response, previous: Response | None) -> None:
-        if previous is not None:  # it was cancelled, and is about to say so
-            await previous.done.wait()
         try:
+            if previous is not None:  # it was cancelled, and is about to say so
+                await previous.done.wait()
             await response.run()
         finally:
             response.done.set()
@@ -459,8 +469,7 @@ class RealtimeSession:
                 self._aside.remove(response)
 
     def _cancel_response(self, event: ResponseCancelEvent) -> None:
-        running = [response for response in (self.response, *self._aside) if response is not None]
-        chosen = [response for response in running if event.response_id in (None, response.id)]
+        chosen = [response for response in self._running if event.response_id in (None, response.id)]
         chosen = [response for response in chosen if response.cancelled is None]
         if not chosen or (event.response_id is None and chosen[0] is not self.response):
             message = "There is no response to cancel."

@@ -182,7 +182,8 @@ class Guard:
             if complete:
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), max(0.0, deadline - loop.time()))
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
             except TimeoutError:
                 raise ApiError("The request did not arrive in time.", 408, "request_timeout") from None
             size += len(message.get("body", b""))
