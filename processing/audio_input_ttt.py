@@ -25,6 +25,8 @@ RATE_KEYS = ("sampling_rate", "sample_rate", "samplerate", "sr")
 MIN_SAMPLING_RATE = 1000  # Hz; what is below was given in kHz
 LOUDEST = 10.0  # full scale is 1; a sample beyond this is PCM that was cast to float
 FILE_START = re.compile(rb"RIFF....WAVE|fLaC|OggS", re.DOTALL)
+# What libsndfile says of a file that is there, where it looked for MP3 and found none.
+NO_MPEG = "File does not exist"
 SECONDS_TO_FETCH, SECONDS_TO_DECODE = 30.0, 120.0
 # What ffmpeg may open: media alone, no playlists, which name other files.
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,ogg,aac,ac3,amr,asf,avi,flv,mpegts,mpeg,mp3,wav,flac,caf,aiff"
@@ -265,6 +267,7 @@ def _read_file(file: str | bytes, target_rate: int, name: str) -> np.ndarray:
         return load_audio(source, target_rate, backend="soundfile")
     except (RuntimeError, ValueError, TypeError) as error:
         reason = str(getattr(error, "error_string", error)).partition(". ")[0].rstrip(".")
+        reason = "no whole frame of MP3 in it" if reason.startswith(NO_MPEG) else reason
     try:
         if (program := shutil.which("ffmpeg")) is not None:
             return _decode_with_ffmpeg(program, file, target_rate)
@@ -305,6 +308,8 @@ def _decode_with_ffmpeg(program: str, file: str | bytes, target_rate: int) -> np
         )
         if done.returncode != 0:
             lines = done.stderr.decode(errors="replace").strip().splitlines()
+            if len(lines) > 1 and lines[-1].endswith(": Invalid argument"):  # which says nothing; the line before does
+                raise ValueError(f"ffmpeg: {lines[-2].partition('] ')[2] or lines[-2]}")
             raise ValueError(f"ffmpeg: {lines[-1].rpartition(': ')[2] if lines else 'failed'}")
         _check_header(decoded, "the decoded audio")
         return load_audio(decoded, target_rate, backend="soundfile")

@@ -218,6 +218,24 @@ def test_ffmpeg_opens_no_list_of_other_files(sound, tmp_path):
                 load_waveform(audio, 16_000)
 
 
+@pytest.mark.parametrize("decoder", ["ffmpeg", "none"])
+def test_an_mp3_that_is_none_is_not_said_to_be_missing(decoder, tmp_path, monkeypatch):
+    if decoder == "none":
+        monkeypatch.setenv("PATH", str(tmp_path))
+        if is_torchcodec_available():
+            pytest.skip("torchcodec decodes in place of ffmpeg")
+    elif shutil.which("ffmpeg") is None:
+        pytest.skip("ffmpeg is not installed")
+    page, noise = tmp_path / "page.mp3", tmp_path / "noise.mp3"
+    page.write_bytes(b"<html>a page that says that there is nothing here</html>")
+    noise.write_bytes(np.random.default_rng(0).bytes(20_000))
+    for path in (page, noise):
+        with pytest.raises(ValueError, match=r"\.mp3' cannot be read as audio \(no whole frame of MP3 in it") as error:
+            load_waveform(path, 16_000)
+        for misleading in ("does not exist", "Invalid argument", "0x"):
+            assert misleading not in str(error.value)
+
+
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
 def test_a_film_without_sound_is_no_audio(tmp_path):
     film = tmp_path / "silent.mov"

@@ -297,6 +297,40 @@ def test_data_that_does_not_fit_is_refused_by_name(tmp_path):
         read_samples(own, str(tmp_path / "lost.jsonl"))
 
 
+def test_recordings_that_are_missing_or_broken_are_named_and_the_others_measured(tmp_path, answering):
+    (tmp_path / "broken.wav").write_bytes(b"RIFF nothing")
+    good = [{"audio": str(path), "text": "hi", "id": path.stem[:6]} for path in RECORDINGS]
+    bad = [{"audio": name, "text": "hi", "id": name} for name in ("lost.wav", "broken.wav")]
+    bad.append({"audio": None, "text": "hi", "id": "none"})
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in [*bad, *good]))
+    args = benchmarks.Arguments(data=str(data), output_dir=tmp_path / "out", scorer=["exact"])
+    text = benchmarks.run(args)
+    figures = {key: m.figure for (_, key), m in Report.read(tmp_path / "out").figures.items()}
+    assert figures["text/exact"].value == 1 and figures["text/exact"].count == len(RECORDINGS)  # what was asked alone
+    assert f"3 of {3 + len(RECORDINGS)} rows have no recording that can be read" in text
+    for said in ("lost.wav is neither in", "broken.wav' cannot be read as audio", "none: its row names no recording"):
+        assert said in text
+    shutil.copy(RECORDINGS[0], tmp_path / "lost.wav")
+    assert "2 of" in benchmarks.run(args) and "lost.wav is neither" not in (tmp_path / "out" / "report.md").read_text()
+
+    data.write_text("".join(json.dumps(row) + "\n" for row in bad[1:]))
+    with pytest.raises(ValueError, match="no recording of own data can be read; the first: .*broken.wav"):
+        benchmarks.run(args)
+    data.write_text("".join(json.dumps({**row, "audio": "gone.wav"}) + "\n" for row in bad))
+    with pytest.raises(FileNotFoundError, match=r"no row has its recording \(3 rows\); the first: gone.wav"):
+        benchmarks.run(args)
+
+
+def test_a_benchmark_with_a_recording_lost_is_not_called_by_its_name(tmp_path, answering, monkeypatch):
+    table = csv_with_files(tmp_path, {"Questions": WORDS, "answer": WORDS})
+    monkeypatch.setitem(TASKS, "llama_questions", replace(TASKS["llama_questions"], rows=len(RECORDINGS)))
+    args = benchmarks.Arguments(task=["llama_questions"], data=str(table), output_dir=tmp_path / "out")
+    assert "## Llama Questions\n" in benchmarks.run(args)
+    (tmp_path / "audios" / RECORDINGS[0].name).unlink()
+    assert "(2 of 3 rows): not the benchmark" in benchmarks.run(args)
+
+
 @pytest.mark.parametrize(
     ("value", "references"),
     [

@@ -193,6 +193,22 @@ def test_a_sample_that_cannot_be_answered_is_a_row_with_its_error_and_is_asked_a
     assert backend.asked == ["s1"] and rows[1]["text"] == "TEXT 1"
 
 
+def test_any_number_of_recordings_may_be_at_fault_and_the_others_are_asked(tmp_path):
+    bad = [tmp_path / f"{index}.wav" for index in range(7)]
+    for path in bad:
+        path.write_bytes(b"RIFF nothing")
+    spoken = [Sample(f"b{index}", (Turn(str(path), "x"),)) for index, path in enumerate(bad)]
+    lost = Sample("lost", (Turn(text="x"),), problem="lost.wav is not there")
+    backend = Echo(fails_on=[sample.id for sample in spoken], model="a")
+    run = Run(tmp_path, "list", "asr", [*spoken, lost, *samples(2)], backend.settings)
+    for _ in range(2):  # a second run says the same
+        rows = run.answer(backend, 4)
+        assert [row["id"] for row in rows if "unusable" not in row] == ["s0", "s1"] == backend.asked
+        assert "0.wav' cannot be read as audio" in rows[0]["unusable"] and rows[7]["error"] == "lost.wav is not there"
+        assert set(run.remember("length", {}, lambda row: len(row["text"]))) == {"s0", "s1"}
+    assert sum(row["id"] == "lost" for row in read_rows(run.folder / "rows.jsonl")) == 1
+
+
 def test_a_backend_that_fails_at_everything_ends_the_run(tmp_path):
     backend = Echo(fails_on=[f"s{index}" for index in range(9)], model="a")
     with pytest.raises(EvaluationError, match="5 samples failed .* cannot be answered"):

@@ -297,6 +297,15 @@ def test_a_bad_record_is_skipped_and_listed_with_its_reason(model, speech, tmp_p
     assert rejections(tmp_path / "out")[0]["source"] == str(path) and rejections(tmp_path / "out")[0]["task"] == "tts"
 
 
+def test_a_bad_recording_counts_once_however_many_tasks_want_it(model, speech, tmp_path):
+    good = {"audio": str(speech / "0.wav"), "text": "fine"}
+    rows = [good, {"audio": "missing.wav", "text": "x"}, {"audio": "missing.wav", "text": "y"}, {**good, "text": ""}]
+    path = write_lines(tmp_path / "list.jsonl", rows)
+    summary, examples = run(model, tmp_path / "out", path, tasks=["asr", "tts"])
+    assert len(examples) == 2 and summary["rejected"] == len(rejections(tmp_path / "out")) == 6
+    assert summary["rejected_kinds"] == {"missing audio": 2, "no text": 1}  # of two records, and of one
+
+
 def test_audio_the_tokenizer_fails_on_does_not_take_its_batch_along(model, speech, tmp_path, monkeypatch):
     from training_examples.preparation import examples as room
 

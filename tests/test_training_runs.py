@@ -29,7 +29,7 @@ from training_examples.training.batches import BatchCollator, TokenBatches, buck
 from training_examples.training.card import MARK
 from training_examples.training.metrics import TrainingScores
 from training_examples.training.resuming import describe_resuming
-from training_examples.training.samples import choose_examples, split_example, word_error_rate
+from training_examples.training.samples import choose_examples, split_example, what_was_asked, word_error_rate
 
 pytestmark = pytest.mark.usefixtures("undrawn_curves")
 
@@ -286,6 +286,7 @@ def test_a_run_answers_held_out_examples_in_text_and_speech(workspace, tmp_path,
     assert [row["task"] for row in rows] == ["tts", "text_chat"]
     assert all(row[name] == "hi" for row in rows for name in ("expected", "answered", "heard"))
     assert all(row["ended"] for row in rows)
+    assert all(row["asked"] and not row["asked"].replace("hello", "") for row in rows)  # and nothing of the template
     seconds = soundfile.info(output / "samples" / "step-000002-0.wav").duration
     assert seconds == pytest.approx(rows[0]["seconds"], abs=0.01) and seconds > 0.5
     assert "step 2: answers to held-out examples\n  'hi' came as 'hi' (heard as 'hi')" in capsys.readouterr().out
@@ -294,6 +295,24 @@ def test_a_run_answers_held_out_examples_in_text_and_speech(workspace, tmp_path,
     assert [event.value for event in board.Scalars("samples/word_error_rate")] == [0.0, 0.0]
     assert "| hi | hi | hi |" in (output / "README.md").read_text()
     assert Listener.told == (None, "de")  # the prompt that has English numbers spelled is for English
+
+
+def test_what_was_asked_is_the_question_without_its_template():
+    processor = build_processor()
+    codes = list(range(processor.num_codebooks * 10))
+    seconds = f"{len(codes) / processor.num_codebooks / processor.audio_format.frame_rate:.1f}"
+    said = {"type": "audio", "audio_codes": codes}
+    earlier = [{"role": "user", "content": "oh"}, {"role": "assistant", "content": "hi"}]
+    for content, asked in (
+        ("hi hi", "hi hi"),
+        ([said], f"(spoken, {seconds} s)"),
+        ([{"type": "text", "text": "hi"}, said], f"hi (spoken, {seconds} s)"),
+    ):
+        for before in ([], [{"role": "system", "content": "oh oh"}], earlier):
+            turns = [*before, {"role": "user", "content": content}, {"role": "assistant", "content": "oh"}]
+            prompt, _ = split_example(processor.build_conversation_example(turns))
+            assert what_was_asked(prompt, processor) == asked
+    assert what_was_asked(processor.tokenizer("hi oh", add_special_tokens=False)["input_ids"], processor) == "hi oh"
 
 
 def test_a_run_that_answers_learns_the_same(workspace, tmp_path):

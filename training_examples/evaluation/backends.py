@@ -42,6 +42,7 @@ class Sample:
         references (`tuple` of `str`): right answers, any of which will do.
         kind (`str`, *optional*): the group it is counted in.
         details (`Mapping`, *optional*): what else goes into its row, JSON alone.
+        problem (`str`, *optional*): why it cannot be asked, if it cannot: its recording is not there.
     """
 
     id: str
@@ -49,6 +50,7 @@ class Sample:
     references: tuple[str, ...] = ()
     kind: str = ""
     details: Mapping[str, Any] = field(default_factory=dict)
+    problem: str = ""
 
 
 @dataclass

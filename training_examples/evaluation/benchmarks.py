@@ -22,6 +22,7 @@ from training_examples.evaluation.tasks import TASKS, Task, own_task, read_sampl
 
 NO_RECOGNISER = "speech not scored: no `--recogniser` was given"
 NOT_JUDGED = "not judged: no `--judge` address was given"
+MOST_NAMED = 20  # recordings that a report names
 
 
 @dataclass
@@ -109,9 +110,14 @@ def measure_task(args: Arguments, task: Task, backend: Backend) -> Section:
     # Rows are named by what is asked, not by how many: a higher limit goes on with the same rows.
     settings = {**backend.settings, "prompt": task.prompt, "system_prompt": hash_of(system), "instruction": prompt}
     run = Run(args.output_dir / "rows", task.name, task.prompt, samples, {**settings, "data": args.data or task.source})
-    run.answer(backend, args.batch_size)
-    rows = run.rows
+    answered = run.answer(backend, args.batch_size)
+    rows = [row for row in answered if "unusable" not in row]
+    unusable = [row for row in answered if "unusable" in row]
+    if not rows:
+        raise ValueError(f"`--data`: no recording of {task.title} can be read; the first: {unusable[0]['unusable']}")
     remarks, figures = [], []
+    if unusable:
+        remarks.append(name_unusable(unusable, len(samples)))
     if failed := [row for row in rows if "error" in row]:
         remarks.append(f"{len(failed)} rows were not answered and count as wrong; the first: {failed[0]['error']}")
     speaks = any(row.get("audio") for row in rows)
@@ -139,8 +145,18 @@ def measure_task(args: Arguments, task: Task, backend: Backend) -> Section:
     own = {"source": args.data or task.source, "split": task.split or "none", "data": run.data_hash}
     if isinstance(backend, TttBackend):
         own |= {"device": args.device, "threads": str(torch.get_num_threads())}
-    title, notes = describe(task, args, len(samples))
+    title, notes = describe(task, args, len(rows), bool(unusable))
     return Section(task.name, title, figures, [*notes, *remarks], {**own, **settings, "system prompt": system})
+
+
+def name_unusable(rows: Sequence[Row], count: int) -> str:
+    """Return what a report says of samples that could not be asked."""
+    named = "; ".join(f"{row['id']}: {row['unusable']}" for row in rows[:MOST_NAMED])
+    rest = f"; and {len(rows) - MOST_NAMED} more, in rows.jsonl" if len(rows) > MOST_NAMED else ""
+    return (
+        f"{len(rows)} of {count} rows have no recording that can be read. They were not asked, and are in no figure; a "
+        f"later run asks them where it is there: {named}{rest}"
+    )
 
 
 def judge_rows(
@@ -160,14 +176,15 @@ def judge_rows(
     return found, prompts
 
 
-def describe(task: Task, args: Arguments, count: int) -> tuple[str, list[str]]:
+def describe(task: Task, args: Arguments, count: int, lost: bool = False) -> tuple[str, list[str]]:
     """
     Return how a task is called and what is said of the paper's figure. It is called the benchmark, and the paper's
-    figure stands beside, only where all of its rows were measured: a stand-in or a part of it has its layout alone.
+    figure stands beside, only where all of its rows were measured and none was `lost`: a stand-in or a part of it has
+    its layout alone.
     """
     if not task.published and task.rows is None and task.source is None:
         return f"Own data: {args.data}", []
-    whole = count == task.rows if task.rows is not None else args.data is None and args.limit is None
+    whole = count == task.rows if task.rows is not None else args.data is None and args.limit is None and not lost
     if not whole:
         size = f"{count} of {task.rows} rows" if task.rows is not None else f"{count} rows"
         return f"Data in the layout of {task.title} ({size}): not the benchmark", []

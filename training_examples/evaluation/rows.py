@@ -13,6 +13,7 @@ import numpy as np
 import soundfile
 from tqdm.auto import tqdm
 
+from processing.audio_input_ttt import load_waveform
 from training_examples.evaluation.backends import Answer, Backend, Sample
 from training_examples.files import read_json, write_json
 
@@ -63,6 +64,18 @@ def sample_hash(sample: Sample) -> str:
     """Return a short hash of all that a sample asks and wants: texts, references and the bytes of its audio."""
     audio = [hashlib.sha256(audio_bytes(turn.audio)).hexdigest() for turn in sample.turns]
     return hash_of([sample.id, sample.kind, list(sample.references), [turn.text for turn in sample.turns], audio])
+
+
+def recording_problem(sample: Sample) -> str:
+    """Return why a sample's audio cannot be read, "" if it can: whose fault it is that nobody answers it."""
+    for turn in sample.turns:
+        if turn.audio is None or (isinstance(turn.audio, Mapping) and "audio_codes" in turn.audio):
+            continue
+        try:
+            load_waveform(turn.audio, 16_000, name="the recording")
+        except (ValueError, OSError) as error:
+            return str(error)
+    return ""
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -123,13 +136,17 @@ class Run:
         Answer what is not answered yet, in batches, and return the rows of all samples.
 
         A batch that fails is asked one by one; a sample that fails alone becomes a row with `error`, whose answer
-        counts as empty, and is asked again by the next run.
+        counts as empty, and is asked again by the next run. Where the fault is the recording's, which is not there or
+        cannot be read, the row has `unusable`, too, and any number of others go on.
 
         Raises:
             EvaluationError: If several samples fail one after the other.
         """
+        known = {row["id"] for row in self.rows if "unusable" in row}
+        lost = [self._unusable(s, s.problem) for s in self.samples if s.problem and s.id not in known]
+        append_rows(self.folder / "rows.jsonl", lost)
         finished = {row["id"] for row in self.rows if "error" not in row}
-        waiting = [sample for sample in self.samples if sample.id not in finished]
+        waiting = [sample for sample in self.samples if not sample.problem and sample.id not in finished]
         waiting.sort(key=lambda sample: (len(sample.turns), _size(sample)))
         failures = 0
         with tqdm(total=len(waiting), desc=self.folder.name, disable=not waiting) as bar:
@@ -140,6 +157,8 @@ class Run:
                 rows = self._ask(backend, batch, keep_audio)
                 append_rows(self.folder / "rows.jsonl", rows)
                 for row in rows:
+                    if "unusable" in row:
+                        continue
                     failures = failures + 1 if "error" in row else 0
                     if failures == MOST_FAILURES:
                         raise EvaluationError(
@@ -154,11 +173,16 @@ class Run:
         except Exception as error:
             if len(batch) > 1:
                 return [row for sample in batch for row in self._ask(backend, [sample], keep_audio)]
+            if problem := recording_problem(batch[0]):
+                return [self._unusable(batch[0], problem)]
             return [self._row(batch[0]) | {"text": "", "error": f"{type(error).__name__}: {error}"}]
         return [
             self._row(sample) | self._answered(sample, answer, keep_audio)
             for sample, answer in zip(batch, answers, strict=True)
         ]
+
+    def _unusable(self, sample: Sample, problem: str) -> Row:
+        return self._row(sample) | {"text": "", "error": problem, "unusable": problem}
 
     def _row(self, sample: Sample) -> Row:
         asked = {"question": text} if (text := sample.turns[-1].text) else {}
@@ -209,9 +233,9 @@ class Run:
         self, name: str, settings: Any, compute: Callable[[Row], Any], kind: str | None = None
     ) -> dict[str, Any]:
         """Return what `compute` makes of every row (JSON), or of those of one kind, by id; remembered row by row under
-        `name` and settings."""
+        `name` and settings. Samples that could not be asked have nothing to compute of."""
         path = self.folder / f"{name}-{hash_of(settings, 8)}.jsonl"
-        rows = [row for row in self.rows if kind is None or row["kind"] == kind]
+        rows = [row for row in self.rows if "unusable" not in row and (kind is None or row["kind"] == kind)]
         keys = {row["id"]: _answer_key(row) for row in rows}
         found = {row["id"]: row["value"] for row in read_rows(path) if row["answer"] == keys.get(row["id"])}
         waiting = [row for row in rows if row["id"] not in found]

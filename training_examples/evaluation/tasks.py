@@ -263,8 +263,10 @@ def read_samples(
         columns (`Mapping[str, str]`, *optional*): columns of fields that are called otherwise.
         limit (`int`, *optional*): the first so many.
 
+    A row whose recording is not there is a sample with a `problem`.
+
     Raises:
-        FileNotFoundError: If the data is not there.
+        FileNotFoundError: If the data is not there, or none of its recordings.
         ValueError: If a column is not there, a row lacks what it needs, or there are no rows.
     """
     if unknown := [name for name in columns or {} if name not in FIELDS]:
@@ -287,6 +289,10 @@ def read_samples(
         samples.append(_sample(index, record, task))
     if not samples:
         raise ValueError(f"`--data` {location} holds no row of {task.title}.")
+    if all(sample.problem for sample in samples):
+        raise FileNotFoundError(
+            f"`--data` {location}: no row has its recording ({len(samples)} rows); the first: {samples[0].problem}"
+        )
     return samples
 
 
@@ -294,7 +300,8 @@ Record = dict[str, Any]
 
 
 def _sample(index: int, record: Record, task: Task) -> Sample:
-    """Return the sample of a record with the fields `audio`, `text`, `question`, `kind` and `id`, each optional."""
+    """Return the sample of a record with the fields `audio`, `text`, `question`, `kind` and `id`, each optional; its
+    `problem` says why there is no audio."""
     references = tuple(references_of(record.get("text")))
     name = str(record.get("id") if record.get("id") is not None else f"{index:06d}")
     audio, question = record.get("audio"), record.get("question")
@@ -303,10 +310,12 @@ def _sample(index: int, record: Record, task: Task) -> Sample:
         if text is None:
             raise ValueError(f"row {name} has no text to be asked")
         return Sample(name, (Turn(text=text),), references, str(record.get("kind") or ""))
-    if audio is None:
+    problem = str(record.get("problem") or "")
+    if audio is None and not problem:
         raise ValueError(f"row {name} has no audio; name its column with `--columns audio=COLUMN`")
     details = {"asked": str(question)} if question else {}
-    return Sample(name, (Turn(audio, task.instruction),), references, str(record.get("kind") or ""), details)
+    turns = (Turn(audio, task.instruction),)
+    return Sample(name, turns, references, str(record.get("kind") or ""), details, problem)
 
 
 def references_of(value: Any) -> list[str]:
@@ -341,7 +350,7 @@ def _read_table(location: str, task: Task, columns: Mapping[str, str]) -> Iterat
         for chunk in source.chunks(0, 256, {}):
             for record in chunk.records:
                 yield {
-                    "audio": _audio_of(record.get(found.get("audio", [""])[0]), source),
+                    **(_audio_of(record.get(found["audio"][0]), source) if "audio" in found else {}),
                     "text": _text_of(record, found.get("text", [])),
                     **{key: record.get(found[key][0]) for key in ("question", "kind", "id") if key in found},
                 }
@@ -383,31 +392,34 @@ def _text_of(record: Record, columns: Sequence[str]) -> Any:
     return [record[name] for name in columns] if len(columns) > 1 else record[columns[0]] if columns else None
 
 
-def _audio_of(value: Any, source: Source) -> Any:
-    """Return a column's audio as the processor takes it; the paths of files start at the source's folder."""
+def _audio_of(value: Any, source: Source) -> Record:
+    """Return a column's audio as the processor takes it, under `audio`, or under `problem` why there is none; the paths
+    of files start at the source's folder."""
     if isinstance(value, Mapping):
         if value.get("bytes") is not None:
-            return {"bytes": value["bytes"]}
+            return {"audio": {"bytes": value["bytes"]}}
+        if value.get("problem") is not None:
+            return {"problem": value["problem"]}
         value = value.get("path") if value.get("array") is None else value
-    return _file_of(source.root, value) if isinstance(value, str) else value
+    if value is None or value == "":
+        return {"problem": "its row names no recording"}
+    return _file_of(source.root, value) if isinstance(value, str) else {"audio": value}
 
 
-def _file_of(root: Path, name: str) -> str:
+def _file_of(root: Path, name: str) -> Record:
     """
-    Return the path of a recording: as it stands, in a folder, or in one of the folders below it.
-
-    Raises:
-        FileNotFoundError: If it is in none.
+    Return under `audio` the path of a recording: as it stands, in a folder, or in one of the folders below it; if it is
+    in none, under `problem` what to do.
     """
     if "://" in name:
-        return name
+        return {"audio": name}
     for path in (root / name, Path(name)):
         if path.is_file():
-            return str(path)
+            return {"audio": str(path)}
     below = sorted(root.rglob(Path(name).name)) if root != Path() else []
     if not below:
-        raise FileNotFoundError(f"{name} is neither in {root} nor below it; put it there, or take its row out.")
-    return str(below[0])
+        return {"problem": f"{name} is neither in {root} nor below it; put it there, or take its row out."}
+    return {"audio": str(below[0])}
 
 
 def _read_kaldi(folder: Path, task: Task) -> Iterator[Record]:
@@ -424,7 +436,7 @@ def _read_kaldi(folder: Path, task: Task) -> Iterator[Record]:
     for line in script.read_text(encoding="utf-8").splitlines():
         if line.strip():
             name, recording = _split(line)
-            yield {"id": name, "audio": _file_of(script.parent, recording), "text": texts.get(name, "")}
+            yield {"id": name, **_file_of(script.parent, recording), "text": texts.get(name, "")}
 
 
 def _split(line: str) -> tuple[str, str]:
@@ -440,7 +452,7 @@ def _read_macs(folder: Path, task: Task) -> Iterator[Record]:
         return
     for entry in yaml.safe_load(path.read_text(encoding="utf-8"))["files"]:
         captions = [annotation["sentence"] for annotation in entry["annotations"]]
-        yield {"id": entry["filename"], "audio": _file_of(path.parent, entry["filename"]), "text": captions}
+        yield {"id": entry["filename"], **_file_of(path.parent, entry["filename"]), "text": captions}
 
 
 def _read_uro(folder: Path, task: Task) -> Iterator[Record]:
@@ -456,7 +468,7 @@ def _read_uro(folder: Path, task: Task) -> Iterator[Record]:
             yield {
                 "id": f"{name}/{record.get('id', index)}",
                 "kind": name,
-                "audio": _file_of(path.parent, record["source_wav"]),
+                **_file_of(path.parent, record["source_wav"]),
                 "question": record.get("source_text"),
                 "text": target,
             }

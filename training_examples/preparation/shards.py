@@ -2,6 +2,7 @@
 the summary. Every file appears whole or not at all, so a run may be killed at any time."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,7 @@ class ShardFolder:
     def summarise(self, source_names: Sequence[str]) -> dict[str, Any]:
         """Write `rejected-SPLIT.jsonl` and `summary-SPLIT.json`; return the summary."""
         tasks: dict[str, dict[str, float]] = {}
-        kinds: dict[str, int] = {}
+        faults: set[tuple[int, int, str, str]] = set()  # several tasks may reject a record for the same one
         lines, records, seconds = [], 0, 0.0
         for (source, _), report in self.finished().items():
             records += report["records"]
@@ -100,7 +101,7 @@ class ShardFolder:
                 for name, amount in counts.items():
                     total[name] += amount
             for row in report["rejected"]:
-                kinds[row["kind"]] = kinds.get(row["kind"], 0) + 1
+                faults.add((source, row["record"], row["kind"], row["reason"]))
                 lines.append(json.dumps({"source": source_names[source], **row}, ensure_ascii=False) + "\n")
         shards = self.shards()
         lengths = [pq.read_table(shard, columns=["length"])["length"].to_numpy() for shard in shards]
@@ -114,7 +115,7 @@ class ShardFolder:
             "audio_hours": round(seconds / 3600, 4),  # a recording that serves several tasks counts once here
             "shards": len(shards),
             "length_quantiles": {f"{q}%": int(value) for q, value in zip(QUANTILES, quantiles, strict=False)},
-            "rejected_kinds": kinds,
+            "rejected_kinds": dict(Counter(kind for _, _, kind, _ in sorted(faults))),
             "tasks": tasks,
         }
         write_text(self.folder / f"rejected-{self.split}.jsonl", "".join(lines))

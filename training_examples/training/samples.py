@@ -14,7 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from processing import TttProcessor
+from processing import TttProcessor, deinterleave
+from processing.vocabulary_ttt import END_OF_TURN, START_OF_TURN
 from training_examples.evaluation.whisper_judge import count_word_errors
 from training_examples.files import write_text
 from training_examples.preparation.records import RejectedError
@@ -40,6 +41,28 @@ def split_example(example: dict[str, Any]) -> tuple[list[int], list[int]]:
     gaps = np.flatnonzero(np.diff(scored) > 1)
     start = int(scored[gaps[-1] + 1] if len(gaps) else scored[0])
     return example["input_ids"][:start], example["input_ids"][start : int(scored[-1]) + 1]
+
+
+def what_was_asked(prompt: Sequence[int], processor: TttProcessor) -> str:
+    """
+    Return what the last turn of a prompt asks: its text, and how long its speech is, whose words no prompt holds; of a
+    document, all its text.
+
+    Args:
+        prompt (`Sequence[int]`): token ids, up to where the answer begins.
+        processor (`TttProcessor`): whose vocabulary and frames they are in.
+    """
+    tokenizer, turn = processor.tokenizer, list(prompt)
+    start, end = tokenizer.convert_tokens_to_ids([START_OF_TURN, END_OF_TURN])
+    starts = [index for index, token in enumerate(turn) if token == start]
+    if len(starts) > 1:  # the last one is the answer's
+        turn = turn[starts[-2] + 1 : starts[-1]]
+        turn = turn[: turn.index(end)] if end in turn else turn
+    ids, codes = deinterleave([token for token in turn if token != end], processor.token_ids)
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    text = text.partition("\n")[2] if len(starts) > 1 else text  # without the line of the role
+    seconds = len(codes) / processor.num_codebooks / (processor.audio_format.frame_rate or 1.0)
+    return " ".join([*([text.strip()] if text.strip() else []), *([f"(spoken, {seconds:.1f} s)"] if codes else [])])
 
 
 def answer_prompts(model: Any, prompts: list[list[int]], end_of_turn: int, **options: Any) -> list[list[int]]:
@@ -81,7 +104,8 @@ class Samples(TrainerCallback):
     """
     Answers a few examples every `every` steps and after the last.
 
-    `samples/step-000100.jsonl` has what was asked, expected, answered and, with a recogniser, heard;
+    `samples/step-000100.jsonl` has what was asked (of speech, how long it is), expected, answered and, with a
+    recogniser, heard;
     `samples/step-000100-0.wav` the speech of its first line, and `samples/expected-0.wav` that of the example itself.
     TensorBoard, where it is one of the reporters, gets the same under its audio and text tabs, and the word errors of
     the transcripts against the answers' own text. Random numbers are put back, so that a run learns the same with and
@@ -146,11 +170,10 @@ class Samples(TrainerCallback):
         said = self.processor.post_process(answers, decode_audio=self.processor.audio_tokenizer is not None)
         rows = []
         for index, answer in enumerate(said):
-            asked = [token for token in self.prompts[index] if self.processor.token_ids.is_text(token)]
             rows.append(
                 {
                     "task": self.tasks[index],
-                    "asked": self.processor.tokenizer.decode(asked, skip_special_tokens=True),
+                    "asked": what_was_asked(self.prompts[index], self.processor),
                     "expected": self.expected[index]["text"],
                     "answered": answer["text"],
                     "ended": end in answers[index],
