@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ SCRIPTS = sorted(
     if "ScriptParser(" in (text := path.read_text(encoding="utf-8")) and "def main(" in text
     if path.name != "command_line.py"
 ) + [Path("training_examples/train_ttt.py"), Path("training_examples/finetune_lora.py")]
+
+READ_FIRST = ["prepare_dataset"]
 
 
 @dataclass
@@ -109,6 +112,15 @@ def test_a_run_file_of_ours_is_one_of_the_script_it_names(path):
     kind = {"train_ttt": TrainArguments, "finetune_lora": LoraArguments}[script.group(1)]
     namespace, unknown = ScriptParser((kind, TttTrainingArguments)).parse_known_args([str(path)])
     assert not unknown and namespace.tokens_per_batch == 1024 and namespace.max_steps > 0
+
+
+@pytest.mark.parametrize("script", READ_FIRST)
+def test_options_are_read_before_pytorch_is_loaded(script):
+    """Which takes seconds, and a minute on a busy machine: for --help, and for an option that is misspelled."""
+    loaded = "print([name for name in ('torch', 'transformers.modeling_utils', 'processing') if name in sys.modules])"
+    program = f"import sys; from training_examples import {script}; {loaded}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
 
 
 def test_help_all_has_every_option_whole(monkeypatch, capsys):

@@ -16,9 +16,10 @@ from builders import build_processor, tone, write_wav
 from datasets import Audio, ClassLabel, Dataset, DatasetDict, disable_progress_bars
 
 from processing import TttProcessor, deinterleave
-from training_examples import prepare_dataset
+from training_examples.preparation import preparing
+from training_examples.preparation.arguments import PrepareArguments
+from training_examples.preparation.preparing import prepare
 from training_examples.preparation.shards import ShardFolder
-from training_examples.prepare_dataset import PrepareArguments, prepare
 
 TEXTS = ["one two three", "a somewhat longer sentence", "hi", "what is this"]
 
@@ -447,7 +448,7 @@ def test_a_data_config_gives_each_file_its_share(model, tmp_path):
 
 def prepare_until_stuck(options):
     """In a process of its own: finishes two shards, leaves a third half written and goes no further."""
-    finish, done = prepare_dataset.finish, []
+    finish, done = preparing.finish, []
 
     def stuck(builder, folder, chunk):
         if len(done) == 2:
@@ -457,7 +458,7 @@ def prepare_until_stuck(options):
         done.append(chunk.number)
         return finish(builder, folder, chunk)
 
-    prepare_dataset.finish = stuck
+    preparing.finish = stuck
     prepare(options)
 
 
@@ -560,14 +561,14 @@ def test_audio_beyond_the_limits_is_rejected_and_counted(model, speech, tmp_path
 def test_shards_shrink_so_that_every_process_has_work_and_a_run_keeps_its_own(model, tmp_path):
     def sizes(**options):
         args = PrepareArguments(model=str(model), output_dir=tmp_path, source=["x"], **options)
-        return prepare_dataset.records_per_shard(args, [60, 9])
+        return preparing.records_per_shard(args, [60, 9])
 
     assert sizes(num_proc=4) == 5 and sizes() == 18
     assert sizes(num_proc=4, shard_size=50) == 50
     assert sizes(num_proc=4, tasks=["continuation"]) == 1000  # utterances of a chapter stay together
     args = PrepareArguments(model=str(model), output_dir=tmp_path, source=["x"])
-    assert prepare_dataset.records_per_shard(args, [10**6]) == 1000
-    assert prepare_dataset.records_per_shard(args, [None]) == 1000
+    assert preparing.records_per_shard(args, [10**6]) == 1000
+    assert preparing.records_per_shard(args, [None]) == 1000
 
     path = write_lines(tmp_path / "list.jsonl", [{"text": f"a{i}"} for i in range(9)])
     summary, expected = run(model, tmp_path / "out", path)
@@ -577,7 +578,7 @@ def test_shards_shrink_so_that_every_process_has_work_and_a_run_keeps_its_own(mo
     (tmp_path / "out" / ".train" / "0000-000001.json").unlink()
     arguments = PrepareArguments(model=str(model), output_dir=tmp_path / "out", source=[str(path)], max_length=1024)
     arguments.num_proc = 9  # would make other shards
-    assert prepare_dataset.records_per_shard(arguments, [9]) == 1
+    assert preparing.records_per_shard(arguments, [9]) == 1
     arguments.num_proc = 1
     assert ShardFolder(tmp_path / "out", "train").arguments()["records per shard"] == 3
     assert prepare(arguments)["shards"] == 3

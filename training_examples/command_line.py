@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser
 
 RUN_FILES = (".yaml", ".yml", ".json")
 # The Trainer has some 120 options; these are named in the short help.
@@ -74,7 +74,8 @@ class ScriptParser(HfArgumentParser):
         lines += [*textwrap.wrap((self.description or "").strip().split("\n\n")[0], width), ""]
         trainers: list[str] = []
         for kind in self.dataclass_types:
-            if issubclass(kind, TrainingArguments):  # type: ignore[arg-type]
+            # By name, since importing it loads PyTorch and more, and takes seconds.
+            if any(base.__name__ == "TrainingArguments" for base in kind.__mro__):  # type: ignore[union-attr]
                 trainers = [name for name in TRAINER_OPTIONS if name in kind.__dataclass_fields__]
                 continue
             for name in kind.__dataclass_fields__:  # type: ignore[union-attr]

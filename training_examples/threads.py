@@ -8,8 +8,6 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 CGROUPS = Path("/sys/fs/cgroup")
 HELP = "Threads a process computes with on CPUs; 0 chooses by the free cores, and one in each of several processes."
 
@@ -30,6 +28,8 @@ def use_threads(threads: int = 0, processes: int | None = None) -> int:
     Returns:
         `int`: the number of threads.
     """
+    import torch  # here, so that options are read before it is loaded
+
     count, reason = choose_threads(threads, local_processes() if processes is None else processes)
     torch.set_num_threads(count)
     if os.environ.get("RANK", "0") == "0":
@@ -56,6 +56,8 @@ def choose_threads(threads: int = 0, processes: int = 1) -> tuple[int, str]:
         return max(1, int(os.environ["OMP_NUM_THREADS"])), "as OMP_NUM_THREADS says."
     if processes > 1:
         return 1, f"one in each of {processes} processes; `--threads` sets another number."
+    import torch
+
     cores, load = usable_cores(), load_average()
     free = min(cores, (os.cpu_count() or 1) - load)
     # PyTorch's own choice leaves out the second half of hyper-threaded cores.

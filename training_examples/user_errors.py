@@ -7,10 +7,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from datasets.exceptions import DatasetsError
-
 # What arguments, files and data that do not fit raise, here and in the libraries; anything else is a fault of the code.
-USER_ERRORS = (ValueError, OSError, ImportError, DatasetsError)
+USER_ERRORS = (ValueError, OSError, ImportError)
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -23,7 +21,9 @@ def run_command(main: Callable[[], None]) -> None:
     name = Path(sys.argv[0]).name
     try:
         main()
-    except USER_ERRORS as error:
+    except Exception as error:
+        if not isinstance(error, USER_ERRORS) and not is_of_datasets(error):
+            raise
         if os.environ.get("TTT_TRACEBACK", "0") not in ("", "0"):
             traceback.print_exc()
         sys.exit(f"{name}: error: {one_line(error)}")
@@ -32,9 +32,15 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
+def is_of_datasets(error: BaseException) -> bool:
+    """Return whether an error is one that `datasets` raises for data it cannot read; without loading it to find out."""
+    exceptions = sys.modules.get("datasets.exceptions")
+    return exceptions is not None and isinstance(error, exceptions.DatasetsError)
+
+
 def one_line(error: BaseException) -> str:
     """Return what an error says, with its causes' words where it has none of its own."""
     text = " ".join(str(error).split())
-    if isinstance(error, DatasetsError) and error.__cause__ is not None:  # "An error occurred while ..."
+    if is_of_datasets(error) and error.__cause__ is not None:  # "An error occurred while ..."
         text = f"{text} ({one_line(error.__cause__)})"
     return text or type(error).__name__

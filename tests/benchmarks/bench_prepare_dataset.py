@@ -24,7 +24,7 @@ from transformers import HfArgumentParser
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from training_examples import prepare_dataset  # noqa: E402
+from training_examples.preparation import preparing  # noqa: E402
 
 
 @dataclass
@@ -74,7 +74,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     disable_progress_bars()
     spent = {"processor": 0.0, "clock": 0.0}
-    finish = prepare_dataset.finish
+    finish = preparing.finish
 
     def timed(*shard):
         processor, clock = time.process_time(), time.perf_counter()
@@ -83,7 +83,7 @@ def main() -> None:
         spent["clock"] += time.perf_counter() - clock
         return report
 
-    prepare_dataset.finish = timed
+    preparing.finish = timed
     clips = read_clips(arguments)
     print(f"{arguments.model}, {', '.join(arguments.tasks)}, {arguments.device}, {arguments.threads} thread(s)")
     print("seconds per recording | hours per minute of one core | hours per minute of the clock")
@@ -91,8 +91,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             source = write_recordings(clips, joined, Path(folder))
             spent.update(dict.fromkeys(spent, 0.0))
-            summary = prepare_dataset.prepare(
-                prepare_dataset.PrepareArguments(
+            summary = preparing.prepare(
+                preparing.PrepareArguments(
                     model=arguments.model,
                     output_dir=Path(folder) / "out",
                     source=[str(source)],

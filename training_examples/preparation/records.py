@@ -5,9 +5,10 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from processing import TttProcessor
+if TYPE_CHECKING:  # the names of tasks and fields are asked for before PyTorch is loaded
+    from processing import TttProcessor
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 PUBLISHED_COLUMNS = ("messages", "conversations", "prompt", "text")
@@ -88,7 +89,7 @@ class RecordReader:
 
     def __init__(
         self,
-        processor: TttProcessor,
+        processor: "TttProcessor",
         tasks: Sequence[str] = (),
         columns: Mapping[str, str] | None = None,
         questions: Mapping[str, str] | None = None,
