@@ -23,7 +23,7 @@ SCRIPTS = sorted(
     if path.name != "command_line.py"
 ) + [Path("training_examples/train_ttt.py"), Path("training_examples/finetune_lora.py")]
 
-READ_FIRST = ["prepare_dataset"]
+READ_FIRST = ["init_from_llm", "prepare_dataset"]
 
 
 @dataclass

@@ -25,7 +25,7 @@ from transformers import (
 from modeling_ttt import TttGenerationConfig
 from processing import TttTokenIds
 from training_examples import init_from_llm
-from training_examples.init_from_llm import draw_rows, extend_tokenizer
+from training_examples.initialisation.first_checkpoint import draw_rows, extend_tokenizer
 
 CHATML = ["<|im_start|>", "<|im_end|>"]
 CODES = [f"<|audio_{code}|>" for code in range(NUM_CODES)]

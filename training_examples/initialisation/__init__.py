@@ -1,0 +1,1 @@
+"""From a text language model and an audio tokenizer to a first checkpoint."""
