@@ -4,6 +4,7 @@ and judges behind real addresses. No figure of a stand-in is the benchmark's."""
 import json
 import shutil
 import sys
+import tarfile
 import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -320,6 +321,29 @@ def test_recordings_that_are_missing_or_broken_are_named_and_the_others_measured
     data.write_text("".join(json.dumps({**row, "audio": "gone.wav"}) + "\n" for row in bad))
     with pytest.raises(FileNotFoundError, match=r"no row has its recording \(3 rows\); the first: gone.wav"):
         benchmarks.run(args)
+
+
+def test_parts_of_recordings_are_asked_not_the_whole_of_them(tmp_path):
+    wave, rate = soundfile.read(RECORDINGS[0], dtype="float32")
+    soundfile.write(tmp_path / "long.wav", np.concatenate([wave, -wave]), rate)
+    lines = [
+        {"audio_filepath": "long.wav", "offset": len(wave) / rate, "duration": len(wave) / rate, "text": "second"},
+        {"audio_filepath": "long.wav", "duration": 2 * len(wave) / rate, "text": "all of it"},
+        {"audio_filepath": "lost.wav", "offset": 1.0, "duration": 1.0, "text": "nothing"},
+    ]
+    data = tmp_path / "manifest.json"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    second, whole, lost = read_samples(tasks.own_task("asr", [], {}, "en"), str(data))
+    assert np.allclose(second.turns[0].audio["array"] / 32767, -wave, atol=1e-4)
+    assert second.turns[0].audio["sampling_rate"] == rate
+    assert whole.turns[0].audio == str(tmp_path / "long.wav") and "lost.wav" in lost.problem
+
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        tar.add(RECORDINGS[0], "a.flac")
+        (tmp_path / "a.txt").write_text("first")
+        tar.add(tmp_path / "a.txt", "a.txt")
+    (sample,) = read_samples(tasks.own_task("asr", [], {}, "en"), str(tmp_path / "shard.tar"))
+    assert sample.turns[0].audio == {"bytes": RECORDINGS[0].read_bytes()} and sample.references == ("first",)
 
 
 def test_a_benchmark_with_a_recording_lost_is_not_called_by_its_name(tmp_path, answering, monkeypatch):

@@ -11,16 +11,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import soundfile
 import yaml
 
 from training_examples.evaluation.backends import Sample, Turn
 from training_examples.evaluation.judging import AGREE_PROMPT, RATE_PROMPT, Judgement
+from training_examples.preparation.recordings import PART_KEYS, load_recording, read_path
 from training_examples.preparation.sources import Source, open_source
 
 AUDIO = ("audio", "audio_filename", "source_wav", "file_name", "filename", "path", "wav")
 QUESTION = ("question", "Questions", "questions", "instruction", "prompt", "source_text")
 ENGLISH, CHINESE = {"normalizer": "english"}, {"normalizer": "chinese"}
 CAPTION_PROMPT = "Describe this audio in one sentence."
+WHOLE_SECONDS = 0.02  # by which a manifest may round a recording's duration
 FIELDS = ("audio", "text", "question", "kind", "id")
 
 
@@ -400,10 +404,31 @@ def _audio_of(value: Any, source: Source) -> Record:
             return {"audio": {"bytes": value["bytes"]}}
         if value.get("problem") is not None:
             return {"problem": value["problem"]}
+        if value.get("size") is not None or any(value.get(key) is not None for key in PART_KEYS):
+            return _part_of(value, source.root)
         value = value.get("path") if value.get("array") is None else value
     if value is None or value == "":
         return {"problem": "its row names no recording"}
     return _file_of(source.root, value) if isinstance(value, str) else {"audio": value}
+
+
+def _part_of(value: Mapping[str, Any], root: Path) -> Record:
+    """Return the audio of a part of a recording, or of a file in a tar, as recordings.py reads it; of what is all of
+    its file, the file. Parts are held in 16 bits, for those of all rows are in memory."""
+    try:
+        if value.get("size") is not None:
+            return {"audio": {"bytes": read_path(value, root)}}
+        path = root / value["path"]
+        info = soundfile.info(path) if path.is_file() else None
+        duration = value.get("duration")
+        if info is not None and not value.get("offset") and not value.get("channel") and info.channels == 1:
+            if duration is None or duration >= info.duration - WHOLE_SECONDS:
+                return {"audio": str(path)}
+        rate = info.samplerate if info is not None else 16_000
+        waveform = load_recording(value, root, rate)
+    except (ValueError, OSError, soundfile.LibsndfileError) as error:
+        return {"problem": str(error)}
+    return {"audio": {"array": (waveform.clip(-1, 1) * 32767).round().astype(np.int16), "sampling_rate": rate}}
 
 
 def _file_of(root: Path, name: str) -> Record:
