@@ -69,6 +69,20 @@ def test_a_recogniser_decides_on_the_speech(folders):
     assert distill(lenient, Listener("something else"))["examples"] == 4
 
 
+def test_the_recogniser_is_opened_with_the_language_that_is_spoken(folders, monkeypatch):
+    root, _ = folders
+    told = []
+
+    def judge(name, prompt, num_threads, language):
+        told.append((name, prompt, num_threads, language))
+        return Listener("hi")
+
+    monkeypatch.setattr("training_examples.evaluation.listening.WhisperJudge", judge)
+    options = {"recogniser": "base", "language": "de", "max_records": 1, "threads": 1}
+    assert distill(arguments(root, "german", **options))["examples"] == 1
+    assert told == [("base", None, 1, "de")]  # the prompt that has English numbers spelled is for English
+
+
 def test_only_the_tasks_and_the_number_asked_for_are_answered(folders):
     root, _ = folders
     assert distill(arguments(root, "two", max_records=2))["records"] == 2
