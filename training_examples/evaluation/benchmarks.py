@@ -151,12 +151,13 @@ def measure_task(args: Arguments, task: Task, backend: Backend) -> Section:
 
 def name_unusable(rows: Sequence[Row], count: int) -> str:
     """Return what a report says of samples that could not be asked."""
-    named = "; ".join(f"{row['id']}: {row['unusable']}" for row in rows[:MOST_NAMED])
-    rest = f"; and {len(rows) - MOST_NAMED} more, in rows.jsonl" if len(rows) > MOST_NAMED else ""
-    return (
-        f"{len(rows)} of {count} rows have no recording that can be read. They were not asked, and are in no figure; a "
-        f"later run asks them where it is there: {named}{rest}"
+    named = [f"- {row['id']}: {row['unusable']}" for row in rows[:MOST_NAMED]]
+    if len(rows) > MOST_NAMED:
+        named.append(f"- and {len(rows) - MOST_NAMED} more, in rows.jsonl")
+    said = (
+        f"{len(rows)} of {count} rows have no recording that can be read. They were not asked, and are in no figure; "
     )
+    return said + "a later run asks them where it is there.\n\n" + "\n".join(named)
 
 
 def judge_rows(
