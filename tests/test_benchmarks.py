@@ -342,6 +342,14 @@ def test_parts_of_recordings_are_asked_not_the_whole_of_them(tmp_path):
         tar.add(RECORDINGS[0], "a.flac")
         (tmp_path / "a.txt").write_text("first")
         tar.add(tmp_path / "a.txt", "a.txt")
+    folder = tmp_path / "kaldi"
+    folder.mkdir()
+    (folder / "wav.scp").write_text(f"u0 {RECORDINGS[0]}\n")
+    (folder / "text").write_text("u0 first\nu1 never recorded\n")
+    heard, alone = read_samples(tasks.own_task("asr", [], {}, "en"), str(folder))
+    assert heard.turns[0].audio == str(RECORDINGS[0]) and not heard.problem
+    assert alone.problem == "u1 is in text alone, not in wav.scp or segments"
+
     (sample,) = read_samples(tasks.own_task("asr", [], {}, "en"), str(tmp_path / "shard.tar"))
     assert sample.turns[0].audio == {"bytes": RECORDINGS[0].read_bytes()} and sample.references == ("first",)
 
@@ -353,6 +361,9 @@ def test_a_benchmark_with_a_recording_lost_is_not_called_by_its_name(tmp_path, a
     assert "## Llama Questions\n" in benchmarks.run(args)
     (tmp_path / "audios" / RECORDINGS[0].name).unlink()
     assert "(2 of 3 rows): not the benchmark" in benchmarks.run(args)
+    of_unknown_size, args = replace(TASKS["llama_questions"], rows=None), benchmarks.Arguments(task=["llama_questions"])
+    titles = [benchmarks.describe(of_unknown_size, args, 2, lost)[0] for lost in (False, True)]
+    assert titles[0] == "Llama Questions" and "(2 rows): not the benchmark" in titles[1]
 
 
 @pytest.mark.parametrize(

@@ -154,10 +154,8 @@ def name_unusable(rows: Sequence[Row], count: int) -> str:
     named = [f"- {row['id']}: {row['unusable']}" for row in rows[:MOST_NAMED]]
     if len(rows) > MOST_NAMED:
         named.append(f"- and {len(rows) - MOST_NAMED} more, in rows.jsonl")
-    said = (
-        f"{len(rows)} of {count} rows have no recording that can be read. They were not asked, and are in no figure; "
-    )
-    return said + "a later run asks them where it is there.\n\n" + "\n".join(named)
+    said = f"{len(rows)} of {count} rows have no recording that can be read. They were not asked, and are in no figure."
+    return "\n".join([f"{said} A later run asks them where it is there.", "", *named])
 
 
 def judge_rows(
