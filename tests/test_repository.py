@@ -145,7 +145,7 @@ def test_the_chat_template_in_a_model_folder_is_the_packages_own(folder):
 @needs_tiny
 def test_the_default_model_stays_small():
     size = sum(path.stat().st_size for path in TINY.rglob("*") if path.is_file())
-    assert size <= 40 * 2**20
+    assert size <= 60_000_000  # what a model may weigh here
 
 
 @needs_tiny

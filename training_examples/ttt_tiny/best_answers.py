@@ -179,32 +179,41 @@ class Reader:
 def choose(
     reader: Reader, texts: Sequence[str], generation: Sequence[dict[str, Any]], names: Sequence[str], keep: float
 ) -> dict[str, list[int]]:
-    """Read texts at every setting; return the tokens of the clearest answer to each, without the least clear texts."""
+    """
+    Read texts at every setting; return the tokens of the clearest answer to each, without the least clear texts.
+
+    Raises:
+        ValueError: If no text is read at any setting.
+    """
     best: dict[str, tuple[float, list[int]]] = {}
-    wrong = {}
+    wrong: dict[str, float] = {}
     for name, options in zip(names, generation, strict=True):
         begin = time.monotonic()
         answers = reader.read(texts, options, name)
-        there = [place for place, answer in enumerate(answers) if answer is not None]
-        said = [texts[place] for place in there]
-        losses, errors = reader.judge(said, [reader.parts(answers[place])[1] for place in there])  # type: ignore[arg-type]
-        finite = errors[np.isfinite(errors)]
+        read = [(text, answer) for text, answer in zip(texts, answers, strict=True) if answer is not None]
+        losses, errors = reader.judge([text for text, _ in read], [reader.parts(answer)[1] for _, answer in read])
         print(
-            f"{name}: {len(there)} of {len(texts)} texts read, {100 * finite.mean():.2f} % of the phonemes otherwise, "
-            f"{time.monotonic() - begin:.0f} s",
+            f"{name}: {len(read)} of {len(texts)} texts read, {otherwise(errors)}, {time.monotonic() - begin:.0f} s",
             flush=True,
         )
-        for text, place, loss, error in zip(said, there, losses, errors, strict=True):
+        for (text, answer), loss, error in zip(read, losses, errors, strict=True):
             if loss < best.get(text, (np.inf, []))[0]:
-                best[text] = loss, answers[place]  # type: ignore[assignment]
-                wrong[text] = error
-    ranked = sorted(best, key=lambda text: best[text][0])[: round(keep * len(texts))]
+                best[text], wrong[text] = (loss, answer), error
+    if not best:
+        raise ValueError(f"none of {len(texts)} texts is read as it stands: is --model trained?")
+    ranked = sorted(best, key=lambda text: best[text][0])[: max(1, round(keep * len(texts)))]
     print(
-        f"the clearest of each: {100 * np.mean(list(wrong.values())):.2f} % of the phonemes otherwise; "
-        f"{len(ranked)} of {len(texts)} texts kept, {100 * np.mean([wrong[text] for text in ranked]):.2f} %",
+        f"the clearest of each: {otherwise(list(wrong.values()))}; {len(ranked)} of {len(texts)} texts kept, "
+        f"{otherwise([wrong[text] for text in ranked])}",
         flush=True,
     )
     return {text: best[text][1] for text in ranked}
+
+
+def otherwise(errors: Sequence[float] | np.ndarray) -> str:
+    """Return shares of phonemes that are read otherwise, in words."""
+    finite = np.array(errors)[np.isfinite(errors)]
+    return f"{100 * finite.mean():.2f} % of the phonemes otherwise" if len(finite) else "no phonemes to be read"
 
 
 def example_of(prompt: list[int], answer: list[int], task: str) -> dict[str, Any]:

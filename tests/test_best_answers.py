@@ -1,0 +1,109 @@
+"""The clearest of several answers: how codes are judged, what is chosen, and which examples follow."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from builders import build_codec, build_model, build_processor
+from datasets import Dataset, DatasetDict, load_from_disk
+from torch.nn import functional
+
+from pipelines import save_repository
+from training_examples.training.samples import split_example
+from training_examples.ttt_tiny import best_answers
+from training_examples.ttt_tiny.best_answers import BestArguments, Reader, choose, read_setting
+from training_examples.ttt_tiny.phonemes import build_head, pronunciations
+
+SETTINGS = ["8:8:0.03", "4:4:0"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model that answers everything with "hi" and 40 codes 3, an untrained phoneme head, and three examples."""
+    root = tmp_path_factory.mktemp("best")
+    processor, codec = build_processor(), build_codec()
+    save_repository(build_model(processor), processor, root / "model")
+    codec.save_pretrained(root / "aligner")
+    torch.manual_seed(0)
+    head = build_head(codec, pronunciations()[1])
+    torch.save({"head": head.state_dict()}, root / "aligner" / "training_state.pt")
+    examples = []
+    for index, (answer, task) in enumerate([("hi", "tts"), ("no", "tts"), ("hi", "text_chat"), ("hi", "asr")]):
+        example = processor.build_example(answer, [5] * (12 + index), task="text_chat", text="a" * (1 + 7 * index))
+        examples.append({**example, "length": len(example["input_ids"]), "task": task})
+    DatasetDict({"train": Dataset.from_list(examples)}).save_to_disk(str(root / "examples"))
+    return root, examples
+
+
+@pytest.fixture(scope="module")
+def reader(folder):
+    codec, (spellings, count) = build_codec().eval(), pronunciations()
+    head = best_answers.load_head(folder[0] / "aligner", codec, count).eval()
+    processor = build_processor()
+    return Reader(build_model(processor).eval(), processor, head, codec, spellings, batch_size=2)
+
+
+@pytest.mark.parametrize("setting", ["8:8", "8:8:x", "a:8:0", "8:8:0:1", ""])
+def test_a_setting_of_another_form_is_refused(setting):
+    with pytest.raises(ValueError, match="CODES:STEPS:ORDER_BIAS"):
+        read_setting(setting)
+
+
+@pytest.mark.parametrize(
+    "options", [{"keep": 0.0}, {"keep": 1.1}, {"settings": []}, {"part": "2:2"}, {"part": "1"}, {"part": "-1:2"}]
+)
+def test_impossible_options_are_refused(options, tmp_path):
+    with pytest.raises(ValueError, match="--" + next(iter(options))):
+        BestArguments("model", "examples", tmp_path, tmp_path / "out", **options)
+
+
+def test_codes_are_judged_by_the_likelihood_of_the_phonemes(reader):
+    texts, codes = ["hi", "no no", "hi"], [[3] * 4, [7, 1, 2, 9, 4, 4], [1]]
+    losses, errors = reader.judge(texts, codes)
+    for text, row, loss in zip(texts, codes, losses, strict=True):
+        said = [phoneme for word in text.split() for phoneme in reader.spellings[word]]
+        log_probs = reader._log_probs(torch.tensor(row))
+        alone = functional.ctc_loss(
+            log_probs[:, None], torch.tensor([said]), torch.tensor([len(log_probs)]), torch.tensor([len(said)]),
+            reduction="sum",
+        )  # fmt: skip
+        assert loss == pytest.approx(alone.item() / len(said), rel=1e-5)
+    assert np.isfinite(errors).all()
+    losses, errors = reader.judge(["no no no no no no no no", "hi"], [[1], []])  # too few codes, and none
+    assert np.isinf(losses).all() and np.isinf(errors[1])
+
+
+def test_the_clearest_answer_to_each_text_is_chosen(reader, monkeypatch, capsys):
+    answers = {name: reader.read(["hi", "no"], read_setting(name), name) for name in SETTINGS}
+    assert all(answer[0] is not None and answer[1] is None for answer in answers.values())  # "no" is answered with "hi"
+    token = reader.processor.token_ids.audio_code_id_start
+    other = [token + 6 if item == token + 3 else item for item in answers["8:8:0.03"][0]]
+    said = {"8:8:0.03": [other, None], "4:4:0": answers["4:4:0"]}
+    monkeypatch.setattr(reader, "read", lambda texts, options, title: said[title])
+    options = [read_setting(name) for name in SETTINGS]
+    found = choose(reader, ["hi", "no"], options, SETTINGS, keep=1.0)
+    losses = reader.judge(["hi", "hi"], [[6] * 40, [3] * 40])[0]
+    assert found == {"hi": other if losses[0] < losses[1] else answers["4:4:0"][0]}
+    assert "1 of 2 texts read" in capsys.readouterr().out
+    assert list(choose(reader, ["hi", "no"], options, SETTINGS, keep=0.2)) == ["hi"]  # one at least
+    with pytest.raises(ValueError, match="none of 1 texts is read"):
+        monkeypatch.setattr(reader, "read", lambda texts, options, title: [None])
+        choose(reader, ["no"], options, SETTINGS, keep=1.0)
+
+
+def test_chosen_speech_takes_the_place_of_what_was_recorded(folder, monkeypatch):
+    root, examples = folder
+    told = ["--model", root / "model", "--dataset", root / "examples", "--aligner", root / "aligner"]
+    told += ["--output_dir", root / "best", "--settings", *SETTINGS, "--new_texts", 2, "--keep", 1, "--threads", 1]
+    monkeypatch.setattr(sys, "argv", ["best_answers.py", *map(str, told)])
+    best_answers.main()
+    rows = load_from_disk(str(root / "best"))["train"]
+    assert sorted(rows["task"]) == ["text_chat", "tts"]  # asr has no speech to choose, "no" and new texts were not read
+    processor = build_processor()
+    for row in rows:
+        prompts = [split_example(example)[0] for example in examples]
+        prompt, answer = split_example(row)
+        assert prompt in prompts and row["length"] == len(row["input_ids"])
+        (said,) = processor.post_process([answer], decode_audio=False)
+        assert said["text"] == "hi" and said["audio_codes"].tolist() == [3] * 40
