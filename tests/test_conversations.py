@@ -170,6 +170,7 @@ def cuts(tmp_path, monkeypatch):
         ("one plus two is three", "three", "addition"),
         ("cat dog five", None, "dictation"),
         ("a train is late", "i do not know that", "other"),
+        ("dog is cat", "i do not know that", "other"),  # of words that are known
     ]
     rows = [{"text": text, "answer": answer, "kind": kind, **delivery} for text, answer, kind in heard]
     write_shard(tmp_path, "questions-0000", rows)
