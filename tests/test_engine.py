@@ -332,6 +332,20 @@ def test_closing_without_draining_ends_everything():
     assert not engine.is_running
 
 
+def test_audio_that_waits_when_the_engine_closes_ends_as_closed():
+    engine, go_on = Engine(varied(), PROCESSOR).start(), threading.Event()
+    at_work = engine._codec._submit(go_on.wait)
+    waiting = [engine.encode_audio(tone(0.1), 16_000), engine.decode_audio([1, 2, 3])]
+    engine.close(drain=False)
+    go_on.set()
+    assert at_work.result(60)
+    for future in waiting:
+        with pytest.raises(EngineClosed):
+            future.result(60)
+    with pytest.raises(EngineClosed):  # who had looked before it closed
+        engine._codec.encode(tone(0.1), 16_000)
+
+
 def test_what_ends_early_ends_for_its_reason():
     options = {"max_new_tokens": 400, "min_new_tokens": 400}
     with Engine(varied(), PROCESSOR, max_rows=1) as engine:

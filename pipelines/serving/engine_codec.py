@@ -20,7 +20,7 @@ from processing.interleaving_ttt import Deinterleaver
 from processing.streaming_ttt import TextDecoder
 from processing.waveform_stream_ttt import WaveformStream, push_together
 
-from .engine_requests import AudioDelta, Finished, Generation, Overloaded, TextDelta, Usage
+from .engine_requests import AudioDelta, EngineClosed, Finished, Generation, Overloaded, TextDelta, Usage
 
 logger = logging.getLogger(__name__)
 
@@ -267,6 +267,7 @@ class CodecThread:
         self._executor = ThreadPoolExecutor(1, "ttt-engine-codec")
         self._lock = threading.Lock()
         self.num_waiting = 0
+        self._is_aborting = False
 
     def encode(self, waveform: Any, sampling_rate: float) -> Future[list[int]]:
         """See [`Engine.encode_audio`]."""
@@ -298,7 +299,9 @@ class CodecThread:
         return self._submit(lambda: decode_codes(self._audio_tokenizer(), [codes], 1)[0])
 
     def close(self, drain: bool) -> None:
-        self._executor.shutdown(wait=drain, cancel_futures=not drain)
+        """Take no more jobs; without `drain` those that wait end with `EngineClosed`, which their callers can tell."""
+        self._is_aborting = self._is_aborting or not drain
+        self._executor.shutdown(wait=drain)
 
     def _audio_tokenizer(self) -> Any:
         if self.processor.audio_tokenizer is None:
@@ -306,12 +309,20 @@ class CodecThread:
         return self.processor.audio_tokenizer
 
     def _submit(self, run: Callable[[], Any]) -> Future[Any]:
+        def job() -> Any:
+            if self._is_aborting:
+                raise EngineClosed("The engine was closed before it came to this audio.")
+            return run()
+
         with self._lock:
             if self.num_waiting >= self.max_waiting:
                 raise Overloaded(1.0)
             self.num_waiting += 1
         try:
-            future = self._executor.submit(run)
+            future = self._executor.submit(job)
+        except RuntimeError as error:  # closed since the caller looked
+            self._done()
+            raise EngineClosed("The engine takes no audio: it is closing.") from error
         except BaseException:
             self._done()
             raise
