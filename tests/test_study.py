@@ -7,10 +7,12 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from builders import build_model, build_processor, tone, write_wav
 
 from modeling_ttt import TttConfig
@@ -26,6 +28,7 @@ from training_examples.study.samples import read_samples
 from training_examples.training.arguments import CONFIG_OPTIONS, ModelArguments, parse_arguments
 from training_examples.training.arguments import TttTrainingArguments as TrainingArguments
 
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 ROOT = Path(__file__).parent.parent
 ROW = {"id": "0", "question": "", "answer": "one two", "kind": "random", "audio": None}
 
@@ -88,6 +91,26 @@ def test_training_takes_what_a_stage_is_told(args, monkeypatch):
     arguments, training = parse_arguments(ModelArguments)
     assert isinstance(training, TrainingArguments) and training.seed == 1 and training.max_steps == args.max_steps
     assert arguments.tokens_per_batch == args.tokens_per_batch and arguments.block_lengths == [8, 13, 26]
+
+
+def test_a_gpu_is_said_to_every_stage_or_to_none(args):
+    args.device = "cuda"
+    stages = [*run_study.stages_of(args, "distilled", 0), run_study.measuring_stage(args, "ttt", 0)]
+    for stage in [*stages, run_study.last_stage(args)]:
+        words = " ".join(stage.options)
+        if stage.trained:  # the Trainer takes the GPU by itself
+            assert "--use_cpu" not in words and "--attn_implementation sdpa" in words
+        else:
+            assert "--device cuda" in words
+    args.device = "cpu"
+    for stage in [*run_study.stages_of(args, "distilled", 0), run_study.last_stage(args)]:
+        assert "--device" not in stage.options and ("--use_cpu" in stage.options) == bool(stage.trained)
+
+
+@pytest.mark.parametrize("device", ["gpu", pytest.param("cuda", marks=NO_GPU)])
+def test_a_device_that_is_not_there_is_refused_at_once(args, device):
+    with pytest.raises(ValueError, match=f"`--device` is {device}"):
+        replace(args, device=device)
 
 
 WORKER = """

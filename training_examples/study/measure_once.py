@@ -39,6 +39,7 @@ class OnceArguments:
     recogniser: list[str] = field(default_factory=list, metadata={"help": "Who listens, see evaluate_model.py."})
     limit: int = field(default=60, metadata={"help": "Recordings of each list that are listened to."})
     cost_rows: int = field(default=8, metadata={"help": "Answers that the cost of a setting is measured on."})
+    device: str = field(default="cpu", metadata={"help": "Where the models answer."})
     threads: int = threads_field()
 
 
@@ -80,9 +81,10 @@ def cost_of(backend: TttBackend, samples: Sequence[Sample], task: str) -> list[d
         prompt = inputs["input_ids"].shape[1]
         begin = time.perf_counter()
         output = backend.pipe.model.generate(**inputs, **backend.generation, return_dict_in_generate=True)
+        sequences = output.sequences.cpu()  # a GPU has ended only then
         seconds = time.perf_counter() - begin
-        codes = len(backend.processor.post_process(output.sequences, prompt, decode_audio=False)[0]["audio_codes"])
-        written = output.sequences.shape[1] - prompt
+        codes = len(backend.processor.post_process(sequences, prompt, decode_audio=False)[0]["audio_codes"])
+        written = sequences.shape[1] - prompt
         forwards, positions = getattr(output, "num_forwards", None), getattr(output, "num_token_positions", None)
         if forwards is None:  # left to right, every token takes a forward, and the first one that of the prompt
             forwards, positions = written, prompt + written - 1
@@ -96,7 +98,7 @@ def measure_cost(args: OnceArguments) -> dict[str, Any]:
     found: dict[str, Any] = {}
     samples = read_samples(args.data_dir, args.split, "tts", args.cost_rows)
     for name in args.arms:
-        backend = TttBackend(str(args.study / f"{name}-{args.seed}" / "train"))
+        backend = TttBackend(str(args.study / f"{name}-{args.seed}" / "train"), args.device)
         for setting in ARMS[name].settings:
             costs = cost_of(backend.with_generation(**setting), samples, "tts")
             found.setdefault(name, {})[setting_name(setting)] = costs
@@ -106,7 +108,7 @@ def measure_cost(args: OnceArguments) -> dict[str, Any]:
 
 def measure_recordings(args: OnceArguments, names: Sequence[str], listeners: Sequence[Listener]) -> dict[str, Any]:
     """Return what the recorded answers count, as they are and through the audio tokenizer, by list."""
-    codec = TttBackend(str(args.study / f"{args.arms[0]}-{args.seed}" / "train"))
+    codec = TttBackend(str(args.study / f"{args.arms[0]}-{args.seed}" / "train"), args.device)
     found: dict[str, Any] = {}
     for backend in (Recordings(), Recordings(codec)):
         for name in names:
@@ -124,12 +126,13 @@ def measure_recordings(args: OnceArguments, names: Sequence[str], listeners: Seq
 def main() -> None:
     (args,) = ScriptParser(OnceArguments, __doc__).parse_args_into_dataclasses()
     threads = use_threads(args.threads)
-    listeners = [open_listener(name, threads=threads) for name in args.recogniser]
+    listeners = [open_listener(name, device=args.device, threads=threads) for name in args.recogniser]
     names = choose_lists(args.data_dir, args.split, args.lists)
     content = {
         "split": args.split,
         "lists": hash_lists(args.data_dir, args.split, names, args.limit),
         "threads": threads,
+        "device": args.device,
         "cost": measure_cost(args) if "tts" in names else {},
         "recordings": measure_recordings(args, names, listeners),
     }

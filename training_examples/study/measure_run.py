@@ -36,6 +36,7 @@ class MeasureArguments:
     recogniser: list[str] = field(default_factory=list, metadata={"help": "Who listens, see evaluate_model.py."})
     limit: int = field(default=60, metadata={"help": "Rows of each list."})
     batch_size: int = field(default=32, metadata={"help": "Answers written side by side."})
+    device: str = field(default="cpu", metadata={"help": "Where the model answers."})
     threads: int = threads_field()
 
 
@@ -46,7 +47,7 @@ def measure(args: MeasureArguments, listeners: Sequence[Listener]) -> dict[str, 
     Raises:
         EvaluationError: If rows could not be answered; the next call asks them again.
     """
-    backend, arm = TttBackend(str(args.run / "train")), ARMS[args.arm]
+    backend, arm = TttBackend(str(args.run / "train"), args.device), ARMS[args.arm]
     found: dict[str, Any] = {}
     for setting in arm.settings:
         name = setting_name(setting)
@@ -69,7 +70,7 @@ def measure(args: MeasureArguments, listeners: Sequence[Listener]) -> dict[str, 
 def main() -> None:
     (args,) = ScriptParser(MeasureArguments, __doc__).parse_args_into_dataclasses()
     threads = use_threads(args.threads)
-    listeners = [open_listener(name, threads=threads) for name in args.recogniser]
+    listeners = [open_listener(name, device=args.device, threads=threads) for name in args.recogniser]
     names = choose_lists(args.data_dir, args.split, args.lists)
     content = {
         "arm": args.arm,

@@ -36,6 +36,7 @@ from training_examples.user_errors import run_command
 SCRIPTS = Path(__file__).parents[1]
 # Large tensors come and go in every step: kept memory makes a step faster than memory that is asked for anew.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
+ATTENTION = {"cpu": "eager", "cuda": "sdpa"}  # what trains fast, by device
 GRACE = 10  # seconds that an interrupted process has to end
 
 
@@ -63,7 +64,10 @@ class StudyArguments:
         default="evaluation", metadata={"help": "Which lists: choose on development.", "choices": SPLITS}
     )
     lists: list[str] = field(default_factory=list, metadata={"help": "Which of them; all of the split by default."})
-    workers: int = field(default=1, metadata={"help": "Runs side by side, one thread each."})
+    workers: int = field(default=1, metadata={"help": "Runs side by side, one thread each; they share a GPU."})
+    device: str = field(
+        default="cpu", metadata={"help": "Where models are trained and answer.", "choices": list(ATTENTION)}
+    )
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.arms) - set(ARMS)):
@@ -80,6 +84,13 @@ class StudyArguments:
         for name in ("arms", "seeds"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise ValueError(f"`--{name}` {getattr(self, name)}: one is named twice")
+        if self.device not in ATTENTION:
+            raise ValueError(f"`--device` is {self.device}; it must be one of {list(ATTENTION)}")
+        if self.device == "cuda":
+            import torch  # here, since it takes seconds that the CPU's study need not wait for
+
+            if not torch.cuda.is_available():
+                raise ValueError("`--device` is cuda, and PyTorch finds no GPU here; leave it out for the CPU")
         if not self.start.is_dir():
             raise ValueError(f"`--start` {self.start} is no folder; train_ttt.py makes one")
 
@@ -146,12 +157,14 @@ def training_stage(
 ) -> Stage:  # fmt: skip
     """Return the stage, by its name and number of steps, that trains an arm from a model."""
     name, steps = stage
+    place = ["--use_cpu"] if args.device == "cpu" else []
     options = [
         *("--model", str(start), "--dataset", *datasets, "--output_dir", str(folder / name), "--seed", str(seed)),
-        *("--max_steps", str(steps), "--tokens_per_batch", str(args.tokens_per_batch), "--threads", "1", "--use_cpu"),
+        *("--max_steps", str(steps), "--tokens_per_batch", str(args.tokens_per_batch), "--threads", "1", *place),
         *("--learning_rate", str(args.learning_rate), "--lr_scheduler_type", "cosine"),
         *("--warmup_steps", str(max(1, steps // 10)), "--weight_decay", "0.05", "--adam_beta2", "0.98"),
-        *("--optim", "adamw_torch_fused", "--max_grad_norm", "1.0", "--bf16", "--attn_implementation", "eager"),
+        *("--optim", "adamw_torch_fused", "--max_grad_norm", "1.0", "--bf16"),
+        *("--attn_implementation", ATTENTION[args.device]),
         *("--report_to", "none", "--disable_tqdm", "true", "--logging_steps", "10"),
         *("--save_steps", str(args.save_steps), "--save_total_limit", "1"),
         *training_flags(arm.options),
@@ -173,6 +186,7 @@ def stages_of(args: StudyArguments, name: str, seed: int, depends: Any = None) -
         *("--generation", "audio_block_size=8", "audio_steps_per_block=8", "--tasks", "tts", "spoken_qa"),
         *("--max_records", str(args.distilled_records), "--shard_size", "128"),
     ]
+    answering += device_options(args)
     mixture = [f"{answers}:2", f"{args.dataset}:1"]
     return [
         training_stage(args, arm, seed, folder, ("half", steps - steps // 2), args.start, [args.dataset], depends),
@@ -198,9 +212,15 @@ def last_stage(args: StudyArguments, depends: Any = None) -> Stage:
 def measuring_options(args: StudyArguments) -> list[str]:
     """Return what both scripts that measure are told."""
     options = ["--data_dir", str(args.data_dir), "--limit", str(args.limit), "--split", args.split]
+    options += device_options(args)
     for name, values in (("recogniser", args.recogniser), ("lists", args.lists)):
         options += [f"--{name}", *values] if values else []
     return options
+
+
+def device_options(args: StudyArguments) -> list[str]:
+    """Return how a script that answers is told where."""
+    return ["--device", args.device] if args.device != "cpu" else []
 
 
 def check_unchanged(stages: Sequence[Stage]) -> None:
