@@ -417,8 +417,8 @@ def main() -> None:
     parts += ["Texts read aloud at every setting:", settings_table(figures)]
     parts += ["![word errors against codes a forward](quality.png)", "![losses of held-out examples](curves.png)"]
     if once is not None:
-        place = "one thread" if once.get("device", "cpu") == "cpu" else "a GPU"
-        parts += [f"What a text read aloud costs, one at a time on {place}:", cost_table(args.output_dir, once)]
+        device = "one thread" if once.get("device", "cpu") == "cpu" else "a GPU"
+        parts += [f"What a text read aloud costs, one at a time on {device}:", cost_table(args.output_dir, once)]
         parts += ["How the judge hears the recorded answers:", recordings_table(once, figures.judge)]
     text = "\n\n".join(parts) + "\n"
     pictures = [args.output_dir / name for name in ("quality.png", "curves.png")]
