@@ -404,6 +404,8 @@ def test_tables_and_plots_show_what_was_measured(tmp_path, monkeypatch, capsys):
     assert "7 steps of at most 64 tokens" in text
     assert "| pure autoregressive | default | 2 | 100.0 % (39.8 to 100.0) |" in text
     assert "| TtT as published | 26:26 | 2 | 50.0 % (0.0 to 100.0) |" in text
+    questions = " | ".join(["50.0 % (0.0 to 100.0)"] * 2)
+    assert f"| TtT as published | 34.68 % | {questions} | 12.53 % | 0.0 % " in text, "the paper's beside ours"
     cost = "5.00 (5.00 to 5.00) | 4.00 (4.00 to 4.00) | 5.00 (5.00 to 5.00)"
     assert f"| TtT as published | 26:4 | 20.0 % (20.0 to 20.0) | {cost} |" in text
     assert "| pure autoregressive | default | 25.0 | 10.0 | 300.0 | 0.250 | 1.5 |" in text
