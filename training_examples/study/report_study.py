@@ -204,8 +204,8 @@ def paper_table(figures: Figures) -> str:
         if arm in figures.runs:
             ours = [show(figures.figure(arm, ARMS[arm].ends[0], *column)) for *column, _ in COLUMNS[:3]]
             lines.append([ARMS[arm].title, questions, *ours[:2], dictation, ours[2]])
-    questions = ["paper: LLaMA Questions", "here: spoken QA", "here: voices never heard"]
-    return markdown_table(["", *questions, "paper: AISHELL-2, WER", "here: ASR, WER"], lines)
+    header = ["", "paper: LLaMA Questions", "here: spoken QA", "here: voices never heard"]
+    return markdown_table([*header, "paper: AISHELL-2, WER", "here: ASR, WER"], lines)
 
 
 def finite(value: float) -> float | None:
