@@ -75,7 +75,10 @@ def heard(content: bytes, **part) -> dict:
         ("/v1/audio/speech", {**SPEECH, "instructions": "be glad"}, "instructions", "unknown_parameter"),
         ("/v1/audio/speech", {**SPEECH, "ttt": {"custom_generate": "x"}}, "ttt.custom_generate", "unknown_parameter"),
         ("/v1/audio/speech", {**SPEECH, "ttt": {"audio_block_size": 0}}, "ttt.audio_block_size", "invalid_value"),
-        ("/v1/chat/completions", {**CHAT, "tools": [{}]}, "tools", "unknown_parameter"),
+        ("/v1/chat/completions", {**CHAT, "tools": [{}]}, "tools", "invalid_value"),
+        ("/v1/chat/completions", {**CHAT, "stop": ["a"]}, "stop", "invalid_value"),
+        ("/v1/chat/completions", {**CHAT, "presence_penalty": 0.5}, "presence_penalty", "invalid_value"),
+        ("/v1/chat/completions", {**CHAT, "response_format": {"type": "json_object"}}, "response_format.type", None),
         ("/v1/chat/completions", {**CHAT, "n": 2}, "n", "invalid_value"),
         ("/v1/chat/completions", {**CHAT, "messages": []}, "messages", "invalid_value"),
         ("/v1/chat/completions", {**CHAT, "messages": CHAT["messages"] * 11}, "messages", "too_long"),
@@ -86,7 +89,8 @@ def heard(content: bytes, **part) -> dict:
         ("/v1/chat/completions", {**CHAT, "max_tokens": 3, "max_completion_tokens": 3}, "max_tokens", "invalid_value"),
         ("/v1/chat/completions", {**CHAT, "stream_options": {}}, "stream_options", "invalid_value"),
         ("/v1/chat/completions", {**CHAT, "temperature": -1}, "temperature", "invalid_value"),
-        ("/v1/chat/completions", {**CHAT, "max_tokens": 5000}, None, "invalid_value"),
+        ("/v1/chat/completions", {**CHAT, "max_tokens": 5000}, "messages", "context_length_exceeded"),
+        ("/v1/audio/speech", {**SPEECH, "ttt": {"max_new_tokens": 5000}}, "input", "context_length_exceeded"),
         (
             "/v1/chat/completions",
             {**CHAT, "modalities": ["text", "audio"], "audio": {"voice": "alloy", "format": "opus"}},
@@ -111,9 +115,72 @@ def test_bodies_that_are_no_json_are_refused(server, body):
     assert status == 400 and error["code"] in ("invalid_json", "missing_required_parameter", "unknown_parameter")
 
 
-def test_paths_methods_and_models_that_there_are_not(server):
-    assert server.error("/v1/embeddings", {})[0] in (404, 405)
-    assert server.error("/v1/audio/speech")[0] in (404, 405)
+@pytest.mark.parametrize(("stream", "name", "remedy"), [(False, "pcm", "wav, flac, pcm16"), (True, "wav", "pcm16")])
+def test_a_format_of_a_spoken_answer_is_refused_by_its_name_with_those_there_are(server, stream, name, remedy):
+    body = {**CHAT, "modalities": ["text", "audio"], "audio": {"voice": "alloy", "format": name}, "stream": stream}
+    error = server.error("/v1/chat/completions", body)[1]
+    assert f"'{name}'" in error["message"] and error["message"].endswith(f"{remedy}.")
+
+
+def test_what_clients_send_by_habit_is_taken_with_the_values_that_mean_nothing(server):
+    habits = {
+        "frequency_penalty": 0,
+        "presence_penalty": 0.0,
+        "logit_bias": {},
+        "logprobs": False,
+        "parallel_tool_calls": True,
+        "response_format": {"type": "text"},
+        "service_tier": "auto",
+        "stop": [],
+        "store": False,
+        "tool_choice": "none",
+        "tools": [],
+    }
+    assert server.request("/v1/chat/completions", {**CHAT, **habits})[0] == 200
+    assert server.request("/v1/chat/completions", {**CHAT, **dict.fromkeys(habits)})[0] == 200
+
+
+def test_an_answer_in_which_nothing_was_said_may_come_back(server):
+    user = CHAT["messages"][0]
+    silent = {**CHAT, "messages": [user, {"role": "assistant", "content": ""}, user]}
+    status, _, body = server.request("/v1/chat/completions", silent)
+    assert status == 200
+    without = server.request("/v1/chat/completions", {**CHAT, "messages": [user, user]})[2]
+    assert json.loads(body)["usage"]["prompt_tokens"] == json.loads(without)["usage"]["prompt_tokens"]
+    nothing = {**CHAT, "messages": [user, {"role": "assistant"}, user]}
+    assert server.error("/v1/chat/completions", nothing)[1]["param"] == "messages[1].content"
+
+
+def test_what_was_heard_is_counted_apart_in_the_usage(server):
+    usage = json.loads(server.request("/v1/chat/completions", heard(wav(tone(2.0))))[2])["usage"]
+    assert usage["prompt_tokens_details"]["audio_tokens"] == 25 < usage["prompt_tokens"]
+    usage = json.loads(server.request("/v1/chat/completions", CHAT)[2])["usage"]
+    assert usage["prompt_tokens_details"]["audio_tokens"] == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allow"),
+    [
+        ("GET", "/v1/audio/speech", "POST"),
+        ("DELETE", "/v1/chat/completions", "POST"),
+        ("POST", "/v1/models", "GET"),
+        ("PUT", "/health", "GET, HEAD"),
+        ("POST", "/", "GET, HEAD"),
+        ("POST", "/v1/embeddings", None),
+        ("GET", "/v1/embeddings", None),
+    ],
+)
+def test_a_method_that_a_path_does_not_take_is_told_apart_from_a_path_that_is_not_there(server, method, path, allow):
+    status, headers, body = server.request(path, method=method)
+    assert (status, headers.get("allow")) == ((404, None) if allow is None else (405, allow))
+    assert path in json.loads(body)["error"]["message"]
+
+
+def test_health_answers_those_who_ask_for_the_head_alone(server):
+    assert server.request("/health", method="HEAD")[0] == 200
+
+
+def test_paths_and_models_that_there_are_not(server):
     status, error = server.error("/v1/audio/speech", {**SPEECH, "model": "gpt-4o"})
     assert status == 404 and error["code"] == "model_not_found"
     assert server.error("/../pyproject.toml")[0] in (400, 404)
@@ -151,6 +218,15 @@ def test_sound_that_cannot_be_used_is_refused_before_it_is_heard(server, content
         status, error = server.error(path, data, **kwargs)
         assert status == (413 if code == "audio_too_long" else 400) and error["code"] == code
         assert error["param"] == param
+
+
+def test_small_files_that_last_for_hours_are_not_all_encoded(server):
+    body = heard(wav(np.zeros(80_000), file_format="FLAC"))
+    message = body["messages"][0]
+    body["messages"] = [{**message, "content": 64 * message["content"]}]
+    status, error = server.error("/v1/chat/completions", body)
+    assert status == 400 and error["code"] == "context_length_exceeded" and error["param"] == "messages"
+    assert 2048 < int(re.search(r"has (\d+) tokens or more", error["message"])[1]) < 2200  # half of them
 
 
 def test_a_header_that_claims_more_than_there_is_costs_nothing(server):
@@ -288,6 +364,20 @@ def test_a_websocket_brings_its_key_in_a_header_or_as_browsers_do(locked):
 
 
 # ---- status --------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_count_what_is_refused_and_what_fails(server, locked, monkeypatch):
+    def count(running, path: str, status: int) -> float:
+        text = running.request("/metrics", headers={"Authorization": f"Bearer {KEY}"})[2].decode()
+        found = re.findall(rf'ttt_http_requests_total{{path="{path}",status="{status}"}} (\S+)', text)
+        return sum(map(float, found))
+
+    before = count(locked, "other", 401)
+    locked.error("/v1/models")
+    assert count(locked, "other", 401) == before + 1
+    monkeypatch.setattr(server.service, "check_model", lambda name: 1 / 0)
+    assert server.error("/v1/audio/speech", SPEECH)[0] == 500
+    assert count(server, "/v1/audio/speech", 500) == 1
 
 
 def test_metrics_count_what_happens(server):

@@ -15,6 +15,7 @@ from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match, Mount
 
 from . import http_chat, http_speech, http_status, http_transcriptions, realtime
 from .errors import ApiError
@@ -26,6 +27,7 @@ from .wire_http import ChatRequest, SpeechRequest, TranscriptionFields
 
 STATIC = Path(__file__).resolve().parent / "static"
 SCHEMAS = "#/components/schemas/{model}"
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 BODIES: dict[str, type[Wire]] = {"/v1/audio/speech": SpeechRequest, "/v1/chat/completions": ChatRequest}
 logger = logging.getLogger(__name__)
 
@@ -51,8 +53,8 @@ def create_app(service: Service, api_keys: Iterable[str] = (), allowed_hosts: It
     app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _failed)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
-    app.add_middleware(Counting, service=service)
     app.add_middleware(Guard, keys=KeyRing(api_keys), limits=service.limits, allowed_hosts=allowed_hosts)
+    app.add_middleware(Counting, service=service)  # around the guard: what that refuses is counted, too
     return app
 
 
@@ -89,6 +91,9 @@ class Counting:
 
         try:
             await self.app(scope, receive, counted)
+        except Exception:
+            status = 500 if status == 499 else status  # nothing was sent yet: it is told so further out
+            raise
         finally:
             if scope["type"] == "http":
                 path = getattr(scope.get("route"), "path", None) or "other"
@@ -102,9 +107,28 @@ async def _api_error(request: Request, error: Exception) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    path = request.url.path[:100]
-    messages = {404: f"There is nothing at {path}.", 405: f"{path} does not take {request.method[:20]}."}
-    return error_response(ApiError(messages.get(error.status_code, str(error.detail)), error.status_code))
+    if error.status_code not in (404, 405):
+        return error_response(ApiError(str(error.detail), error.status_code))
+    # The page's files lie under all paths, so it is they that answer for paths and methods that no endpoint takes.
+    path, taken = request.url.path, _methods(request)
+    if not taken and error.status_code == 405 and not path.startswith("/v1/"):
+        taken = ["GET", "HEAD"]
+    if not taken:
+        return error_response(ApiError(f"There is nothing at {path[:100]}.", 404))
+    message = f"{path[:100]} does not take {request.method[:20]}; it takes {' and '.join(taken)}."
+    response = error_response(ApiError(message, 405))
+    response.headers["Allow"] = ", ".join(taken)
+    return response
+
+
+def _methods(request: Request) -> list[str]:
+    """The methods that endpoints take at a path."""
+    endpoints = [route for route in request.app.routes if not isinstance(route, Mount)]
+    return [
+        method
+        for method in METHODS
+        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in endpoints)
+    ]
 
 
 async def _gone(request: Request, error: Exception) -> Response:

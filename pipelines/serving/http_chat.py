@@ -16,7 +16,6 @@ from .answers import Answer
 from .conversation import check_texts, new_id
 from .engine_requests import AudioDelta, Finished, Generation, TextDelta
 from .errors import ApiError
-from .http_speech import check_format
 from .http_support import EVENT_STREAM, AnswerResponse, read_body, service_of, sse, sse_errors, until_gone
 from .options import check_voice, sampling
 from .service import Service, failure
@@ -25,6 +24,7 @@ from .wire_http import AssistantMessage, AudioPart, ChatRequest, TextPart, UserM
 
 router = APIRouter()
 FINISH_REASONS = {"stop": "stop", "length": "length"}
+SPOKEN_FORMATS = ("wav", "flac", "pcm16")  # OpenAI's name for bare PCM is another one here than in speech
 
 
 @router.post("/v1/chat/completions")
@@ -54,16 +54,15 @@ async def chat(request: Request) -> Response:
 
 def check_audio_format(name: str, stream: bool) -> None:
     """
-    Refuse a format of spoken answers that is not written here. OpenAI's name for bare PCM is `pcm16` here.
+    Refuse a format of spoken answers that is not written here.
 
     Raises:
         ApiError: naming those that are.
     """
-    if stream and name != "pcm16":
-        message = f"Invalid value for 'audio.format': '{name[:100]}'; a stream has pcm16."
+    if name not in (SPOKEN_FORMATS if not stream else ("pcm16",)):
+        what = "a stream has pcm16" if stream else f"use {', '.join(SPOKEN_FORMATS)}"
+        message = f"Invalid value for 'audio.format': '{name[:100]}'; {what}."
         raise ApiError(message, code="unsupported_format", param="audio.format")
-    if name != "pcm16":
-        check_format("" if name == "pcm" else name, "audio.format")
 
 
 @dataclass
@@ -76,6 +75,7 @@ class Answering:
     def __post_init__(self) -> None:
         self.id, self.created = new_id("chatcmpl"), int(time.time())
         self.audio_id, self.expires_at = self.service.answers.reserve()
+        self.num_codes = 0  # of what was sent
 
     async def submit(self) -> Generation:
         """Hand the conversation to the engine."""
@@ -84,7 +84,7 @@ class Answering:
         more = sampling(body.temperature, body.top_p)
         if (most := body.max_completion_tokens or body.max_tokens) is not None:
             more["max_new_tokens"] = most
-        return self.service.submit(ids, body.ttt, more, with_audio=body.speaks, seed=body.seed)
+        return self.service.submit(ids, body.ttt, more, with_audio=body.speaks, seed=body.seed, param="messages")
 
     async def whole(self, generation: Generation) -> dict[str, Any]:
         """Return the whole answer."""
@@ -112,7 +112,7 @@ class Answering:
             audio = {"id": self.audio_id, "data": encode_base64(content), "transcript": text}
             message |= {"content": None, "audio": audio | {"expires_at": self.expires_at}}
         choice = {"index": 0, "message": message, "finish_reason": FINISH_REASONS[finished.reason], "logprobs": None}
-        return self._object("chat.completion", [choice]) | {"usage": usage(finished)}
+        return self._object("chat.completion", [choice]) | {"usage": self._usage(generation, finished)}
 
     async def stream(self, generation: Generation) -> AsyncIterator[bytes]:
         """Yield the answer in chunks, as server-sent events."""
@@ -141,7 +141,8 @@ class Answering:
             yield self._chunk({"audio": {"id": self.audio_id, "expires_at": self.expires_at}})
         yield self._chunk({}, FINISH_REASONS[finished.reason])
         if self.body.stream_options is not None and self.body.stream_options.include_usage:
-            yield sse(self._object("chat.completion.chunk", []) | {"usage": usage(finished)})
+            took = self._usage(generation, finished)
+            yield sse(self._object("chat.completion.chunk", []) | {"usage": took})
         yield sse("[DONE]")
 
     async def _keep(self, text: str, codes: list[int]) -> None:
@@ -158,7 +159,8 @@ class Answering:
     async def _messages(self) -> list[dict[str, Any]]:
         """Return the conversation as the processor's chat template takes it, its audio as codes."""
         check_texts(self._texts(), self.service.limits.text_length)
-        written = [await self._message(index) for index in range(len(self.body.messages))]
+        asked = [await self._message(index) for index in range(len(self.body.messages))]
+        written = [message for message in asked if message is not None]
         if written[0]["role"] == "system":
             return written
         has_audio = any(
@@ -180,7 +182,7 @@ class Answering:
                 texts.append((where, content))
         return texts
 
-    async def _message(self, index: int) -> dict[str, Any]:
+    async def _message(self, index: int) -> dict[str, Any] | None:
         message, where = self.body.messages[index], f"messages[{index}]"
         if isinstance(message, AssistantMessage):
             return await self._answer(message, where)
@@ -198,30 +200,37 @@ class Answering:
         limits = self.service.limits
         content = decode_base64(part.input_audio.data, param, limits.body_bytes)
         samples, rate = await asyncio.to_thread(decode_file, content, limits, param)
-        return {"type": "audio", "audio_codes": await self.service.encode(samples, rate, param)}
+        codes = await self.service.encode(samples, rate, param)
+        self.num_codes += len(codes)
+        most = self.service.engine.max_context
+        if most is not None and self.num_codes > most:  # small files may last for hours: the rest is not encoded
+            message = f"The sound in 'messages' has {self.num_codes} tokens or more; the model takes {most} in all."
+            raise ApiError(message, code="context_length_exceeded", param="messages")
+        return {"type": "audio", "audio_codes": codes}
 
-    async def _answer(self, message: AssistantMessage, where: str) -> dict[str, Any]:
-        """Return what the model said before: an answer by its id, or a text."""
+    async def _answer(self, message: AssistantMessage, where: str) -> dict[str, Any] | None:
+        """Return what the model said before: an answer by its id, or a text; `None` where it had nothing to say."""
         if message.audio is not None:
             answer = await self.service.answers.get(message.audio.id, f"{where}.audio.id")
-            content: list[dict[str, Any]] = [{"type": "text", "text": answer.text}]
-            content += [{"type": "audio", "audio_codes": list(answer.codes)}] if answer.codes else []
-            return {"role": "assistant", "content": content}
-        text = message.content if isinstance(message.content, str) else "".join(p.text for p in message.content or [])
-        if not text.strip():
+            text, codes = answer.text, list(answer.codes)
+        elif message.content is not None:
+            parts = message.content
+            text, codes = parts if isinstance(parts, str) else "".join(part.text for part in parts), []
+        else:
             message_text = f"'{where}' has neither 'content' nor 'audio'."
             raise ApiError(message_text, code="invalid_value", param=f"{where}.content")
-        return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+        content: list[dict[str, Any]] = [{"type": "text", "text": text}] if text.strip() else []
+        content += [{"type": "audio", "audio_codes": codes}] if codes else []
+        return {"role": "assistant", "content": content} if content else None
 
-
-def usage(finished: Finished) -> dict[str, Any]:
-    """Return what an answer took, in tokens."""
-    took = finished.usage
-    completion = took.text_tokens + took.audio_codes
-    return {
-        "prompt_tokens": took.prompt_tokens,
-        "completion_tokens": completion,
-        "total_tokens": took.prompt_tokens + completion,
-        "prompt_tokens_details": {"cached_tokens": took.cached_tokens},
-        "completion_tokens_details": {"text_tokens": took.text_tokens, "audio_tokens": took.audio_codes},
-    }
+    def _usage(self, generation: Generation, finished: Finished) -> dict[str, Any]:
+        """What the answer took, in tokens."""
+        took, heard = finished.usage, self.service.num_codes(generation.prompt)
+        completion = took.text_tokens + took.audio_codes
+        return {
+            "prompt_tokens": took.prompt_tokens,
+            "completion_tokens": completion,
+            "total_tokens": took.prompt_tokens + completion,
+            "prompt_tokens_details": {"cached_tokens": took.cached_tokens, "audio_tokens": heard},
+            "completion_tokens_details": {"text_tokens": took.text_tokens, "audio_tokens": took.audio_codes},
+        }

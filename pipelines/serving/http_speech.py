@@ -33,7 +33,7 @@ async def speech(request: Request) -> Response:
     system = service.system_prompt(task, None, has_audio=False)
     messages = [{"role": "system", "content": system}] if system else []
     ids = await service.prompt([*messages, {"role": "user", "content": [{"type": "text", "text": body.input}]}])
-    generation = service.submit(ids, body.ttt)
+    generation = service.submit(ids, body.ttt, param="input")
     if body.stream_format == "sse":
         pieces, media_type = sse_errors(_events(service, generation, body.response_format)), EVENT_STREAM
     else:

@@ -29,6 +29,7 @@ async def model(request: Request, name: str) -> dict[str, Any]:
     return _model(service)
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health(request: Request) -> Response:
     """Tell whether requests are answered: 200, or 503 while the server stops or when its engine has died."""

@@ -46,7 +46,8 @@ async def transcriptions(request: Request) -> Response:
         system = service.system_prompt("asr", None, has_audio=True)
         messages = [{"role": "system", "content": system}] if system else []
         ids = await service.prompt([*messages, {"role": "user", "content": user}])
-        return service.submit(ids, TttOptions(), sampling(fields.temperature, None), with_audio=False)
+        more = sampling(fields.temperature, None)
+        return service.submit(ids, TttOptions(), more, with_audio=False, param="file")
 
     async def transcribe() -> str:
         return "".join([piece async for piece in _texts(service, await submit())])

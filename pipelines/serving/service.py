@@ -128,6 +128,7 @@ class Service:
         session: str | None = None,
         with_audio: bool = True,
         seed: int | None = None,
+        param: str | None = None,
     ) -> Generation:
         """
         Hand a prompt to the engine.
@@ -139,17 +140,20 @@ class Service:
             session (`str`, *optional*): whose cache it continues.
             with_audio (`bool`, *optional*, defaults to `True`): otherwise the answer is text alone.
             seed (`int`, *optional*): where the options have none.
+            param (`str`, *optional*): the field of the request that is to be shorter where it is too long.
 
         Raises:
             ApiError: if the queue is full, the server stops, or the prompt or an option cannot be used.
         """
         if self.is_draining:
             raise draining()
+        generate_options = {**(more or {}), **options.generate_options()}
+        self._check_length(len(input_ids), generate_options.get("max_new_tokens"), param)
         try:
             return self.engine.submit(
                 GenerationRequest(
                     input_ids,
-                    options={**(more or {}), **options.generate_options()},
+                    options=generate_options,
                     seed=seed if options.seed is None else options.seed,
                     deadline=ANSWER_SECONDS,
                     session=session,
@@ -162,6 +166,21 @@ class Service:
             raise draining() from None
         except (ValueError, TypeError) as error:
             raise ApiError(str(error), code="invalid_value") from None
+
+    def _check_length(self, prompt: int, answer: int | None, param: str | None) -> None:
+        """Refuse what is longer than the model's context, in the words of the protocol."""
+        most = self.engine.max_context
+        if most is None or prompt + (answer or 1) <= most:
+            return
+        message = f"The request has {prompt} tokens; the model takes {most}, its answer included."
+        if prompt < most:
+            both = f"{prompt} tokens and its answer may have {answer}"
+            message = f"The request has {both}; the model takes {most} together."
+        raise ApiError(message, code="context_length_exceeded", param=param)
+
+    def num_codes(self, ids: Sequence[int]) -> int:
+        """Return how many of some ids are audio codes."""
+        return sum(map(self.processor.token_ids.is_code, ids))
 
     async def events(self, generation: Generation) -> AsyncIterator[Any]:
         """Yield the events of an answer, counted; whoever leaves early cancels it."""

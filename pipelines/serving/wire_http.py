@@ -17,6 +17,8 @@ Tokens = Annotated[int, Field(ge=1, le=100_000)]
 Temperature = Annotated[float, Field(ge=0.0, le=2.0)]
 TopP = Annotated[float, Field(gt=0.0, le=1.0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Zero = Annotated[float, Field(ge=0.0, le=0.0)]
+EmptyList = Annotated[list[Any], Field(max_length=0)]
 
 
 class SpeechRequest(Wire):
@@ -86,8 +88,8 @@ class AssistantMessage(Wire):
     audio: EarlierAudio | None = None
     name: Name | None = None
     refusal: None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+    annotations: EmptyList | None = None
+    tool_calls: EmptyList | None = None
     function_call: None = None
 
     @field_validator("audio", mode="before")
@@ -115,8 +117,15 @@ class StreamOptions(Wire):
     include_obfuscation: bool | None = None
 
 
+class TextFormat(Wire):
+    """The one form of an answer's text that there is."""
+
+    type: Literal["text"]
+
+
 class ChatRequest(Wire):
-    """The body of `POST /v1/chat/completions`."""
+    """The body of `POST /v1/chat/completions`. From `frequency_penalty` on: what clients send by habit, with the values
+    that mean nothing."""
 
     model: Name
     messages: Annotated[list[Message], Field(min_length=1)]
@@ -132,6 +141,17 @@ class ChatRequest(Wire):
     n: Literal[1] | None = None
     user: Name | None = None
     ttt: TttOptions = Field(default_factory=TttOptions)
+    frequency_penalty: Zero | None = None
+    presence_penalty: Zero | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    logprobs: Literal[False] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: TextFormat | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    stop: EmptyList | None = None
+    store: Literal[False] | None = None
+    tool_choice: Literal["auto", "none"] | None = None
+    tools: EmptyList | None = None
 
     @property
     def speaks(self) -> bool:
