@@ -303,6 +303,19 @@ def test_answers_are_read_in_asyncio_and_cancelled_there():
         assert end.reason in ("cancelled", "length") and end.token_ids == expected[: len(end.token_ids)]
 
 
+def test_an_engine_without_a_queue_hears_one_after_the_other():
+    with Engine(varied(), PROCESSOR, max_queue=0) as engine:
+        held = threading.Event()
+        running = engine._codec._submit(held.wait)
+        with pytest.raises(Overloaded):
+            engine.encode_audio(tone(0.1), 16_000)
+        held.set()
+        assert running.result(60)
+        while engine.stats().encoding:
+            time.sleep(0.01)
+        assert engine.encode_audio(tone(0.1), 16_000).result(60)
+
+
 def test_a_full_queue_is_refused_at_once_and_drained():
     model = varied()
     options = {"max_new_tokens": 60, "min_new_tokens": 60}

@@ -1,14 +1,28 @@
 """Realtime sessions with a small model: settings, turns, interruption, truncation, items, errors, limits."""
 
+import asyncio
 import base64
 import json
+import threading
 
 import pytest
 from builders import build_model, build_processor
-from serving import RealtimeClient, closing, is_at_rest, question_pcm, serve, silence_pcm, spoken_pcm, wait_until
+from serving import (
+    SECONDS,
+    RealtimeClient,
+    closing,
+    is_at_rest,
+    question_pcm,
+    serve,
+    silence_pcm,
+    spoken_pcm,
+    wait_until,
+)
 from websockets.exceptions import InvalidStatus
 
 from pipelines.serving.limits import Limits
+from pipelines.serving.realtime import RealtimeSession
+from pipelines.serving.wire_realtime import ServerVad
 
 CODES = 40  # of every answer: 3.2 s, after the text "hi"
 LONG = {"max_audio_codes_per_span": 1200, "max_new_tokens": 1300, "audio_block_size": 1, "audio_steps_per_block": 1}
@@ -213,6 +227,40 @@ def test_speech_does_not_interrupt_where_it_shall_not(client):
     assert events[-1]["response"]["status"] == "completed"
 
 
+def test_a_turn_that_finds_no_place_does_not_take_the_next_one_with_it(client):
+    client.configure(audio={"input": {"turn_detection": {"type": "server_vad"}}})
+    for _ in range(12):
+        client.say("a")
+    client.append(silence_pcm(0.3) + 2 * (question_pcm() + silence_pcm(1.0)))  # two turns in one event
+    events = [*client.until("error"), *client.until("error")]
+    kinds = [event["type"] for event in events]
+    assert kinds == 2 * ["input_audio_buffer.speech_started", "input_audio_buffer.speech_stopped", "error"]
+    assert [events[index]["error"]["code"] for index in (2, 5)] == 2 * ["conversation_full"]
+    assert events[0]["item_id"] == events[1]["item_id"] != events[3]["item_id"] == events[4]["item_id"]
+
+
+def test_a_turn_that_could_not_be_heard_for_now_is_heard_when_it_is_asked_again(server, client):
+    codec = server.service.engine._codec
+    held = threading.Event()
+    for _ in range(codec.max_waiting + 1):
+        codec._submit(held.wait)
+    client.append(question_pcm())
+    client.ask("input_audio_buffer.commit", "conversation.item.done")
+    done = client.ask("response.create", "response.done")["response"]
+    held.set()
+    assert done["status"] == "failed" and done["status_details"]["error"]["code"] == "server_overloaded"
+    wait_until(lambda: not server.service.engine.stats().encoding, "room")
+    done = client.ask("response.create", "response.done")["response"]
+    assert done["status"] == "completed" and done["usage"]["input_token_details"]["audio_tokens"] > 10
+
+
+@pytest.mark.parametrize("most", [2048, 4096])
+def test_a_bound_beyond_the_models_context_is_a_bound_all_the_same(client, most):
+    assert client.configure(max_output_tokens=most)["max_output_tokens"] == most
+    client.say("hello")
+    assert client.ask("response.create", "response.done")["response"]["status"] == "completed"
+
+
 def test_the_oldest_turns_make_room_and_only_where_they_may(client):
     for _ in range(10):
         client.say("a" * 300)
@@ -223,6 +271,32 @@ def test_the_oldest_turns_make_room_and_only_where_they_may(client):
     done = client.ask("response.create", "response.done")["response"]
     assert done["status"] == "failed" and done["status_details"]["error"]["code"] == "context_length_exceeded"
     assert done["output"] == []
+
+
+def test_who_is_silent_after_an_answer_is_spoken_to(client):
+    vad = {"type": "server_vad", "idle_timeout_ms": 1000}
+    client.configure(ttt={"max_audio_codes_per_span": 5}, audio={"input": {"turn_detection": vad}})
+    client.say("hello")
+    client.ask("response.create", "response.done")
+    aside = {"conversation": "none", "output_modalities": ["text"]}  # is no turn of the conversation
+    client.send("response.create", response=aside)
+    client.until("input_audio_buffer.timeout_triggered")
+    assert client.until("response.done")[-1]["response"]["status"] == "completed"
+
+
+def test_who_speaks_is_not_taken_for_silent(server):
+    async def main() -> list[dict]:
+        client = Waiting()
+        session = RealtimeSession(server.service, client)
+        session.settings.turn_detection = ServerVad(interrupt_response=False, idle_timeout_ms=1000)
+        await session.buffer.append(silence_pcm(0.3) + question_pcm())
+        await session._idled()
+        sending = asyncio.create_task(session.outbox.run())
+        await session.outbox.empty()
+        sending.cancel()
+        return client.came
+
+    assert asyncio.run(main()) == []
 
 
 # ---- input and items -----------------------------------------------------------------------------------------------
@@ -338,6 +412,17 @@ def test_an_answer_is_cut_to_what_was_heard_and_its_text_alike(client):
     assert client.error("conversation.item.truncate", **cut, audio_end_ms=10)["code"] == "invalid_item"
 
 
+def test_an_answer_that_is_being_written_is_cut_where_it_has_sound(client):
+    client.configure(ttt=LONG)
+    client.say("hello")
+    client.send("response.create")
+    item = client.until("response.output_audio.delta")[-1]["item_id"]
+    error = client.error("conversation.item.truncate", item_id=item, content_index=1, audio_end_ms=0)
+    assert error["code"] == "invalid_item"
+    client.send("response.cancel")
+    client.until("response.done")
+
+
 def test_the_conversation_has_an_end(client):
     for _ in range(12):
         client.say("a")
@@ -365,6 +450,33 @@ def test_a_silent_session_is_closed():
     with limited(idle_seconds=0.3) as server, RealtimeClient(server) as client:
         code, events = closing(client)
         assert code == 1001 and events[-1]["error"]["code"] == "session_idle"
+
+
+class Waiting:
+    """A client in this process that sends some events and then nothing, in place of a WebSocket."""
+
+    def __init__(self, *events: dict):
+        self.events, self.came = list(events), []
+
+    async def receive(self) -> dict:
+        if not self.events:
+            await asyncio.Event().wait()
+        return {"type": "websocket.receive", "text": json.dumps(self.events.pop(0))}
+
+    async def send_text(self, text: str) -> None:
+        self.came.append(json.loads(text))
+
+    async def close(self, code: int, reason: str) -> None:
+        assert (code, reason) == (1001, "session_idle")
+
+
+def test_who_waits_for_an_answer_is_not_silent():
+    session = {"type": "realtime", "instructions": "x", "ttt": {**LONG, "max_audio_codes_per_span": 600}}
+    client = Waiting({"type": "session.update", "session": session}, {"type": "response.create"})
+    with limited(idle_seconds=0.1) as server:
+        asyncio.run(asyncio.wait_for(RealtimeSession(server.service, client).run(), SECONDS))
+    done, error = [event for event in client.came if event["type"] in ("response.done", "error")]
+    assert done["response"]["status"] == "completed" and error["error"]["code"] == "session_idle"
 
 
 def test_a_session_ends_after_its_time_and_there_are_only_so_many():

@@ -93,7 +93,7 @@ class Conversation:
 
     Args:
         most_items (`int`): no more than this many.
-        most_audio (`int`): bytes of users' audio that are kept; the oldest goes first.
+        most_audio (`int`): bytes of users' audio that are kept beside the newest item's; the oldest goes first.
     """
 
     def __init__(self, most_items: int, most_audio: int):
@@ -124,7 +124,7 @@ class Conversation:
         elif after is not None:
             position = self._position(after, "previous_item_id") + 1
         self.items.insert(position, item)
-        self._forget_audio()
+        self._forget_audio(item)
         return self.items[position - 1].id if position else None
 
     def get(self, item_id: str, param: str = "item_id") -> Item:
@@ -156,8 +156,9 @@ class Conversation:
                 return position
         raise ApiError(f"There is no item '{item_id}'.", code="item_not_found", param=param)
 
-    def _forget_audio(self) -> None:
-        kept = [part for item in self.items for part in item.parts if part.pcm is not None]
+    def _forget_audio(self, newest: Item) -> None:
+        """Keep no more than there is room for, and in any case what was just added, which is still to be encoded."""
+        kept = [part for item in self.items if item is not newest for part in item.parts if part.pcm is not None]
         total = sum(len(part.pcm or b"") for part in kept)
         for part in kept:
             if total <= self.most_audio:
@@ -220,9 +221,7 @@ class Rhythm:
         Raises:
             ApiError: if it is no spoken answer, or was not that long.
         """
-        if item.role != "assistant" or content_index >= len(item.parts) or not item.parts[content_index].is_audio:
-            message = f"Item '{item.id}' has no audio of the assistant at content_index {content_index}."
-            raise ApiError(message, code="invalid_item", param="item_id")
+        self.check(item, content_index)
         part = item.parts[content_index]
         length = self.milliseconds(part)
         if audio_end_ms > length + MILLISECONDS_SPARE:
@@ -232,6 +231,17 @@ class Rhythm:
                 param="audio_end_ms",
             )
         self.cut(part, audio_end_ms)
+
+    def check(self, item: Item, content_index: int) -> None:
+        """
+        Refuse to cut what is no spoken answer.
+
+        Raises:
+            ApiError: if it is none.
+        """
+        if item.role != "assistant" or content_index >= len(item.parts) or not item.parts[content_index].is_audio:
+            message = f"Item '{item.id}' has no audio of the assistant at content_index {content_index}."
+            raise ApiError(message, code="invalid_item", param="item_id")
 
 
 def messages(items: Iterable[Item], system: str | None) -> list[dict[str, Any]]:

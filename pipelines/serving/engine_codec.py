@@ -315,7 +315,7 @@ class CodecThread:
             return run()
 
         with self._lock:
-            if self.num_waiting >= self.max_waiting:
+            if self.num_waiting > self.max_waiting:  # one of them is being worked on
                 raise Overloaded(1.0)
             self.num_waiting += 1
         try:

@@ -171,6 +171,8 @@ class RealtimeSession:
                 async with asyncio.timeout_at(min(now + self.service.limits.idle_seconds, ends)):
                     message = await self.socket.receive()
             except TimeoutError:
+                if self._running and clock() < ends:  # who waits for an answer is not idle
+                    continue
                 break
             if message["type"] == "websocket.disconnect":
                 raise WebSocketDisconnect(message.get("code", 1005))
@@ -260,10 +262,13 @@ class RealtimeSession:
             )
         await asyncio.sleep(self._seconds.take(len(pcm) / SAMPLE_BYTES / WIRE_RATE))
         for turn in await self.buffer.append(pcm):
-            if turn.started:
-                self._turn_began(turn)
-            else:
-                await self._turn_ended(turn)
+            try:
+                if turn.started:
+                    self._turn_began(turn)
+                else:
+                    await self._turn_ended(turn)
+            except ApiError as error:  # the turns after it are there none the less
+                self._error(error, event.event_id)
 
     def _turn_began(self, turn: Turn) -> None:
         vad = self.settings.vad
@@ -305,16 +310,20 @@ class RealtimeSession:
         self.buffer.clear()
         self.outbox.put({"type": "input_audio_buffer.cleared"})
 
-    def _encode(self, item: Item) -> None:
+    def _encode(self, item: Item) -> asyncio.Task[None]:
         """Turn the audio of an item into codes, while the client goes on."""
 
         async def encode() -> None:
             for part in item.parts:
                 if part.kind == "input_audio" and part.codes is None:
-                    samples = pcm_to_float(part.pcm or b"")
+                    if part.pcm is None:
+                        message = f"The audio of item '{item.id}' was not encoded in time and is gone. Delete the item."
+                        raise ApiError(message, code="invalid_audio")
+                    samples = pcm_to_float(part.pcm)
                     part.codes = await self.service.encode(samples, WIRE_RATE, "audio")
 
-        self._encodings[item.id] = self._spawn(encode())
+        self._encodings[item.id] = task = self._spawn(encode())
+        return task
 
     async def encoded(self, items: Iterable[Item]) -> None:
         """
@@ -324,7 +333,10 @@ class RealtimeSession:
             ApiError: if that of one cannot be.
         """
         for item in items:
-            if (task := self._encodings.get(item.id)) is not None:
+            task = self._encodings.get(item.id)
+            if task is not None and task.done() and not task.cancelled() and task.exception() is not None:
+                task = self._encode(item)  # it failed before, perhaps since the server was busy
+            if task is not None:
                 await asyncio.shield(task)
                 self._encodings.pop(item.id, None)
 
@@ -396,6 +408,7 @@ class RealtimeSession:
         item = self.conversation.get(event.item_id)
         response = self.response
         if response is not None and item is response.item:  # it is cut once it is complete
+            self.service.rhythm.check(item, event.content_index)
             if event.audio_end_ms > response.sent_ms + SHORTEST_TURN_MS:
                 message = f"{response.sent_ms:.0f} ms of the audio have been sent; it cannot be cut beyond."
                 raise ApiError(message, code="invalid_value", param="audio_end_ms")
@@ -434,8 +447,8 @@ class RealtimeSession:
             message = f"{MOST_ASIDE} responses outside the conversation are being written. Wait for one."
             raise ApiError(message, 429, "too_many_responses")
         context = list(self.conversation.items) if params.input is None else self._context(params.input)
-        self._stop_idling()
         if in_conversation:
+            self._stop_idling()
             previous, response = self.response, Response(self, params, context, True)
             self.response = response
             self._spawn(self._write(response, previous))
@@ -494,6 +507,8 @@ class RealtimeSession:
             self._idle = None
 
     async def _idled(self) -> None:
+        if self.buffer.hears_speech:  # it began while the answer was still being written
+            return
         end = self.buffer.end
         item_id = new_id("item")
         start = end - int(self.buffer.milliseconds)

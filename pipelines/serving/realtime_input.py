@@ -68,6 +68,11 @@ class InputBuffer:
         return _to_ms(self._end)
 
     @property
+    def hears_speech(self) -> bool:
+        """Whether a turn has begun and not ended."""
+        return self._speech is not None
+
+    @property
     def _end(self) -> int:
         return self._first + len(self._pcm) // SAMPLE_BYTES
 

@@ -99,7 +99,10 @@ class Response:
         self.prompt = await self._prompt()
         if self.cancelled is not None:
             return
-        more = {} if self.most_tokens == "inf" else {"max_new_tokens": self.most_tokens}
+        more: dict[str, Any] = {}
+        if self.most_tokens != "inf":  # a bound, which a smaller room for the answer keeps as well
+            room = (service.engine.max_context or 2**31) - len(self.prompt)
+            more["max_new_tokens"] = max(1, min(int(self.most_tokens), room))
         session = self.session.id if self.in_conversation else None
         self.generation = service.submit(self.prompt, self.options, more, session, with_audio=self.speaks)
         self._open()
@@ -146,9 +149,6 @@ class Response:
             if len(ids) + room <= most or oldest is None or settings.truncation == "disabled":
                 break
             del items[oldest]
-        if len(ids) >= most:
-            message = f"The conversation has {len(ids)} tokens; the model takes {most}, its answer included."
-            raise ApiError(message, code="context_length_exceeded")
         return ids
 
     def _open(self) -> None:
@@ -223,8 +223,7 @@ class Response:
         if self.finished is None:
             return None
         took = self.finished.usage
-        is_code = self.session.service.processor.token_ids.is_code
-        heard = sum(1 for token_id in self.prompt if is_code(token_id))
+        heard = self.session.service.num_codes(self.prompt)
         output = took.text_tokens + took.audio_codes
         return {
             "total_tokens": took.prompt_tokens + output,
