@@ -5,6 +5,9 @@ Heavy imports wait until the arguments are read."""
 from __future__ import annotations
 
 import argparse
+import asyncio
+import copy
+import math
 import signal
 import socket
 import sys
@@ -136,6 +139,9 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             raise UsageError(f"--{name} must be more than 0, got {getattr(arguments, name):g}")
     if arguments.port > 65535:
         raise UsageError(f"--port must be at most 65535, got {arguments.port}")
+    for name in arguments.allowed_host:
+        if not name or set(name) & set("/:@ "):
+            raise UsageError(f"--allowed_host takes a name alone, without scheme and port, got {name!r}")
     if (arguments.ssl_certfile is None) != (arguments.ssl_keyfile is None):
         raise UsageError("--ssl_certfile and --ssl_keyfile go together")
     for name in ("ssl_certfile", "ssl_keyfile", "api_key_file"):
@@ -221,6 +227,25 @@ def build_service(arguments: argparse.Namespace) -> Service:
     return service
 
 
+def log_config(level: str) -> dict[str, Any]:
+    """
+    Return what is logged, for `logging.config.dictConfig`: uvicorn's own form, for this package's messages as well.
+    Connections are never told in more detail than "info", since that would be keys and what is said.
+
+    Args:
+        level (`str`): "debug", "info", "warning" or "error".
+    """
+    from uvicorn.config import LOGGING_CONFIG
+
+    config = copy.deepcopy(LOGGING_CONFIG)
+    named = level.upper()
+    for logger in config["loggers"].values():
+        logger["level"] = named
+    config["loggers"]["uvicorn.error"]["level"] = "INFO" if level == "debug" else named
+    config["loggers"]["pipelines"] = {"handlers": ["default"], "level": named}
+    return config
+
+
 def make_server(service: Service, arguments: argparse.Namespace, keys: Sequence[str]) -> uvicorn.Server:
     """Return the server, which drains the service before it stops."""
     import uvicorn
@@ -239,7 +264,14 @@ def make_server(service: Service, arguments: argparse.Namespace, keys: Sequence[
         async def shutdown(self, sockets: Any = None) -> None:
             for server in self.servers:
                 server.close()  # no new connections while the open ones are finished
-            await drain(service, service.limits.drain_seconds)
+            clock = asyncio.get_running_loop().time
+            ends = clock() + service.limits.drain_seconds
+            draining = asyncio.create_task(drain(service, service.limits.drain_seconds))
+            while not draining.done() and not self.force_exit:  # a second Ctrl-C
+                await asyncio.wait([draining], timeout=0.1)
+            draining.cancel()
+            left = 0.0 if self.force_exit else ends - clock()
+            self.config.timeout_graceful_shutdown = max(1, math.ceil(left))
             await super().shutdown(sockets)
 
     limits = service.limits
@@ -254,11 +286,10 @@ def make_server(service: Service, arguments: argparse.Namespace, keys: Sequence[
         ws_per_message_deflate=False,
         ws_ping_interval=20.0,
         ws_ping_timeout=20.0,
-        log_level=arguments.log_level,
+        log_config=log_config(arguments.log_level),
         access_log=arguments.log_level == "debug",
         server_header=False,
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=max(1, round(limits.drain_seconds)),
         limit_concurrency=1024,
         ssl_certfile=arguments.ssl_certfile,
         ssl_keyfile=arguments.ssl_keyfile,

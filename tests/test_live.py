@@ -15,6 +15,7 @@ import soxr
 from builders import build_model, build_processor
 from serving import ANSWER, QUESTION, ROOT, SECONDS, serve, words_of
 from test_serving_realtime import LONG
+from websockets.asyncio.server import serve as serve_websocket
 
 from modeling_ttt import TttForConditionalGeneration
 from pipelines import ttt_live, ttt_talk
@@ -124,6 +125,19 @@ def test_a_session_that_is_refused_says_why_and_ends(small):
         asyncio.run(talk_to(room.conversation, f"{small.ws}/v1/realtime?model=other"))
     with pytest.raises(OSError):
         asyncio.run(talk_to(room.conversation, "ws://127.0.0.1:9/v1/realtime"))
+
+
+def test_a_connection_that_is_lost_is_told():
+    async def hold() -> None:
+        async def vanish(connection) -> None:
+            connection.transport.abort()
+
+        async with serve_websocket(vanish, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            await talk_to(Room().conversation, f"ws://127.0.0.1:{port}/v1/realtime")
+
+    with pytest.raises(OSError, match="was lost"):
+        asyncio.run(asyncio.wait_for(hold(), SECONDS))
 
 
 # ---- the conversation by itself ------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """ttt-serve as users start it: its help, its arguments, and how it stops."""
 
+import logging
 import os
 import signal
 import socket
@@ -11,10 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 from builders import build_model, build_processor
-from serving import ROOT, SECONDS, RealtimeClient, RunningServer, closing, spoken_pcm
+from serving import ROOT, SECONDS, RealtimeClient, RunningServer, closing, serve, spoken_pcm
 from test_serving_realtime import LONG
 
 from pipelines import save_repository, ttt_serve
+from pipelines.serving.limits import Limits
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
@@ -47,6 +49,8 @@ def test_help_has_examples_and_does_not_wait_for_torch():
         (["--host", "0.0.0.0"], "takes an API key"),
         (["--host", "::"], "takes an API key"),
         (["--host", "example.org"], "takes an API key"),
+        (["--allowed_host", "https://talk.example"], "--allowed_host takes a name alone"),
+        (["--allowed_host", "talk.example:8443"], "--allowed_host takes a name alone"),
         (["--colour", "blue"], "unrecognized arguments"),
     ],
 )
@@ -127,6 +131,44 @@ def test_what_does_not_end_in_time_is_cut_off(folder):
         process.send_signal(signal.SIGINT)
         assert closing(client)[0] in (1001, 1012)
     assert process.wait(SECONDS) == 0
+
+
+def test_who_presses_ctrl_c_twice_does_not_wait_for_answers():
+    processor = build_processor()
+    limits = Limits(drain_seconds=SECONDS)
+    with serve(build_model(processor), processor, limits=limits) as running, RealtimeClient(running) as client:
+        client.configure(instructions="x", ttt=LONG)
+        client.send("response.create")
+        client.until("response.output_audio.delta")
+        for _ in range(2):
+            running.server.handle_exit(signal.SIGINT, None)
+        code, said = closing(client)
+        assert code == 1012 and "response.done" not in [event["type"] for event in said]
+
+
+def test_logs_tell_what_goes_wrong_and_neither_keys_nor_what_is_said():
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    key, said = "a-key-that-nobody-may-read", "a word for the model alone"
+    processor = build_processor()
+    arguments = ["--log_level", "debug"]
+    with serve(build_model(processor), processor, keys=[key], arguments=arguments) as running:
+        loggers = [logging.getLogger(name) for name in ("uvicorn", "uvicorn.access", "pipelines")]
+        for logger in loggers:
+            logger.addHandler(handler)
+        try:
+            protocols = ["realtime", f"openai-insecure-api-key.{key}"]
+            with RealtimeClient(running, subprotocols=protocols) as client:
+                client.say(said)
+            headers = {"Authorization": f"Bearer {key}"}
+            assert running.request("/v1/audio/speech", {"model": "ttt-tiny", "input": said}, headers)[0] == 200
+            assert logging.getLogger("pipelines.serving.realtime").isEnabledFor(logging.DEBUG)
+        finally:
+            for logger in loggers:
+                logger.removeHandler(handler)
+    assert any("/v1/audio/speech" in line for line in lines)
+    assert not [line for line in lines if key in line or said[:20] in line]
 
 
 def test_a_port_that_is_taken_is_told_before_anything_is_loaded(capsys):

@@ -20,6 +20,15 @@ from processing import TttProcessor
 STATIC = ROOT / "pipelines" / "serving" / "static"
 TINY = ROOT / "model_cards" / "ttt-tiny"
 KEY = "a-key-for-these-tests"
+# Keeps the microphone's track where a test can look at it.
+TRACK = """
+const ask = navigator.mediaDevices.getUserMedia;
+navigator.mediaDevices.getUserMedia = async (...what) => {
+  const stream = await ask(...what);
+  [window.track] = stream.getAudioTracks();
+  return stream;
+};
+"""
 LONG = "count from three to nine"
 needs_tiny = pytest.mark.skipif(not (TINY / "model.safetensors").exists(), reason="the default model is not there")
 
@@ -291,6 +300,27 @@ def test_a_key_is_asked_for_and_kept_for_the_tab(tiny, visit):
         visitor.connected()
         page.reload()
         visitor.connected()
+        page.goto(f"{locked.url}/docs")
+        page.get_by_role("heading", name="POST /v1/audio/speech").wait_for()
+
+
+@needs_tiny
+@pytest.mark.slow
+def test_a_microphone_that_nobody_uses_is_let_go(server, visit):
+    visitor = visit(server, MOUTH, TRACK).connected()
+    page = visitor.page
+    page.clock.install()
+    page.hover("#talk")
+    page.mouse.down()
+    page.locator(".turn.user").wait_for()
+    page.keyboard.press("Escape")  # what is being said is taken back
+    page.mouse.up()
+    page.locator(".turn.user").wait_for(state="detached")
+    assert page.evaluate("track.readyState") == "live"
+    for _ in range(20):
+        page.wait_for_timeout(50)  # its sound still comes, which is what is noticed
+        page.clock.run_for(10_000)
+    assert page.evaluate("track.readyState") == "ended"
 
 
 @needs_tiny

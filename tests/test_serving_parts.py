@@ -8,11 +8,13 @@ import soundfile
 from builders import build_processor, tone
 from serving import SECONDS
 
+from pipelines.serving.answer_dataset import check_ids
 from pipelines.serving.answers import Answer, AnswerStore
 from pipelines.serving.conversation import Conversation, Item, Part, Rhythm, messages
 from pipelines.serving.errors import ApiError
 from pipelines.serving.limits import Limits, RateLimit
 from pipelines.serving.outbox import ROOM_BYTES, Outbox
+from pipelines.serving.ray_app import http_options
 from pipelines.serving.security import KeyRing, is_loopback, read_api_keys
 from pipelines.serving.sound import (
     FileStream,
@@ -25,6 +27,7 @@ from pipelines.serving.sound import (
 )
 from pipelines.serving.truncation import codes_heard, cut_answer
 from pipelines.serving.vad import SpeechDetector, SpeechEvent
+from pipelines.ttt_serve import build_parser
 
 # ---- sound ---------------------------------------------------------------------------------------------------------
 
@@ -146,9 +149,30 @@ def test_a_conversation_keeps_only_so_much_audio():
         conversation.add(item)
     assert [item.parts[0].pcm is None for item in items] == [True, True, False]
     assert "audio" not in items[0].wire(with_audio=True)["content"][0]
+    long = Item("user", [Part("input_audio", None, None, bytes(160))])  # it is still to be encoded
+    conversation.add(long)
+    assert long.parts[0].pcm is not None and items[2].parts[0].pcm is not None
+    conversation.add(Item("user", [Part("input_text", "and that")]))
+    assert long.parts[0].pcm is None
 
 
 # ---- keys, stores, rates -------------------------------------------------------------------------------------------
+
+
+def test_replicas_are_served_by_https_where_that_is_asked_for(tmp_path):
+    paths = {name: tmp_path / name for name in ("ssl_certfile", "ssl_keyfile")}
+    arguments = build_parser().parse_args(["--port", "8001"])
+    assert http_options(arguments) == {"host": "127.0.0.1", "port": 8001}
+    options = [text for name, path in paths.items() for text in (f"--{name}", str(path))]
+    arguments = build_parser().parse_args(options)
+    assert http_options(arguments) == {"host": "127.0.0.1", "port": 8000, **{k: str(v) for k, v in paths.items()}}
+
+
+@pytest.mark.parametrize("ids", [["a", None, "../b"], ["1", 1], ["a/b"]])
+def test_questions_of_a_dataset_have_ids_that_name_a_file_each(ids):
+    check_ids(["1", "2", "q-3.a"])
+    with pytest.raises(ValueError, match="which is to name a file"):
+        check_ids(ids)
 
 
 def test_keys_come_from_a_file_or_the_environment(tmp_path):

@@ -11,6 +11,7 @@ Engines on other machines need `output_dir` and sound files in a place that all 
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,25 @@ def check_cores(arguments: Arguments, cores: float) -> None:
         )
 
 
+def check_ids(ids: Iterable[Any]) -> None:
+    """
+    Refuse ids that cannot name a file, or would name the same one.
+
+    Args:
+        ids (`Iterable`): of all questions.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    seen: set[str] = set()
+    for name in map(str, ids):
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise ValueError(f"a question has the id {name!r}, which is to name a file; use letters and digits")
+        if name in seen:
+            raise ValueError(f"two questions have the id {name!r}, which is to name a file; number them")
+        seen.add(name)
+
+
 def main() -> None:
     (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -118,11 +138,7 @@ def main() -> None:
     ray.init(address=arguments.address, include_dashboard=False, log_to_driver=False)
     check_cores(arguments, ray.cluster_resources().get("CPU", 0.0))
     questions = ray.data.read_json(arguments.questions, lines=True)
-    for row in questions.iter_rows():
-        if not re.fullmatch(r"[\w.-]+", str(row.get("id"))):
-            raise ValueError(
-                f"a question has the id {row.get('id')!r}, which is to name a file; use letters and digits"
-            )
+    check_ids(row.get("id") for row in questions.iter_rows())
     arguments.output_dir = arguments.output_dir.resolve()
     (arguments.output_dir / "audio").mkdir(parents=True)
     answers = questions.repartition(target_num_rows_per_block=arguments.rows).map_batches(

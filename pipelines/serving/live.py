@@ -264,12 +264,13 @@ async def talk_to(conversation: LiveConversation, url: str, api_key: str | None 
         api_key (`str`, *optional*): that it demands.
 
     Raises:
-        OSError: if it cannot be reached, or refuses.
+        OSError: if it cannot be reached, refuses, or the connection is lost.
     """
     from websockets.asyncio.client import connect
-    from websockets.exceptions import ConnectionClosed, WebSocketException
+    from websockets.exceptions import ConnectionClosed, ConnectionClosedError, WebSocketException
 
     events = _events_of(conversation)
+    hung_up = asyncio.Event()
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
     try:
         async with connect(url, additional_headers=headers, max_size=MESSAGE_BYTES, compression=None) as socket:
@@ -278,14 +279,16 @@ async def talk_to(conversation: LiveConversation, url: str, api_key: str | None 
                 with contextlib.suppress(ConnectionClosed):  # which ends the reading below, too
                     while (event := await events.get()) is not None:
                         await socket.send(json.dumps(event))
+                    hung_up.set()
                     await socket.close()
 
             writing = asyncio.create_task(write())
             try:
                 async for message in socket:
                     conversation.receive(json.loads(message))
-            except ConnectionClosed:
-                pass
+            except ConnectionClosedError as error:
+                if not hung_up.is_set():
+                    raise OSError(f"the connection to {url} was lost: {error}") from error
             finally:
                 writing.cancel()
     except WebSocketException as error:

@@ -142,6 +142,15 @@ def build(arguments: argparse.Namespace, keys: Sequence[str]) -> Any:
     return deploy(serve.ingress()(Replica)).bind(arguments, keys, answers)
 
 
+def http_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return where Ray Serve listens, and how, for `ray.serve.start`."""
+    options: dict[str, Any] = {"host": arguments.host, "port": arguments.port}
+    for name in ("ssl_certfile", "ssl_keyfile"):
+        if (path := getattr(arguments, name)) is not None:
+            options[name] = str(path.resolve())
+    return options
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = build_parser()
@@ -167,9 +176,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # after Ray has set its own
         signal.signal(number, lambda *_: stopped.set())
     try:
-        serve.start(http_options={"host": arguments.host, "port": arguments.port})
+        serve.start(http_options=http_options(arguments))
         serve.run(build(arguments, keys), name="ttt", route_prefix="/")
-        print(f"ttt-serve: {arguments.replicas} replicas at http://{arguments.host}:{arguments.port}", flush=True)
+        scheme = "http" if arguments.ssl_certfile is None else "https"
+        print(f"ttt-serve: {arguments.replicas} replicas at {scheme}://{arguments.host}:{arguments.port}", flush=True)
         stopped.wait()
     finally:
         serve.shutdown()

@@ -7,9 +7,23 @@ function add(parent, tag, text) {
   return element;
 }
 
+/** The API key that the page keeps for this tab. */
+function keyOfPage() {
+  try {
+    return sessionStorage.getItem("ttt.key");
+  } catch {
+    return null; // storage is switched off
+  }
+}
+
 async function list() {
   const main = document.getElementById("endpoints");
-  const response = await fetch("openapi.json");
+  const key = keyOfPage();
+  const response = await fetch("openapi.json", { headers: key ? { Authorization: `Bearer ${key}` } : {} });
+  if (response.status === 401) {
+    add(main, "p", "This server asks for an API key. Enter it on its page, then come back here in the same tab.");
+    return;
+  }
   if (!response.ok) {
     add(main, "p", `openapi.json: ${response.status} ${response.statusText}`);
     return;

@@ -27,7 +27,7 @@ let listening = false; // hands free
 let holding = false; // the button, or the space bar
 let openingMicrophone = null;
 let recent = []; // pieces from before the button is held
-let letGo; // timer
+let letGo = null; // timer
 let wasOpen = false;
 
 function localStorageOrNone() {
@@ -189,6 +189,7 @@ microphone.addEventListener("piece", ({ detail: samples }) => {
     conversation.send(samples);
   } else {
     recent = [...recent.slice(1 - PREROLL), samples];
+    if (letGo === null) letGoLater(); // however it came about that nobody listens
   }
 });
 
@@ -200,7 +201,7 @@ microphone.addEventListener("lost", () => {
 
 /** Have the microphone; resolve to whether it is there. */
 async function haveMicrophone() {
-  clearTimeout(letGo);
+  keepMicrophone();
   if (microphone.isOpen) return true;
   openingMicrophone ??= microphone.open(settings.echo);
   show();
@@ -217,7 +218,7 @@ async function haveMicrophone() {
 }
 
 function closeMicrophone() {
-  clearTimeout(letGo);
+  keepMicrophone();
   microphone.close();
   recent = [];
   meter("you", 0);
@@ -262,8 +263,16 @@ async function release() {
 }
 
 function letGoLater() {
+  keepMicrophone();
+  letGo = setTimeout(() => {
+    letGo = null;
+    if (!listening && !holding) closeMicrophone();
+  }, MICROPHONE_IDLE);
+}
+
+function keepMicrophone() {
   clearTimeout(letGo);
-  letGo = setTimeout(() => !listening && !holding && closeMicrophone(), MICROPHONE_IDLE);
+  letGo = null;
 }
 
 async function listen() {
