@@ -285,7 +285,7 @@ def make_server(service: Service, arguments: argparse.Namespace, keys: Sequence[
         ws_max_size=limits.message_bytes,
         ws_per_message_deflate=False,
         ws_ping_interval=20.0,
-        ws_ping_timeout=20.0,
+        ws_ping_timeout=20.0 + 3 * limits.seconds_held_back,  # of a message in hand, the next, and what is on the way
         log_config=log_config(arguments.log_level),
         access_log=arguments.log_level == "debug",
         server_header=False,

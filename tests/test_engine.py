@@ -304,7 +304,7 @@ def test_answers_are_read_in_asyncio_and_cancelled_there():
 
 
 def test_an_engine_without_a_queue_hears_one_after_the_other():
-    with Engine(varied(), PROCESSOR, max_queue=0) as engine:
+    with Engine(varied(), build_processor(), max_queue=0) as engine:
         held = threading.Event()
         running = engine._codec._submit(held.wait)
         with pytest.raises(Overloaded):

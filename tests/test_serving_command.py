@@ -16,7 +16,7 @@ from serving import ROOT, SECONDS, RealtimeClient, RunningServer, closing, serve
 from test_serving_realtime import LONG
 
 from pipelines import save_repository, ttt_serve
-from pipelines.serving.limits import Limits
+from pipelines.serving.limits import Limits, RateLimit
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
@@ -131,6 +131,18 @@ def test_what_does_not_end_in_time_is_cut_off(folder):
         process.send_signal(signal.SIGINT)
         assert closing(client)[0] in (1001, 1012)
     assert process.wait(SECONDS) == 0
+
+
+def test_a_client_that_is_slowed_has_the_time_to_answer_a_ping():
+    """Nothing of it is read while its sound is held back for its rate."""
+    limits = Limits()
+    service = SimpleNamespace(limits=limits, sessions=set())
+    config = ttt_serve.make_server(service, ttt_serve.build_parser().parse_args([]), []).config
+    seconds = limits.message_bytes * 3 / 4 / 48_000  # of sound, in one message
+    rate = RateLimit(limits.audio_rate, 2 * limits.audio_seconds, clock=lambda: 0.0)
+    waits = [rate.take(seconds) for _ in range(3)]
+    assert waits[2] - waits[1] == pytest.approx(limits.seconds_held_back)
+    assert config.ws_ping_timeout > 2 * limits.seconds_held_back > 60
 
 
 def test_who_presses_ctrl_c_twice_does_not_wait_for_answers():

@@ -151,7 +151,7 @@ def test_a_conversation_keeps_only_so_much_audio():
     assert "audio" not in items[0].wire(with_audio=True)["content"][0]
     long = Item("user", [Part("input_audio", None, None, bytes(160))])  # it is still to be encoded
     conversation.add(long)
-    assert long.parts[0].pcm is not None and items[2].parts[0].pcm is not None
+    assert long.parts[0].pcm is not None and items[2].parts[0].pcm is None
     conversation.add(Item("user", [Part("input_text", "and that")]))
     assert long.parts[0].pcm is None
 

@@ -471,9 +471,9 @@ class Waiting:
 
 
 def test_who_waits_for_an_answer_is_not_silent():
-    session = {"type": "realtime", "instructions": "x", "ttt": {**LONG, "max_audio_codes_per_span": 600}}
+    session = {"type": "realtime", "instructions": "x", "ttt": {**LONG, "max_audio_codes_per_span": 100}}
     client = Waiting({"type": "session.update", "session": session}, {"type": "response.create"})
-    with limited(idle_seconds=0.1) as server:
+    with limited(idle_seconds=0.02) as server:
         asyncio.run(asyncio.wait_for(RealtimeSession(server.service, client).run(), SECONDS))
     done, error = [event for event in client.came if event["type"] in ("response.done", "error")]
     assert done["response"]["status"] == "completed" and error["error"]["code"] == "session_idle"

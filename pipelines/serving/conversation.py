@@ -93,7 +93,7 @@ class Conversation:
 
     Args:
         most_items (`int`): no more than this many.
-        most_audio (`int`): bytes of users' audio that are kept beside the newest item's; the oldest goes first.
+        most_audio (`int`): bytes of users' audio that are kept, or the newest item's; the oldest goes first.
     """
 
     def __init__(self, most_items: int, most_audio: int):
@@ -158,11 +158,13 @@ class Conversation:
 
     def _forget_audio(self, newest: Item) -> None:
         """Keep no more than there is room for, and in any case what was just added, which is still to be encoded."""
-        kept = [part for item in self.items if item is not newest for part in item.parts if part.pcm is not None]
-        total = sum(len(part.pcm or b"") for part in kept)
-        for part in kept:
+        kept = [(item, part) for item in self.items for part in item.parts if part.pcm is not None]
+        total = sum(len(part.pcm or b"") for _, part in kept)
+        for item, part in kept:
             if total <= self.most_audio:
                 return
+            if item is newest:
+                continue
             total -= len(part.pcm or b"")
             part.pcm = None
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 MIB = 1024 * 1024
+BASE64 = 3 / 4  # bytes of sound in a byte of a message
+PCM_BYTES = 2 * 24_000  # of a second
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,14 @@ class Limits:
     answer_seconds: float = 3600.0
     answers: int = 256
     drain_seconds: float = 20.0
+
+    @property
+    def seconds_held_back(self) -> float:
+        """
+        How long the largest message of sound may be held back for its rate. Nothing else of its client is read
+        meanwhile, neither are its answers to pings.
+        """
+        return self.message_bytes * BASE64 / PCM_BYTES / self.audio_rate
 
 
 class RateLimit:
