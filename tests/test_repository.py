@@ -22,6 +22,13 @@ from training_examples.ttt_tiny.judge import domain_recognizer
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CARDS = sorted((ROOT / "model_cards").glob("*/README.md"))
+FOLDERS = ("pipelines", "training_examples", "tests")
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *CARDS,
+    *(path for name in FOLDERS for path in sorted((ROOT / name).rglob("*.md"))),
+]
 TALK = "pip install -c constraints.txt -e . && ttt-talk tests/fixtures/question.wav reply.wav"
 TEST = 'pip install -c constraints.txt -e ".[test]" && pytest'
 OWN_ENVIRONMENT = ("lmms",)  # extras that hold packages below the versions pinned here
@@ -44,12 +51,32 @@ def test_readme_gives_the_two_commands_and_ci_takes_them_from_there():
     assert "README.md" in script and os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
-def test_links_and_pictures_of_the_readme_exist():
-    targets = re.findall(r"\]\(([^)]+)\)", README)
-    local = [target for target in targets if not target.startswith("http")]
-    if not TINY.exists():
-        local = [target for target in local if "ttt-tiny" not in target]
-    assert local and [target for target in local if not (ROOT / target).exists()] == []
+def prose(path: Path) -> str:
+    """Return the text of a page without its code."""
+    return re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def anchors(path: Path) -> set[str]:
+    """Return what a page's headings are linked by, as GitHub and the Hub name them."""
+    headings = re.findall(r"^#+ (.*)$", prose(path), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_pictures_of_a_page_lead_somewhere(page):
+    targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)) if not target.startswith("http")]
+    for target in targets:
+        name, _, anchor = target.partition("#")
+        linked = page.parent / name if name else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
+
+
+@pytest.mark.parametrize("page", CARDS, ids=lambda page: page.parent.name)
+def test_a_card_links_to_nothing_outside_its_folder(page):
+    """On the Hub nothing else is there."""
+    targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)) if not target.startswith("http")]
+    assert [target for target in targets if target.startswith(("..", "/"))] == []
 
 
 def test_constraints_pin_every_direct_dependency_within_its_range():
