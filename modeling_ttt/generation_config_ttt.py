@@ -63,10 +63,12 @@ class TttGenerationConfig(GenerationConfig):
     The inherited options (`do_sample`, `temperature`, `top_k`, `top_p`, `repetition_penalty`, `max_new_tokens`, ...)
     act on text. `max_new_tokens` counts every new token: text, begin tokens, codes and end tokens. The options below
     act inside audio spans. As with the inherited options, `None` means "not set": the checkpoint's
-    generation_config.json decides, then the default named here (those of the published sampler).
+    generation_config.json decides, then the default named here. The defaults are those of the published sampler, but
+    for its guidance of 0.1.
 
     Args:
-        audio_block_size (`int`, default 26): mask tokens appended to a span at a time, in codes (80 ms each).
+        audio_block_size (`int`, default 26): mask tokens appended to a span at a time, in codes (80 ms each at 12.5
+            codes a second).
         audio_steps_per_block (`int`, default 2): denoising steps per block. The block's positions are split evenly
             over the steps, earlier steps taking the remainder. Steps beyond the block size change nothing. Not used
             when `audio_confidence_threshold` is set; but steps that a call of `generate` asks for go before a
