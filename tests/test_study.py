@@ -438,6 +438,17 @@ def test_differences_are_of_the_same_rows_and_seeds(tmp_path):
     assert figures.difference("ttt", "ttt", settings, "tts", "no such count") is None
 
 
+def test_a_transcript_that_repeats_itself_counts_as_one_wrong_row(tmp_path):
+    write_run(tmp_path, "ttt", 0, [[1, 1]] * 4)
+    path = tmp_path / "ttt-0" / "figures-evaluation.json"
+    content = json.loads(path.read_text())
+    content["settings"]["26:2"]["tts"] |= {"speech_wer base": [[1, 5], [200, 5], [0, 5], [0, 5]], "wer": [[7, 5]] * 4}
+    path.write_text(json.dumps(content))
+    figures = report_study.Figures(report_study.read_runs(tmp_path))
+    assert figures.figure("ttt", "26:2", "tts", "speech_wer *")[0] == pytest.approx(6 / 20)
+    assert figures.figure("ttt", "26:2", "tts", "wer")[0] == pytest.approx(7 / 5), "what a model writes is its own"
+
+
 def test_runs_that_were_measured_on_other_rows_are_not_compared(tmp_path):
     write_run(tmp_path, "ar", 0, [[1, 1]] * 4)
     write_run(tmp_path, "ttt", 0, [[1, 1]] * 4, rows="other")
