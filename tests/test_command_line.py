@@ -90,6 +90,27 @@ def test_a_run_file_that_is_not_there_is_named():
         parse("nowhere.yaml", "--folder", "a")
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--foldr", "a"], r"There is no option --foldr; did you mean --folder\?"),  # the required one is misspelled
+        (["--foldr=a"], r"There is no option --foldr; did you mean --folder\?"),
+        (["--rates", "1"], r"There is no option --rates; did you mean --rate\?"),  # beside a required one left out
+        (["--folder", "a", "--zzz", "1"], "There is no option --zzz; --help_all lists all"),
+        (["--folder", "a", "b"], "`b` belongs to no option; run files come first"),
+        (["--folder", "a", "run.yaml"], "`run.yaml` belongs to no option; run files come first"),
+    ],
+)
+def test_an_option_that_there_is_not_is_named_first_and_the_closest_with_it(words, message):
+    with pytest.raises(ValueError, match=message):
+        parse(*words)
+
+
+def test_options_may_be_cut_short_and_values_may_hold_dashes():
+    (parsed,) = parse("--fold", "a", "--rate", "-0.5", "--settings", "-- {x}")
+    assert parsed == Options(Path("a"), -0.5, settings="-- {x}")
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=str)
 def test_help_is_a_screen_of_our_options(script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [script.name, "--help"])

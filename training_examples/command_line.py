@@ -59,10 +59,27 @@ class ScriptParser(HfArgumentParser):
         from_files: list[str] = []
         while words and Path(words[0]).suffix in RUN_FILES and not words[0].startswith("-"):
             from_files += read_run_file(Path(words.pop(0)), self._names())
+        self._check_words(words)
         namespace, unknown = super().parse_known_args(from_files + words, namespace)
+        if unknown:
+            raise ValueError(f"`{unknown[0]}` belongs to no option; run files come first, and --help names the options.")
         if hasattr(namespace, "help_all"):
             del namespace.help_all
         return namespace, unknown
+
+    def _check_words(self, words: Sequence[str]) -> None:
+        """
+        Raise a ValueError that names an option which there is not, and the closest that there is: argparse would ask for
+        the required ones first, although one of them may be what was misspelled.
+        """
+        known = [string for string in self._option_string_actions if string.startswith("--")]
+        for word in words:
+            name = word.partition("=")[0]
+            # As argparse reads them: what begins with two dashes is an option, which may be cut short.
+            if not name.startswith("--") or name == "--" or " " in name:
+                continue
+            if not any(string.startswith(name) for string in known):
+                raise ValueError(f"There is no option {name}{_meant(name, known)}")
 
     def _names(self) -> list[str]:
         return [action.dest for action in self._actions if action.dest not in ("help", "help_all")]
@@ -125,11 +142,7 @@ def read_run_file(path: Path, names: Iterable[str]) -> list[str]:
     known, words = list(names), []
     for name, value in options.items():
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, 1)
-            raise ValueError(
-                f"{path}: there is no option `{name}`"
-                + (f"; did you mean `{close[0]}`?" if close else "; --help_all lists all.")
-            )
+            raise ValueError(f"{path}: there is no option `{name}`{_meant(str(name), known, '`')}")
         if isinstance(value, list):
             if not value:
                 raise ValueError(f"{path}: `{name}` is an empty list; leave it out.")
@@ -137,6 +150,12 @@ def read_run_file(path: Path, names: Iterable[str]) -> list[str]:
         elif value is not None:
             words.append(f"--{name}={_as_word(value)}")
     return words
+
+
+def _meant(name: str, known: Sequence[str], quote: str = "") -> str:
+    """Return the end of a sentence that says that there is no such option."""
+    close = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {quote}{close[0]}{quote}?" if close else "; --help_all lists all."
 
 
 def _as_word(value: Any) -> str:
