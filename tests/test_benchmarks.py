@@ -10,6 +10,7 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import jiwer
 import numpy as np
 import pytest
 import soundfile
@@ -26,6 +27,7 @@ from training_examples.evaluation.listening import open_listener
 from training_examples.evaluation.openai_backend import AddressError, OpenAIBackend
 from training_examples.evaluation.reports import Report
 from training_examples.evaluation.rows import read_rows
+from training_examples.evaluation.scoring import load_scorer
 from training_examples.evaluation.tasks import TASKS, read_samples, references_of
 
 SPEECH = Path(__file__).parent / "fixtures" / "recognition"
@@ -265,9 +267,53 @@ def test_texts_are_asked_aloud_and_folders_are_data_too(tmp_path, answering):
     assert "| exact answers, text | 50.0 % |" in benchmarks.run(aloud)
 
 
+def test_error_rates_are_those_of_the_language_and_of_the_name(tmp_path):
+    def options(language, *scorers, **more):
+        return [dict(use.options) for use in tasks.own_task("asr", scorers, more, language).scorings]
+
+    assert options("en") == [{"normalizer": "english"}] and options("de") == [{"normalizer": "plain"}]
+    assert options("zh") == options("zh", "cer") == [{"normalizer": "chinese"}]  # English words whole, as published
+    assert options("en", "cer") == [{"normalizer": "english", "unit": "character"}]
+    assert options("ja") == [{"normalizer": "plain", "unit": "character"}]
+    assert options("auto", "wer", "exact") == [{"normalizer": "chinese"}, {}]
+    assert options("fr", "error_rate", normalizer="none") == [{"normalizer": "none"}]
+
+    use = tasks.own_task("asr", ["cer"], {}, "fr").scorings[0]
+    scorer, said, heard = load_scorer(use.scorer), ["un café noir", "deux"], ["un cafe noire", "deus"]
+    expected = jiwer.cer([text.replace(" ", "") for text in said], [text.replace(" ", "") for text in heard])
+    assert scorer.compute(predictions=heard, references=said, **use.options)["error_rate"] == pytest.approx(expected)
+
+
+def test_rows_without_a_reference_are_named_and_in_no_figure(tmp_path, answering):
+    texts = ["hi", None, "", *["hi"] * (len(RECORDINGS) - 1)]
+    audio = [*RECORDINGS[:1], *RECORDINGS[:2], *RECORDINGS[1:]]
+    data = tmp_path / "rows.jsonl"
+    lines = [
+        {"audio": str(path), "text": text, "id": f"r{i}"}
+        for i, (path, text) in enumerate(zip(audio, texts, strict=True))
+    ]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    args = benchmarks.Arguments(data=str(data), output_dir=tmp_path / "out", scorer=["wer", "qa"])
+    text = benchmarks.run(args)
+    figures = {key: m.figure for (_, key), m in Report.read(tmp_path / "out").figures.items()}
+    assert figures["text/accuracy"].count == len(RECORDINGS) and figures["text/accuracy"].value == 1
+    # That nothing is said is a reference of an error rate: "hi" is an insertion there.
+    assert figures["text/wer"].count == len(RECORDINGS) + 1 and figures["text/wer"].value == 1 / len(RECORDINGS)
+    assert "2 rows have no reference and no part in figures of scorers; the first: r1" in text
+
+    data.write_text("".join(json.dumps({**line, "text": None}) + "\n" for line in lines))
+    with pytest.raises(ValueError, match="no row has a reference to be scored by .*--columns text=COLUMN"):
+        read_samples(tasks.own_task("asr", [], {}, "en"), str(data))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"task": ["aishell1"], "scorer_options": ["unit=word"]}, "`--scorer_options` goes with data of your own"),
+        ({"task": ["aishell1"], "language": "zh"}, "`--language` goes with data of your own"),
+        ({"data": "x", "voice": "alloy"}, "`--voice` is asked of an `--address`"),
+        ({"data": "x", "judge": "http://x"}, "`--judge` goes with a `--task` whose answers are judged: alpaca_eval"),
+        ({"task": ["aishell1"], "judge": "http://x"}, "`--judge` goes with a `--task`"),
         ({}, "`--task`, `--data`"),
         ({"task": ["aishell3"]}, "aishell3: there is no such task; use aishell1"),
         ({"task": ["aishell1", "aishell2"], "data": "x"}, "one `--task`"),
@@ -287,6 +333,8 @@ def test_data_that_does_not_fit_is_refused_by_name(tmp_path):
         read_samples(own, data, {"sound": "file"})
     with pytest.raises(ValueError, match="text=words: .* no such column; it has file, said"):
         read_samples(own, data, {"text": "words"})
+    with pytest.raises(ValueError, match="has no column `text` of right answers; it has file, said. Name it"):
+        read_samples(own, data, {"audio": "file"})
     with pytest.raises(ValueError, match="row 000000 has no audio"):
         read_samples(own, data, {"text": "said"})
     with pytest.raises(ValueError, match="--data"):
@@ -509,6 +557,11 @@ def test_open_answers_are_judged_through_an_address_and_the_prompts_are_in_the_r
     assert len(prompts) == 3 and {request["key"] for request in Oracle.requests} == {"Bearer secret"}
     assert any("Question: b?" in prompt and "Answer: hi" in prompt and "would be: y" in prompt for prompt in prompts)
     assert benchmarks.run(args) == text and len(Oracle.requests) == 3  # remembered
+
+    data = parquet(tmp_path, {"instruction": ["a?", "b?", "d?"], "output": ["x", "y", "z"]})  # a question mended
+    benchmarks.run(args)
+    prompts = [request["messages"][0]["content"] for request in Oracle.requests]
+    assert len(prompts) == 4 and "Question: d?" in prompts[-1]
 
     (tmp_path / "lines.txt").write_text("\n".join(WORDS))
     benchmarks.run(

@@ -1,5 +1,6 @@
 """What ttt-tiny learns from: the conversations made of encoded speech, and the examples made of a handful of shards."""
 
+import dataclasses
 import random
 from concurrent.futures import ThreadPoolExecutor
 
@@ -155,6 +156,8 @@ def test_shards_become_codes_once_and_examples_of_every_task(tmp_path, monkeypat
         assert " " not in row["text"] or not domain.is_held_out(row["text"])
     monkeypatch.setattr(build_examples, "load_codec", None)  # all is there: nothing is encoded again
     assert build_examples.encode_all(args) == rows
+    with pytest.raises(ValueError, match="made otherwise: `recordings` was 2 and is 5. Give another --output_dir"):
+        build_examples.encode_all(dataclasses.replace(args, recordings=5))  # what is there would stay as it is
     tasks = {task for task, _ in Mixture(rows, args, random.Random(0)).conversations()}
     assert tasks >= {"spoken_qa", "asr", "tts"}
 

@@ -2,8 +2,10 @@
 (random) model."""
 
 import contextlib
+import dataclasses
 import json
 import math
+import shutil
 import sys
 
 import numpy as np
@@ -17,9 +19,9 @@ from training_examples import evaluate_model
 from training_examples.evaluation.backends import Answer, Sample, TttBackend, Turn
 from training_examples.evaluation.figures import Figure, fingerprint, markdown_table, remember
 from training_examples.evaluation.listening import open_listener
-from training_examples.evaluation.measuring import Measured, of_median, of_scorer, share_of, speed_of
+from training_examples.evaluation.measuring import Measured, of_median, of_ratio, of_scorer, share_of, speed_of
 from training_examples.evaluation.options import EvaluationArguments, read_pairs
-from training_examples.evaluation.reports import Report, Section, compare, write_report
+from training_examples.evaluation.reports import Report, Section, compare, verdict, write_report
 from training_examples.evaluation.rows import EvaluationError, Listener, Run, append_rows, read_rows
 from training_examples.ttt_tiny import evaluate_codec, task_report, task_set
 from training_examples.ttt_tiny.held_out import HeldOutLists
@@ -251,11 +253,39 @@ def test_what_was_heard_is_remembered_and_recordings_may_go(tmp_path):
     assert not list((run.folder / "audio").glob("*"))
 
 
-def test_appending_cuts_off_what_a_kill_left(tmp_path):
+def test_another_recogniser_is_told_that_the_recordings_are_gone(tmp_path):
+    backend = Echo(model="a")
+    run = run_in(tmp_path, backend)
+    run.answer(backend, 5)
+    run.drop_audio()
+    with pytest.raises(FileNotFoundError, match="keen cannot listen to 5 of 5 answers .* give another `--output_dir`"):
+        run.listen(Listener("keen", Deaf, {"other": True}))
+
+
+def test_details_are_those_of_now_and_what_is_made_of_them_is_made_anew(tmp_path):
+    backend, made = Echo(model="a"), []
+
+    def asked_as(words):
+        details = [dataclasses.replace(sample, details={"asked": words}) for sample in samples(2)]
+        run = Run(tmp_path, "list", "tts", details, backend.settings)
+        run.answer(backend, 5)
+        run.remember("judged", {}, lambda row: made.append(row["asked"]), made_of=lambda row: row["asked"])
+        return {row["asked"] for row in run.rows}
+
+    assert asked_as("a?") == {"a?"} and asked_as("b?") == {"b?"} and asked_as("b?") == {"b?"}
+    assert len(backend.asked) == 2 and made == ["a?", "a?", "b?", "b?"]  # answered once, judged of both questions
+
+
+@pytest.mark.parametrize("size", [3, 65_536])
+def test_appending_cuts_off_what_a_kill_left(tmp_path, monkeypatch, size):
+    monkeypatch.setattr("training_examples.evaluation.rows.TAIL_BYTES", size)
     path = tmp_path / "rows.jsonl"
     path.write_text('{"id": "a"}\n{"id": "b')
     append_rows(path, [{"id": "c"}])
     assert read_rows(path) == [{"id": "a"}, {"id": "c"}]
+    path.write_text('{"id": "b')
+    append_rows(path, [{"id": "d"}])
+    assert read_rows(path) == [{"id": "d"}]
 
 
 # ------------------------------------------------------------------------------------------------ figures and reports
@@ -309,6 +339,26 @@ def test_a_comparison_says_which_differences_exceed_their_intervals(tmp_path):
         cells = [cell.strip() for cell in line.split("|")]
         assert cells[5] == "better" and cells[8] == "within chance", line
     assert "+18.8 (" in exact
+
+
+def test_rows_of_other_data_are_not_compared_row_by_row_though_their_numbers_are_the_same(tmp_path):
+    flags = [True] * 40 + [False] * 40
+    few_more = [True] * 48 + [False] * 32
+
+    def report(name, flags, data):
+        figures = [share_of("exact", "exact", [(f"{i:06d}", flag) for i, flag in enumerate(flags)])]
+        write_report(tmp_path / name, name, [Section("own_data", "Own data", figures, settings={"data": data})])
+        return Report.read(tmp_path / name)
+
+    first, same, other = report("a", flags, "1"), report("b", few_more, "1"), report("c", few_more, "2")
+    assert "better" in compare([first, same]) and "Other data" not in compare([first, same])
+    table = compare([first, other])
+    assert "within chance" in table and "Other data than a's: own_data of c." in table
+
+
+def test_what_has_no_interval_is_neither_better_nor_worse():
+    nothing, one = of_ratio("k", "k", [("a", 0.0, 0.0)]), of_ratio("k", "k", [("a", 1.0, 5.0)])
+    assert verdict(nothing, one) == verdict(one, nothing) == ("", "no intervals")
 
 
 def test_reports_that_cannot_be_compared_are_refused_by_name(tmp_path):
@@ -393,6 +443,11 @@ def test_a_task_set_is_found_by_file_and_by_name_and_a_wrong_one_refused(tmp_pat
     assert evaluate_model.chosen_task_set([str(tmp_path / "run.yaml")]) == "a.b"
     assert evaluate_model.chosen_task_set([str(tmp_path / "run.yaml"), "--task_set", "c"]) == "c"
     assert evaluate_model.chosen_task_set(["--model", "m"]) == evaluate_model.BENCHMARKS
+
+
+def test_recognisers_of_one_name_are_told_apart(tmp_path):
+    args = EvaluationArguments(recogniser=["whisper:base", "transformers:openai/whisper-base", "whisper:tiny"])
+    assert [listener.name for listener in args.listeners()] == ["whisper-base", "whisper-base-2", "whisper-tiny"]
 
 
 # ------------------------------------------------------------------------------------------------ ttt-tiny
@@ -503,6 +558,19 @@ def test_the_development_split_reads_lists_of_its_own(folder, tmp_path, one_list
     assert figures["model", "asr_seen/wer"].figure.count == 3
     assert ("model", "text_qa/exact") not in figures and ("codec", "codec_answers/speech/deaf") not in figures
     assert HeldOutLists(folder / "eval").name("tts") == "tts"
+
+
+def test_rows_whose_recording_cannot_be_read_are_named_and_in_no_figure(folder, tmp_path, one_listener):
+    lists = shutil.copytree(folder / "eval", tmp_path / "eval")
+    row = {"task": "asr", "question": "", "answer": "hi", "kind": "k", "answer_audio": None}
+    broken = [{**row, "audio": name} for name in ("speech.wav", "lost.wav", "speech.wav")]
+    write_rows(lists, "development_asr_seen", broken)
+    options = {"split": "development", "lists": ["asr_seen"], "sweep": False, "timed": 0, "data_dir": lists}
+    args = dataclasses.replace(arguments(folder, tmp_path / "out"), **options)
+    text = task_set.run(args)
+    assert "asr_seen: 1 of 3 rows have no recording that can be read" in text and "lost.wav" in text
+    figure = Report.read(tmp_path / "out").figures["model", "asr_seen/wer"].figure
+    assert figure.count == 2 and figure.value == 0  # it says "hi" wherever it is asked
 
 
 def test_lists_that_are_all_missing_are_named(folder, tmp_path):

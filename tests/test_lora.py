@@ -255,6 +255,7 @@ def test_options_that_lora_users_reach_for(workspace, tmp_path, options):
         ("--dataset nowhere", "nowhere is no folder of examples"),
         ("--target_modules c_attn", "c_attn"),
         ("--audio_objective autoregressive", "--audio_objective is autoregressive, but .* was trained with diffusion"),
+        ("--span_attention block_causal", "--span_attention is block_causal, but .* was trained with bidirectional"),
     ],
 )
 def test_bad_arguments_are_named_before_training(workspace, tmp_path, options, message):
@@ -262,6 +263,16 @@ def test_bad_arguments_are_named_before_training(workspace, tmp_path, options, m
         pytest.skip("bitsandbytes is installed")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         finetune(workspace, tmp_path, options)
+
+
+def test_the_merged_model_has_the_processor_that_it_was_trained_with(workspace, tmp_path):
+    processor = TttProcessor.from_pretrained(workspace / "qwen2")
+    processor.system_prompts["spoken_chat"] = "answer in verse"
+    processor.save_pretrained(tmp_path / "other")
+    options = f"--processor {tmp_path / 'other'} --merge_to {tmp_path / 'merged'} --max_steps 1"
+    finetune(workspace, tmp_path / "run", options)
+    merged = TttProcessor.from_pretrained(tmp_path / "merged")
+    assert merged.get_task("spoken_chat").system_prompt == "answer in verse"
 
 
 def test_a_processor_with_more_tokens_than_the_model_is_refused(workspace, tmp_path):

@@ -22,10 +22,13 @@ from training_examples.evaluation.scoring import (
 from training_examples.evaluation.text_forms import (
     answer_text,
     chinese_text,
+    count_errors,
     english_text,
+    error_rate_options,
     normalize_pair,
     plain_text,
     spell_han_number,
+    spoken_form,
     units_of,
 )
 
@@ -189,6 +192,10 @@ def test_references_without_any_word_are_refused():
         ("the", ["The"], True),
         ("1942", ["1942"], True),
         ("１９４２年", ["1942年"], True),
+        ("首都是北京。", ["北京"], True),  # in scripts without blanks a sign is what elsewhere is a word
+        ("北海道と東京です", "東京", True),
+        ("北方的南京", ["北京"], False),
+        ("เมืองหลวงคือกรุงเทพ", ["กรุงเทพ"], True),
     ],
 )
 def test_an_answer_is_right_where_a_reference_stands_in_it(answer, references, right):
@@ -315,6 +322,34 @@ def test_a_scorer_is_the_compute_metrics_of_a_trainer():
     assert trainer.evaluate()["eval_error_rate"] == 1 / 4
 
 
+# ------------------------------------------------------------------------------------------------ languages
+
+
+@pytest.mark.parametrize(
+    ("language", "said", "heard", "counts"),
+    [
+        ("en", "nine minus four", "9-4", (0, 3)),
+        ("de", "gehen um acht", "gehen acht", (1, 3)),  # "um" is no hesitation there
+        ("de", "schöne Grüße", "schone Grüße", (1, 2)),
+        ("zh", "今天天气", "今天天汽", (1, 4)),
+        ("zh-CN", "打开 WiFi", "打开WIFI。", (0, 3)),
+        ("ja", "ありがとう", "ありがと", (1, 5)),
+        ("auto", "привет мир", "Привет, мир!", (0, 2)),
+    ],
+)
+def test_errors_are_counted_by_the_language_that_is_spoken(language, said, heard, counts):
+    assert count_errors([said], [heard], language) == [counts]
+    options = error_rate_options(language)
+    if language != "en":  # whose spelling is set aside here, and normalised as Whisper does in the scorer
+        edits = edit_counts([heard], [said], **options)[0]
+        assert (edits[:3].sum(), edits[3]) == counts
+
+
+def test_texts_of_signs_that_english_does_not_know_are_not_all_the_same():
+    assert spoken_form("今天", "en") != spoken_form("明天", "en")
+    assert spoken_form("Nine!", "en") == spoken_form("9", "en") == "nine"
+
+
 # ------------------------------------------------------------------------------------------------ intervals
 
 
@@ -340,8 +375,27 @@ def test_a_share_in_which_all_rows_agree_has_an_interval_all_the_same(right):
     assert (low, high) == pytest.approx((bound, 1.0) if right else (0.0, 1 - bound))
 
 
-def test_no_rows_have_no_interval():
+def test_no_rows_and_one_row_of_a_rate_have_no_interval():
     assert np.isnan(bootstrap_interval(np.zeros((0, 2)))).all()
+    assert np.isnan(bootstrap_interval(np.array([[1.0, 5.0]]))).all()  # 1 error in 5 words, and nothing to draw
+    assert np.isnan(difference_interval(np.array([[1.0, 5.0]]), np.array([[4.0, 5.0]]), True)).all()
+    assert bootstrap_interval(np.array([[1.0, 1.0]])) == (0.025, 1.0)  # of a share its exact bound
+
+
+def test_a_difference_in_which_all_rows_agree_has_an_interval_all_the_same():
+    def all_of(value, rows):
+        return np.array([[value, 1]] * rows, float)
+
+    for first, second, sign in ((1, 0, 1), (0, 1, -1)):  # every pair got worse, or better
+        for rows in (1, 5, 6, 30):
+            interval = difference_interval(all_of(first, rows), all_of(second, rows), True)
+            bound = 1 - 2 * 0.025 ** (1 / rows)
+            assert interval == pytest.approx((-1, bound) if sign > 0 else (-bound, 1))
+            # As the sign test has it: n pairs of one mind have a chance of 2 / 2 ** n.
+            assert (interval[0] <= 0 <= interval[1]) == (2 / 2**rows > 0.05)
+    assert difference_interval(all_of(1, 3), all_of(1, 3), True) == (0, 0)
+    low, high = difference_interval(all_of(1, 2), all_of(0, 2), False)
+    assert low == -1 and high == pytest.approx(1 - 2 * 0.025**0.5)
 
 
 def test_a_difference_of_paired_rows_is_known_better_than_of_others():

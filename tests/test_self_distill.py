@@ -1,6 +1,8 @@
 """Self-distillation: which answers of a model are kept, as which examples, and that a killed run goes on."""
 
+import dataclasses
 import json
+import shutil
 
 import pytest
 from builders import build_model, build_processor
@@ -8,7 +10,7 @@ from datasets import Dataset
 
 from pipelines import save_repository
 from training_examples.preparation.mixtures import load_mixture
-from training_examples.self_distill import DistillArguments, distill, split_example
+from training_examples.self_distill import DistillArguments, Distiller, distill, split_example
 
 
 class Listener:
@@ -81,6 +83,35 @@ def test_the_recogniser_is_opened_with_the_language_that_is_spoken(folders, monk
     options = {"recogniser": "base", "language": "de", "max_records": 1, "threads": 1}
     assert distill(arguments(root, "german", **options))["examples"] == 1
     assert told == [("base", None, 1, "de")]  # the prompt that has English numbers spelled is for English
+
+
+def test_texts_that_the_language_has_no_words_for_are_not_taken_for_right(folders):
+    """English has no form of Chinese signs: without a guard nothing of them could be wrong."""
+    root, _ = folders
+    processor = build_processor()
+
+    def judge(language, heard, said="今天", right="今天"):
+        distiller = Distiller(None, processor, Listener(heard), arguments(root, "unwritten", language=language))
+        (verdict,) = distiller.judge([split_example(example(right))[1]], [split_example(example(said))[1]])
+        return None if verdict is None else verdict.kind
+
+    def example(text):
+        return processor.build_example(text, [3] * 12, task="text_chat", text="a")
+
+    assert judge("zh", "今天") is None and judge("zh", "明天") == "speech"
+    assert judge("en", "") == "language"
+    assert judge("zh", "明天", said="明天") == judge("en", "", said="明天") == "text"
+
+
+def test_a_model_that_was_trained_on_does_not_go_on_with_the_answers_of_another(folders):
+    root, _ = folders
+    shutil.copytree(root / "model", root / "growing")
+    args = dataclasses.replace(arguments(root, "grown"), model=str(root / "growing"), max_records=2)
+    distill(args)
+    settings = root / "growing" / "generation_config.json"
+    settings.write_text(settings.read_text() + "\n")
+    with pytest.raises(ValueError, match="was begun otherwise: model was"):
+        distill(args)
 
 
 def test_only_the_tasks_and_the_number_asked_for_are_answered(folders):

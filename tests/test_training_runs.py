@@ -15,7 +15,7 @@ import soundfile
 import torch
 import yaml
 from builders import build_model, build_processor
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, load_from_disk
 from hub_standin import hub
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
@@ -30,6 +30,7 @@ from training_examples.training.card import MARK
 from training_examples.training.metrics import TrainingScores
 from training_examples.training.resuming import describe_resuming
 from training_examples.training.samples import choose_examples, split_example, what_was_asked, word_error_rate
+from training_examples.training.trainer import describe_cutting
 
 pytestmark = pytest.mark.usefixtures("undrawn_curves")
 
@@ -211,6 +212,24 @@ def test_a_run_says_from_where_it_goes_on_and_what_it_passes_over(workspace, tmp
     start(workspace, tmp_path / "run", **options)
     said = capsys.readouterr().out
     assert f"Training goes on from {tmp_path / 'run' / 'checkpoint-2'}; checkpoint-3 was not written to its end" in said
+    assert "passed over. It was written under other options: --max_steps was 2 and is 4." in said
+
+
+def test_a_run_says_which_options_its_checkpoint_was_written_without(tmp_path):
+    (tmp_path / "checkpoint-2").mkdir()
+    recipe = yaml.safe_dump({"dataset": ["data/a"], "packing": True, "learning_rate": 2e-5})
+    (tmp_path / "checkpoint-2" / "README.md").write_text(f"# It\n\n## Recipe\n\nAs a file:\n\n```yaml\n{recipe}```\n")
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    checkpoint = str(tmp_path / "checkpoint-2")
+    same = {"dataset": ["data/a"], "packing": True, "learning_rate": 2e-5}
+    assert describe_resuming(tmp_path, checkpoint, same) == f"Training goes on from {checkpoint}."
+    said = describe_resuming(tmp_path, checkpoint, {"dataset": ["data/b"], "packing": True, "r": 8})
+    assert said == (
+        f"Training goes on from {checkpoint}. It was written under other options: --dataset was ['data/a'] and is "
+        "['data/b']; --learning_rate was 2e-05 and is not set; --r was not set and is 8."
+    )
+    (tmp_path / "checkpoint-2" / "README.md").write_text("# Mine\n")
+    assert describe_resuming(tmp_path, checkpoint, {"r": 8}) == f"Training goes on from {checkpoint}."
 
 
 def test_what_is_said_before_a_run_goes_on(tmp_path):
@@ -339,6 +358,8 @@ def test_word_errors_are_those_of_what_was_heard():
     rows = [{"answered": "one two", "heard": "one too many"}, {"answered": "", "heard": "hm"}, {"answered": "four"}]
     assert word_error_rate(rows) == 0.5
     assert word_error_rate(rows[1:]) is None
+    chinese = [{"answered": "今天天气", "heard": "今天天汽"}]  # which English has no words for
+    assert word_error_rate(chinese, "zh") == 0.25 and word_error_rate(chinese) is None
 
 
 @pytest.mark.parametrize(
@@ -424,6 +445,28 @@ def test_a_resumed_run_of_token_batches_ends_with_the_same_weights(workspace, tm
 )
 def test_options_that_cannot_be_met_are_refused(workspace, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
+        start(workspace, tmp_path / "run", **options)
+
+
+def test_examples_that_lose_their_end_are_counted_before_training(workspace, tmp_path):
+    data = Dataset.from_dict({"length": [10, 64, 65, 100, 7]})
+    said = describe_cutting(data, 64, "--dataset")
+    assert said == (
+        "2 of 5 examples of --dataset are longer than --max_length 64 and lose their end: 37 of 246 tokens."
+    )
+    assert describe_cutting(data.select([1, 2]), 64, "x").startswith("1 of 2 examples of x are longer")
+    for nothing in ((data, 100, "x"), (data, None, "x"), (None, 8, "x"), (data.to_iterable_dataset(), 8, "x")):
+        assert describe_cutting(*nothing) is None
+
+
+def test_held_out_examples_that_are_too_long_are_refused_before_training(workspace, tmp_path):
+    examples = load_from_disk(str(workspace / "data"))["eval"]
+    row = examples[0]
+    longer = {name: row[name] * 200 for name in ("input_ids", "labels")}
+    longer |= {"length": len(longer["input_ids"]), "task": row["task"]}
+    DatasetDict({"eval": Dataset.from_list([row, longer])}).save_to_disk(str(tmp_path / "long"))
+    options = {"eval_dataset": [tmp_path / "long"], "eval_strategy": "steps", "eval_steps": 4}
+    with pytest.raises(ValueError, match="An example of the evaluation split has .* tokens, but the model has"):
         start(workspace, tmp_path / "run", **options)
 
 

@@ -62,15 +62,15 @@ class ScriptParser(HfArgumentParser):
         self._check_words(words)
         namespace, unknown = super().parse_known_args(from_files + words, namespace)
         if unknown:
-            raise ValueError(f"`{unknown[0]}` belongs to no option; run files come first, and --help names the options.")
+            raise ValueError(f"`{unknown[0]}` belongs to no option; run files come first, --help names the options.")
         if hasattr(namespace, "help_all"):
             del namespace.help_all
         return namespace, unknown
 
     def _check_words(self, words: Sequence[str]) -> None:
         """
-        Raise a ValueError that names an option which there is not, and the closest that there is: argparse would ask for
-        the required ones first, although one of them may be what was misspelled.
+        Raise a ValueError that names an option which there is not, and the closest that there is: argparse would ask
+        for the required ones first, although one of them may be what was misspelled.
         """
         known = [string for string in self._option_string_actions if string.startswith("--")]
         for word in words:

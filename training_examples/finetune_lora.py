@@ -164,12 +164,14 @@ def load_config(args: LoraArguments) -> TttConfig:
     Return the model's configuration with the run's options.
 
     Raises:
-        ValueError: If a run asks for another objective than the model's, under whose configuration the adapter will be
-            used.
+        ValueError: If a run asks for another objective or span attention than the model's, under whose configuration
+            the adapter will be used.
     """
     config = TttConfig.from_pretrained(args.model)
     for name, value in args.config_options().items():
-        if name.endswith("_objective") and value != getattr(config, name):
+        # What decides how a model is used, and not only how it learns.
+        decides_use = name.endswith("_objective") or name == "span_attention"
+        if decides_use and value != getattr(config, name):
             raise ValueError(
                 f"--{name} is {value}, but {args.model} was trained with {getattr(config, name)}, and an adapter is "
                 "used under its model's configuration. Leave the option out, or train the whole model with "
@@ -196,12 +198,15 @@ def load_base(args: LoraArguments, config: TttConfig) -> TttForConditionalGenera
         return prepare_model_for_kbit_training(quantised, gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def save_merged(model: Path, adapter: str, folder: Path, card: str | None = None) -> None:
-    """Write a whole Hub folder of `model` with the adapter's change in its weights, and a card."""
+def save_merged(
+    model: Path, adapter: str, folder: Path, card: str | None = None, processor: Path | None = None
+) -> None:
+    """Write a whole Hub folder of `model` with the adapter's change in its weights, a processor (by default that of
+    `model`), and a card."""
     base = TttForConditionalGeneration.from_pretrained(model)
     with no_false_alarm():
         merged = PeftModel.from_pretrained(base, adapter).merge_and_unload().eval()
-    save_repository(merged, TttProcessor.from_pretrained(model), folder)
+    save_repository(merged, TttProcessor.from_pretrained(processor or model), folder)
     if card is not None:
         write_card(folder, card)
 
@@ -216,6 +221,7 @@ def main() -> None:
     config = load_config(arguments)
     check_vocabulary(config, processor)
     train_dataset = check_lengths(arguments, config, train_dataset)
+    eval_dataset = check_lengths(arguments, config, eval_dataset, "the evaluation split")
     tokens = trainable_tokens(processor, arguments.new_words or (), arguments.train_audio_tokens)
     with no_false_alarm():
         model = get_peft_model(load_base(arguments, config), lora_config(arguments, config, tokens))
@@ -234,7 +240,8 @@ def main() -> None:
         trainer.save_model()
     if arguments.merge_to is not None and trainer.is_world_process_zero():
         whole = replace(card, adapter=False)
-        save_merged(arguments.model, training.output_dir, arguments.merge_to, whole.text(trainer, arguments.merge_to))
+        text = whole.text(trainer, arguments.merge_to)
+        save_merged(arguments.model, training.output_dir, arguments.merge_to, text, arguments.processor)
     leave_group(trainer)
 
 

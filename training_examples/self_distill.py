@@ -13,18 +13,21 @@ run that was killed goes on with the first missing shard.
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from tqdm import tqdm
 
 from modeling_ttt import TttForConditionalGeneration
 from processing import TttProcessor, deinterleave
 from training_examples.command_line import ScriptParser
+from training_examples.evaluation.figures import fingerprint
 from training_examples.evaluation.listening import LANGUAGE_HELP, open_listener
-from training_examples.evaluation.whisper_judge import canonical, count_word_errors
+from training_examples.evaluation.options import read_pairs
+from training_examples.evaluation.text_forms import count_errors, spoken_form
 from training_examples.preparation.examples import ShardReport
 from training_examples.preparation.mixtures import load_mixture
 from training_examples.preparation.records import RejectedError
@@ -78,16 +81,7 @@ class DistillArguments:
 
     def generation_options(self) -> dict[str, Any]:
         """Return the OPTION=VALUE items, each value read as JSON or, where it is none, as a string."""
-        options: dict[str, Any] = {}
-        for item in self.generation:
-            name, separator, value = item.partition("=")
-            if not separator:
-                raise ValueError(f"`--generation` {item}: every item needs the form OPTION=VALUE.")
-            try:
-                options[name] = json.loads(value)
-            except json.JSONDecodeError:
-                options[name] = value
-        return options
+        return read_pairs("generation", self.generation)
 
 
 class Distiller:
@@ -144,6 +138,10 @@ class Distiller:
         """Return what the model writes after each prompt, up to its end of turn."""
         return answer_prompts(self.model, prompts, self.processor.token_ids.end_of_turn_token_id, **self.options)
 
+    def form(self, text: str) -> str:
+        """Return a text as it is compared."""
+        return spoken_form(text, self.args.language)
+
     def judge(self, references: list[list[int]], answers: list[list[int]]) -> list[RejectedError | None]:
         """Say of each answer why it is not kept, or `None`."""
         processor = self.processor
@@ -156,23 +154,31 @@ class Distiller:
                 verdict = RejectedError("unfinished", "the answer did not end by itself")
             elif not len(answer["audio_codes"]):
                 verdict = RejectedError("silent", "the answer has no speech")
-            elif not self.args.other_texts and canonical(answer["text"]) != canonical(reference["text"]):
+            elif not self.args.other_texts and self.form(answer["text"]) != self.form(reference["text"]):
                 verdict = RejectedError("text", f"said {answer['text']!r}, not {reference['text']!r}")
             verdicts.append(verdict)
         heard = [index for index, verdict in enumerate(verdicts) if verdict is None]
         if self.recogniser is None or not heard:
             return verdicts
         transcripts = self.recogniser.transcribe([written[i]["audio"] for i in heard], processor.sampling_rate)
-        counts = count_word_errors([written[i]["text"] for i in heard], transcripts)
+        counts = count_errors([written[i]["text"] for i in heard], transcripts, self.args.language)
         for index, transcript, (errors, words) in zip(heard, transcripts, counts, strict=True):
-            if errors > self.args.max_word_error_rate * words:
+            if not words:  # else nothing could be wrong with it
+                reason = f"{written[index]['text']!r} holds no word of the language that `--language` names"
+                verdicts[index] = RejectedError("language", f"{reason}, {self.args.language}")
+            elif errors > self.args.max_word_error_rate * words:
                 reason = f"{written[index]['text']!r} was heard as {transcript!r}"
                 verdicts[index] = RejectedError("speech", reason)
         return verdicts
 
 
-def chunks(args: DistillArguments, finished: set[tuple[int, int]]) -> tuple[int, Iterator[Chunk]]:
-    """Return how many examples there are to answer, and their chunks that are not finished."""
+def prompts(args: DistillArguments) -> Dataset:
+    """
+    Return the examples to answer.
+
+    Raises:
+        ValueError: If there are none.
+    """
     dataset = load_mixture(args.dataset, split=args.split)
     if args.tasks:
         dataset = dataset.filter(lambda task: task in args.tasks, input_columns="task")
@@ -180,12 +186,14 @@ def chunks(args: DistillArguments, finished: set[tuple[int, int]]) -> tuple[int,
         dataset = dataset.take(min(args.max_records, len(dataset)))
     if not len(dataset):
         raise ValueError(f"`--dataset` {args.dataset} has no examples of {args.tasks or 'any task'}.")
-    starts = range(0, len(dataset), args.shard_size)
-    return len(dataset), (
-        Chunk(0, number, start, dataset.select(range(start, min(start + args.shard_size, len(dataset)))).to_list())
-        for number, start in enumerate(starts)
-        if (0, number) not in finished
-    )
+    return dataset
+
+
+def chunks(dataset: Dataset, size: int, finished: Container[tuple[int, int]]) -> Iterator[Chunk]:
+    """Yield the examples in chunks of `size`, without those that are finished."""
+    for number, start in enumerate(range(0, len(dataset), size)):
+        if (0, number) not in finished:
+            yield Chunk(0, number, start, dataset.select(range(start, min(start + size, len(dataset)))).to_list())
 
 
 def distill(args: DistillArguments, recogniser: Recogniser | None = None) -> dict[str, Any]:
@@ -196,22 +204,23 @@ def distill(args: DistillArguments, recogniser: Recogniser | None = None) -> dic
         recogniser (`Recogniser`, *optional*): used in place of `--recogniser`.
     """
     threads = use_threads(args.threads)
+    dataset = prompts(args)
+    folder = ShardFolder(args.output_dir, args.split)
+    settings = {f"--{f.name}": getattr(args, f.name) for f in dataclasses.fields(args) if f.name not in FREE_ARGUMENTS}
+    # A model that is trained on, or data that is made anew, has the same name.
+    model_hash = fingerprint(args.model) if Path(args.model).is_dir() else args.model
+    folder.begin({**settings, "model": model_hash, "number of examples": len(dataset)})
     if recogniser is None and args.recogniser is not None:
         recogniser = open_listener(args.recogniser, args.language, args.device, threads).open()
     model = TttForConditionalGeneration.from_pretrained(args.model, dtype="auto").to(args.device).eval()
     processor = TttProcessor.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
     if processor.audio_tokenizer is not None:
         processor.audio_tokenizer.to(args.device)
-    folder = ShardFolder(args.output_dir, args.split)
-    folder.begin(
-        {f"--{f.name}": getattr(args, f.name) for f in dataclasses.fields(args) if f.name not in FREE_ARGUMENTS}
-    )
     finished = folder.finished()
-    total, missing = chunks(args, set(finished))
     kinds = Counter(row["kind"] for report in finished.values() for row in report["rejected"])
     distiller = Distiller(model, processor, recogniser, args)
-    with tqdm(total=total, initial=sum(r["records"] for r in finished.values()), unit="answer") as bar:
-        for chunk in missing:
+    with tqdm(total=len(dataset), initial=sum(r["records"] for r in finished.values()), unit="answer") as bar:
+        for chunk in chunks(dataset, args.shard_size, finished):
             examples, report = distiller(chunk)
             folder.write(chunk, examples, report)
             kinds.update(row["kind"] for row in report["rejected"])

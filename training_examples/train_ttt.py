@@ -71,6 +71,7 @@ def main() -> None:
     processor = TttProcessor.from_pretrained(arguments.processor or arguments.model)
     check_vocabulary(config, processor)
     train_dataset = check_lengths(arguments, config, train_dataset)
+    eval_dataset = check_lengths(arguments, config, eval_dataset, "the evaluation split")
     model = TttForConditionalGeneration.from_pretrained(
         arguments.weights(training),
         config=config,

@@ -5,7 +5,8 @@ What a benchmark's data looks like and how it is scored is in tasks.py, who answ
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,12 +18,12 @@ from training_examples.evaluation.measuring import Measured, of_scorer, speed_of
 from training_examples.evaluation.openai_backend import OpenAIBackend
 from training_examples.evaluation.options import EvaluationArguments, read_pairs
 from training_examples.evaluation.reports import Section, write_report
-from training_examples.evaluation.rows import Row, Run, hash_of
+from training_examples.evaluation.rows import Row, Run, hash_of, name_unusable
 from training_examples.evaluation.tasks import TASKS, Task, own_task, read_samples
+from training_examples.evaluation.text_forms import error_rate_options
 
 NO_RECOGNISER = "speech not scored: no `--recogniser` was given"
 NOT_JUDGED = "not judged: no `--judge` address was given"
-MOST_NAMED = 20  # recordings that a report names
 
 
 @dataclass
@@ -75,6 +76,23 @@ class Arguments(EvaluationArguments):
         if self.scorer and names:
             raise ValueError(f"`--scorer` goes with data of your own; {names[0]} brings its scorers.")
         self.task = names
+        if not self.compare:
+            self._check_together()
+
+    def _check_together(self) -> None:
+        """Raise a ValueError for an option that nothing of what was chosen would read."""
+        if self.task:
+            for name in ("scorer_options", "prompt", "language"):
+                if getattr(self, name) != _default_of(name):
+                    raise ValueError(f"`--{name}` goes with data of your own; {self.task[0]} brings its own.")
+        elif not self.data:
+            return
+        if self.voice is not None and self.address is None:
+            raise ValueError("`--voice` is asked of an `--address`; the model here has its own.")
+        judged = [name for name in self.task if TASKS[name].judgement is not None or TASKS[name].by_kind]
+        if self.judge is not None and not judged:
+            some = [name for name, task in TASKS.items() if task.judgement is not None or task.by_kind]
+            raise ValueError(f"`--judge` goes with a `--task` whose answers are judged: {', '.join(some)}.")
 
     def tasks(self) -> list[Task]:
         """Return what is measured: benchmarks, or data of the user's own."""
@@ -102,6 +120,11 @@ class Arguments(EvaluationArguments):
         return OpenAIBackend(self.address, self.model, self.voice, self.api_key(), self.generation_options())
 
 
+def _default_of(name: str) -> Any:
+    item = next(item for item in fields(Arguments) if item.name == name)
+    return item.default if item.default_factory is MISSING else item.default_factory()
+
+
 def measure_task(args: Arguments, task: Task, backend: Backend) -> Section:
     """Answer, listen, judge and score one task."""
     samples = read_samples(task, args.data, args.column_names(), args.limit)
@@ -110,9 +133,8 @@ def measure_task(args: Arguments, task: Task, backend: Backend) -> Section:
     # Rows are named by what is asked, not by how many: a higher limit goes on with the same rows.
     settings = {**backend.settings, "prompt": task.prompt, "system_prompt": hash_of(system), "instruction": prompt}
     run = Run(args.output_dir / "rows", task.name, task.prompt, samples, {**settings, "data": args.data or task.source})
-    answered = run.answer(backend, args.batch_size)
-    rows = [row for row in answered if "unusable" not in row]
-    unusable = [row for row in answered if "unusable" in row]
+    run.answer(backend, args.batch_size)
+    rows, unusable = run.usable, run.unusable
     if not rows:
         raise ValueError(f"`--data`: no recording of {task.title} can be read; the first: {unusable[0]['unusable']}")
     remarks, figures = [], []
@@ -120,6 +142,9 @@ def measure_task(args: Arguments, task: Task, backend: Backend) -> Section:
         remarks.append(name_unusable(unusable, len(samples)))
     if failed := [row for row in rows if "error" in row]:
         remarks.append(f"{len(failed)} rows were not answered and count as wrong; the first: {failed[0]['error']}")
+    if blank := [row["id"] for row in rows if any(not use.scores(row) for use in task.scorings_of(row["kind"]))]:
+        have = "row has" if len(blank) == 1 else "rows have"
+        remarks.append(f"{len(blank)} {have} no reference and no part in figures of scorers; the first: {blank[0]}")
     speaks = any(row.get("audio") for row in rows)
     listeners = args.listeners(task.language) if speaks else []
     figures += score(rows, {row["id"]: row["text"] for row in rows}, task, "text", "text")
@@ -147,15 +172,6 @@ def measure_task(args: Arguments, task: Task, backend: Backend) -> Section:
         own |= {"device": args.device, "threads": str(torch.get_num_threads())}
     title, notes = describe(task, args, len(rows), bool(unusable))
     return Section(task.name, title, figures, [*notes, *remarks], {**own, **settings, "system prompt": system})
-
-
-def name_unusable(rows: Sequence[Row], count: int) -> str:
-    """Return what a report says of samples that could not be asked."""
-    named = [f"- {row['id']}: {row['unusable']}" for row in rows[:MOST_NAMED]]
-    if len(rows) > MOST_NAMED:
-        named.append(f"- and {len(rows) - MOST_NAMED} more, in rows.jsonl")
-    said = f"{len(rows)} of {count} rows have no recording that can be read. They were not asked, and are in no figure."
-    return "\n".join([f"{said} A later run asks them where it is there.", "", *named])
 
 
 def judge_rows(
@@ -197,7 +213,10 @@ def score(rows: Sequence[Row], said: Mapping[str, str], task: Task, key: str, of
     for kind in kinds:
         group = [row for row in rows if not task.by_kind or row["kind"] == kind]
         for use in task.scorings_of(kind):
-            references = [row["references"] for row in group]
+            scored = [row for row in group if use.scores(row)]
+            if not scored:
+                continue
+            references = [row["references"] for row in scored]
             if use.single_reference or all(len(row) <= 1 for row in references):
                 references = [row[0] if row else "" for row in references]
             found.append(
@@ -205,8 +224,8 @@ def score(rows: Sequence[Row], said: Mapping[str, str], task: Task, key: str, of
                     f"{key}/{kind + '/' if kind else ''}{use.name}",
                     f"{kind + ', ' if kind else ''}{use.title}, {of}",
                     use.scorer,
-                    [row["id"] for row in group],
-                    [said[row["id"]] for row in group],
+                    [row["id"] for row in scored],
+                    [said[row["id"]] for row in scored],
                     references,
                     use.options,
                 )
@@ -238,7 +257,7 @@ def own_speech(rows: Sequence[Row], heard: Mapping[str, str], name: str, languag
     if not spoken:
         return []
     ids = [row["id"] for row in spoken]
-    options = {"normalizer": "english" if language == "en" else "chinese"}
+    options = error_rate_options(language)
     title = f"speech against the answer's own text, by {name}: error rate"
     own = [row["text"] for row in spoken]
     return [of_scorer(f"own_speech/{name}", title, "error_rate", ids, [heard[i] for i in ids], own, options)]

@@ -42,7 +42,8 @@ def bootstrap_interval(counts: np.ndarray, total: Total = ratio) -> tuple[float,
     Return the 95 % percentile interval of `total` over rows drawn with replacement.
 
     Where every row of a share says the same, resampling would give an interval of no width; then the exact binomial
-    bound is taken (of n rows all right, at least 0.025 ** (1 / n) are).
+    bound is taken (of n rows all right, at least 0.025 ** (1 / n) are). Of one row of anything else nothing can be
+    told.
 
     Args:
         counts (`np.ndarray` of shape `(rows, columns)`): what each row counts.
@@ -50,17 +51,24 @@ def bootstrap_interval(counts: np.ndarray, total: Total = ratio) -> tuple[float,
             `(..., columns)`.
 
     Returns:
-        `tuple[float, float]`: NaN, NaN without rows.
+        `tuple[float, float]`: NaN, NaN where it cannot be told.
     """
     counts = np.asarray(counts, dtype=np.float64)
     if not len(counts):
         return np.nan, np.nan
-    if total is ratio and (counts[:, 1] == 1).all() and np.isin(counts[:, 0], (0, 1)).all():
+    if total is ratio and _are_flags(counts):
         if (counts[:, 0] == 1).all():
             return float(TAIL ** (1 / len(counts))), 1.0
         if (counts[:, 0] == 0).all():
             return 0.0, float(1 - TAIL ** (1 / len(counts)))
+    if len(counts) == 1:
+        return np.nan, np.nan
     return _quantiles(total(resampled_sums(counts)))
+
+
+def _are_flags(counts: np.ndarray) -> bool:
+    """Return whether every row says yes or no, so that the figure is a share of the rows."""
+    return bool((counts[:, 1] == 1).all() and np.isin(counts[:, 0], (0, 1)).all())
 
 
 def difference_interval(
@@ -68,6 +76,10 @@ def difference_interval(
 ) -> tuple[float, float]:
     """
     Return the 95 % percentile interval of the second figure less the first.
+
+    As in `bootstrap_interval`, shares in which all rows say the same have exact bounds: of n pairs of which all got
+    worse, at least p = 0.025 ** (1 / n) do, so that the difference is at most 1 - 2 p (which tells something from 6
+    pairs on, as the sign test does).
 
     Args:
         first, second (`np.ndarray` of shape `(rows, columns)`): what each row counts.
@@ -79,12 +91,26 @@ def difference_interval(
     """
     if paired and len(first) != len(second):
         raise ValueError(f"paired rows must be as many in both, got {len(first)} and {len(second)}")
+    if total is ratio and _are_flags(first) and _are_flags(second):
+        if paired and abs(change := _only_value(second[:, 0] - first[:, 0])) == 1:
+            bound = 1 - 2 * TAIL ** (1 / len(first))
+            return (-1.0, bound) if change < 0 else (-bound, 1.0)
+        if not paired and not np.isnan(_only_value(first[:, 0])) and not np.isnan(_only_value(second[:, 0])):
+            (low, high), (other_low, other_high) = bootstrap_interval(first), bootstrap_interval(second)
+            return other_low - high, other_high - low
+    elif min(len(first), len(second)) == 1:
+        return np.nan, np.nan
     if paired:
         sums = resampled_sums(np.hstack([first, second]))
         differences = total(sums[:, first.shape[1] :]) - total(sums[:, : first.shape[1]])
     else:
         differences = total(resampled_sums(second, seed=SEED + 1)) - total(resampled_sums(first))
     return _quantiles(differences)
+
+
+def _only_value(values: np.ndarray) -> float:
+    """Return the value that all of an array have, NaN if they differ."""
+    return float(values[0]) if len(values) and (values == values[0]).all() else np.nan
 
 
 def _quantiles(values: np.ndarray) -> tuple[float, float]:

@@ -82,7 +82,10 @@ class Judge:
         def rate(row: Row) -> dict[str, Any]:
             return self._rate(row, row["text"] if heard is None else heard[row["id"]])
 
-        ratings = run.remember(f"judged-{by or 'text'}", {**self.settings, "by": by}, rate, kind)
+        def asked(row: Row) -> str:
+            return self.judgement.fill(row, row["text"] if heard is None else heard[row["id"]])
+
+        ratings = run.remember(f"judged-{by or 'text'}", {**self.settings, "by": by}, rate, kind, asked)
         rated = {name: entry["rating"] for name, entry in ratings.items() if entry["rating"] is not None}
         if not rated:
             return []

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,9 @@ class EvaluationArguments:
         },
     )
     device: str = field(default="cpu", metadata={"help": "Where the model runs."})
-    dtype: str = field(default="float32", metadata={"help": "Of the model's weights."})
+    dtype: str = field(
+        default="float32", metadata={"help": "Of the model's weights.", "choices": ["float32", "bfloat16", "float16"]}
+    )
     threads: int = threads_field()
     trust_remote_code: bool = field(default=False, metadata={"help": "Allow code in the checkpoint to run."})
 
@@ -72,5 +74,13 @@ class EvaluationArguments:
         return read_pairs("generation", self.generation)
 
     def listeners(self, language: str = "en") -> list[Listener]:
-        """Return the recognisers that listen to spoken answers."""
-        return [open_listener(spec, language, self.device, max(1, self.threads)) for spec in self.recogniser]
+        """Return the recognisers that listen to spoken answers, no two of one name."""
+        found: list[Listener] = []
+        for spec in self.recogniser:
+            listener, number = open_listener(spec, language, self.device, max(1, self.threads)), 2
+            names = {other.name for other in found}
+            name = listener.name
+            while name in names:  # "whisper:base" and "transformers:openai/whisper-base", say
+                number, name = number + 1, f"{listener.name}-{number}"
+            found.append(replace(listener, name=name))
+        return found

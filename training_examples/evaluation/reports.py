@@ -1,5 +1,6 @@
 """Reports of evaluations: Markdown to read, JSON to compare, and the comparison of several."""
 
+import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -104,6 +105,13 @@ class Report:
     name: str
     figures: dict[tuple[str, str], Measured]
     section_titles: dict[str, str]
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def has_data_of(self, other: "Report", section: str) -> bool:
+        """Return whether a section of both rests on the same samples: ids are often no more than numbers of rows. Where
+        one of them does not say, they may."""
+        ours, theirs = (report.settings.get(section, {}).get("data") for report in (self, other))
+        return ours is None or theirs is None or ours == theirs
 
     @classmethod
     def read(cls, path: Path) -> "Report":
@@ -126,25 +134,29 @@ class Report:
             for entry in section["figures"]
         }
         name = path.name if path.is_dir() else path.parent.name
-        return cls(name, figures, {section["name"]: section["title"] for section in content["sections"]})
+        titles = {section["name"]: section["title"] for section in content["sections"]}
+        settings = {section["name"]: section.get("settings", {}) for section in content["sections"]}
+        return cls(name, figures, titles, settings)
 
 
-def verdict(first: Measured, second: Measured) -> tuple[str, str]:
+def verdict(first: Measured, second: Measured, same_data: bool = True) -> tuple[str, str]:
     """
     Return the difference of two figures with its 95 % interval, and what it means: "better", "worse", or "within
-    chance" where the interval holds 0. Rows that both answered are compared with each other.
+    chance" where the interval holds 0. Where both have the same rows (`same_data` says that an id names the same sample
+    in both), they are compared row by row.
     """
     if first.counts is None or second.counts is None:
         return "", "no intervals"
     if first.scorer != second.scorer or first.figure.unit != second.figure.unit:
         return "", "other scorers"
-    shared = [name for name in first.ids if name in set(second.ids)]
-    paired = bool(shared) and len(shared) == len(first.ids) == len(second.ids)
+    paired = same_data and len(first.ids) == len(second.ids) > 0 and set(first.ids) == set(second.ids)
     left, right = first.counts, second.counts
     if paired:
         places = {name: place for place, name in enumerate(second.ids)}
         right = right[[places[name] for name in first.ids]]
     low, high = difference_interval(left, right, paired, total_of(first.scorer))
+    if math.isnan(low) or math.isnan(high):
+        return "", "no intervals"
     scale, digits = (100, 1) if first.figure.unit == "%" else (1, 2)
     difference = second.figure.value - first.figure.value
     text = f"{scale * difference:+.{digits}f} ({scale * low:+.{digits}f} to {scale * high:+.{digits}f})"
@@ -171,19 +183,30 @@ def compare(reports: Sequence[Report]) -> str:
     for name in names[1:]:
         header += [name, "difference", ""]
     rows: list[list[object]] = []
+    others_data = {
+        f"{section} of {name}"
+        for section, _ in keys
+        for name, other in zip(names[1:], others, strict=True)
+        if not other.has_data_of(first, section)
+    }
     for key in keys:
         ours = first.figures[key]
         row: list[object] = [f"{key[0]}: {ours.title}", _cell(ours)]
         for other in others:
             theirs = other.figures.get(key)
-            row += ["", "", ""] if theirs is None else [_cell(theirs), *verdict(ours, theirs)]
+            row += (
+                ["", "", ""]
+                if theirs is None
+                else [_cell(theirs), *verdict(ours, theirs, other.has_data_of(first, key[0]))]
+            )
         rows.append(row)
     return "\n\n".join(
         [
             "# Comparison",
             markdown_table(header, rows),
-            f"Differences are to {names[0]}, with their 95 % bootstrap intervals; rows that both answered are drawn "
-            'together. "Within chance": the interval holds 0.',
+            f"Differences are to {names[0]}, with their 95 % bootstrap intervals; where both have the same rows, these "
+            'are drawn together. "Within chance": the interval holds 0.',
+            *([f"Other data than {names[0]}'s: {', '.join(sorted(others_data))}."] if others_data else []),
         ]
     )
 

@@ -1,13 +1,14 @@
 """Rows of an evaluation on disk: answers as they come, and what was heard in them; both go on where they stopped."""
 
 import hashlib
+import io
 import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import soundfile
@@ -17,6 +18,8 @@ from processing.audio_input_ttt import load_waveform
 from training_examples.evaluation.backends import Answer, Backend, Sample
 from training_examples.files import read_json, write_json
 
+MOST_NAMED = 20  # recordings that a report names
+TAIL_BYTES = 65_536  # read at a time, in search of the end of the last whole line
 MOST_FAILURES = 5  # samples that fail one after the other end a run: the fault is not theirs
 Row = dict[str, Any]
 
@@ -89,9 +92,30 @@ def read_rows(path: Path) -> list[Row]:
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
     """Append rows to a JSONL file; what a kill left of a line is cut off first."""
     with path.open("ab+") as file:
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
+        file.truncate(_end_of_lines(file))
         file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def _end_of_lines(file: BinaryIO) -> int:
+    """Return where the last whole line of a file ends, looked for from its end: it may be long."""
+    end = file.seek(0, io.SEEK_END)
+    while end:
+        start = max(0, end - TAIL_BYTES)
+        file.seek(start)
+        found = file.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
+
+
+def name_unusable(rows: Sequence[Row], count: int) -> str:
+    """Return what a report says of samples that could not be asked, of so many."""
+    named = [f"- {row['id']}: {row['unusable']}" for row in rows[:MOST_NAMED]]
+    if len(rows) > MOST_NAMED:
+        named.append(f"- and {len(rows) - MOST_NAMED} more, in rows.jsonl")
+    said = f"{len(rows)} of {count} rows have no recording that can be read. They were not asked, and are in no figure."
+    return "\n".join([f"{said} A later run asks them where it is there.", "", *named])
 
 
 class Run:
@@ -124,7 +148,22 @@ class Run:
     def rows(self) -> list[Row]:
         """The samples' rows, in their order, as far as they are answered; rows of other content are not theirs."""
         found = {row["id"]: row for row in read_rows(self.folder / "rows.jsonl")}  # a later row replaces an earlier
-        return [found[name] for name, content in self.hashes.items() if found.get(name, {}).get("sample") == content]
+        # Details are not asked, and so no part of the hash: they are those of now, whatever was written.
+        return [
+            {**found[sample.id], **sample.details}
+            for sample in self.samples
+            if found.get(sample.id, {}).get("sample") == self.hashes[sample.id]
+        ]
+
+    @property
+    def usable(self) -> list[Row]:
+        """The rows of samples that could be asked: all but those whose recording is not there or cannot be read."""
+        return [row for row in self.rows if "unusable" not in row]
+
+    @property
+    def unusable(self) -> list[Row]:
+        """The rows of samples that could not be asked, see `name_unusable`."""
+        return [row for row in self.rows if "unusable" in row]
 
     @property
     def data_hash(self) -> str:
@@ -216,6 +255,12 @@ class Run:
         keys = {row["id"]: _answer_key(row) for row in self.rows}
         heard = {row["id"]: row["text"] for row in read_rows(path) if row["answer"] == keys.get(row["id"])}
         waiting = [row for row in self.rows if row["id"] not in heard and row.get("audio")]
+        if gone := [row for row in waiting if not (self.folder / row["audio"]).is_file()]:
+            raise FileNotFoundError(
+                f"{listener.name} cannot listen to {len(gone)} of {len(keys)} answers in {self.folder}, whose "
+                "recordings were not kept: give another `--output_dir`, or remove rows.jsonl there, to have them "
+                "answered anew."
+            )
         recogniser = listener.open() if waiting else None
         for start in tqdm(range(0, len(waiting), batch_size), desc=f"{listener.name} listens", disable=not waiting):
             assert recogniser is not None
@@ -230,13 +275,19 @@ class Run:
         return {row["id"]: heard.get(row["id"], "") for row in self.rows}
 
     def remember(
-        self, name: str, settings: Any, compute: Callable[[Row], Any], kind: str | None = None
+        self,
+        name: str,
+        settings: Any,
+        compute: Callable[[Row], Any],
+        kind: str | None = None,
+        made_of: Callable[[Row], Any] = lambda row: None,
     ) -> dict[str, Any]:
         """Return what `compute` makes of every row (JSON), or of those of one kind, by id; remembered row by row under
-        `name` and settings. Samples that could not be asked have nothing to compute of."""
+        `name` and settings, as long as the answer and what else the value is `made_of` (JSON) stay. Samples that could
+        not be asked have nothing to compute of."""
         path = self.folder / f"{name}-{hash_of(settings, 8)}.jsonl"
-        rows = [row for row in self.rows if "unusable" not in row and (kind is None or row["kind"] == kind)]
-        keys = {row["id"]: _answer_key(row) for row in rows}
+        rows = [row for row in self.usable if kind is None or row["kind"] == kind]
+        keys = {row["id"]: hash_of([_answer_key(row), made_of(row)]) for row in rows}
         found = {row["id"]: row["value"] for row in read_rows(path) if row["answer"] == keys.get(row["id"])}
         waiting = [row for row in rows if row["id"] not in found]
         for row in tqdm(waiting, desc=name, disable=not waiting):

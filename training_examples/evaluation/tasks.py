@@ -17,6 +17,8 @@ import yaml
 
 from training_examples.evaluation.backends import Sample, Turn
 from training_examples.evaluation.judging import AGREE_PROMPT, RATE_PROMPT, Judgement
+from training_examples.evaluation.scoring import SCORERS
+from training_examples.evaluation.text_forms import is_chinese, is_unspaced, normalizer_of
 from training_examples.preparation.recordings import PART_KEYS, load_recording, read_path
 from training_examples.preparation.sources import Source, open_source
 
@@ -38,6 +40,17 @@ class Scoring:
     options: Mapping[str, Any] = field(default_factory=dict)
     single_reference: bool = False
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a row without a reference cannot be scored; modules of others may do without."""
+        return (SCORERS / self.scorer).is_dir()
+
+    def scores(self, row: Mapping[str, Any]) -> bool:
+        """Return whether a row has what the scorer needs. Of error rates an empty reference is one: nothing is said."""
+        references = row["references"]
+        said = bool(references) if self.single_reference else any(text.strip() for text in references)
+        return said or not self.needs_reference
+
 
 WER = Scoring("error_rate", "wer", "word error rate", ENGLISH, True)
 CER = Scoring("error_rate", "cer", "character error rate (English words whole)", CHINESE, True)
@@ -47,7 +60,7 @@ REPEAT = Scoring("repeat_score", "repeat", "repeated, of 100", ENGLISH, True)
 REPEAT_ZH = Scoring("repeat_score", "repeat", "repeated, of 100", CHINESE, True)
 SHORT_SCORERS = {
     "wer": WER,
-    "cer": Scoring("error_rate", "cer", "character error rate", {"normalizer": "chinese"}, True),
+    "cer": Scoring("error_rate", "cer", "character error rate", CHINESE, True),
     "qa": QA,
     "exact": Scoring("exact_answers", "exact", "exact answers"),
     "cider_d": CIDER,
@@ -242,16 +255,22 @@ def own_task(
     Args:
         prompt (`str`): the processor's task.
         scorers (`Sequence[str]`): of `SHORT_SCORERS`, ours by name, or paths of modules of `evaluate`; by default the
-            word error rate, or the one in characters where Chinese is spoken.
+            word error rate, or the one in characters where a language is written without blanks.
         options (`Mapping`): of the scorers.
-        language (`str`): what is spoken.
+        language (`str`): what is spoken, by which error rates normalise where `options` do not say otherwise.
         split (`str`, *optional*): of the data.
     """
     chosen = []
-    for name in scorers or (["cer"] if language == "zh" else ["wer"]):
+    in_characters = is_chinese(language) or is_unspaced(language)
+    for name in scorers or (["cer"] if in_characters else ["wer"]):
         single = name in ("error_rate", "repeat_score")
         short = SHORT_SCORERS.get(name) or Scoring(name, Path(name).stem, Path(name).stem, single_reference=single)
-        chosen.append(replace(short, options={**short.options, **options}))
+        spoken = {}
+        if short.scorer in ("error_rate", "repeat_score"):
+            spoken["normalizer"] = normalizer_of(language)
+        if name == "cer" and not is_chinese(language):  # whose English words stay whole, as is published
+            spoken["unit"] = "character"
+        chosen.append(replace(short, options={**short.options, **spoken, **options}))
     return Task("own_data", "own data", prompt, tuple(chosen), split=split, language=language)
 
 
@@ -296,6 +315,12 @@ def read_samples(
     if all(sample.problem for sample in samples):
         raise FileNotFoundError(
             f"`--data` {location}: no row has its recording ({len(samples)} rows); the first: {samples[0].problem}"
+        )
+    uses = [(use, {"references": sample.references}) for sample in samples for use in task.scorings_of(sample.kind)]
+    if uses and not any(use.scores(row) for use, row in uses):
+        raise ValueError(
+            f"`--data` {location}: no row has a reference to be scored by ({len(samples)} rows); name the column of "
+            "right answers with `--columns text=COLUMN`."
         )
     return samples
 
@@ -350,7 +375,12 @@ def _read_table(location: str, task: Task, columns: Mapping[str, str]) -> Iterat
     location = single_table(location)
     name = task.subset if location == task.source else None
     for source in open_source(location, task.split or ("test" if location == task.source else "train"), name):
-        found = find_columns(source.column_names, task, columns, source.name)
+        found = find_columns(names := source.column_names, task, columns, source.name)
+        if "text" not in found and any(use.needs_reference for use in task.scorings):
+            raise ValueError(
+                f"`--data` {source.name} has no column `text` of right answers; it has {', '.join(names)}. Name it "
+                "with `--columns text=COLUMN`."
+            )
         for chunk in source.chunks(0, 256, {}):
             for record in chunk.records:
                 yield {

@@ -5,16 +5,21 @@ What is counted of them is in scoring.py; how a recogniser's spelling of numbers
 
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
-from training_examples.evaluation.whisper_judge import canonical, closest_reading
+from rapidfuzz.distance import Levenshtein
+
+from training_examples.evaluation.whisper_judge import canonical, closest_reading, count_word_errors
 
 # Ideographs of every plane; each is a unit of its own where texts are counted in characters and words mixed.
 IDEOGRAPH = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af\u3005\u3007"
 IDEOGRAPHS = re.compile(f"[{IDEOGRAPH}]")
 MARKUP = re.compile(r"<[^<>]*>|\[[^\[\]]*\]")  # <NOISE>, <|zh|>, [UNK]
+# Scripts that put no blanks between words: ideographs, kana, Thai, Lao, Burmese, Khmer.
+UNSPACED = re.compile(f"[{IDEOGRAPH}\u3040-\u30ff\u31f0-\u31ff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
+UNSPACED_LANGUAGES = ("ja", "japanese", "th", "thai", "lo", "lao", "my", "myanmar", "burmese", "km", "khmer")
 HAN_DIGITS = "零一二三四五六七八九"
 ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
@@ -46,9 +51,11 @@ def english_text(text: str) -> str:
 
 
 def answer_text(text: str) -> str:
-    """Return a short answer as it is looked for: without accents, articles and punctuation, in lower case."""
+    """Return a short answer as it is looked for: without accents, articles and punctuation, in lower case. Signs of
+    scripts without blanks stand apart, for an answer is a part of what would else be one long word."""
     text = "".join(sign for sign in unicodedata.normalize("NFKD", text) if not unicodedata.combining(sign))
-    return " ".join(ARTICLES.sub(" ", plain_text(text)).split())
+    text = UNSPACED.sub(lambda match: f" {match[0]} ", ARTICLES.sub(" ", plain_text(text)))
+    return " ".join(text.split())
 
 
 def spell_han_number(number: int) -> str:
@@ -140,6 +147,64 @@ NORMALIZERS: dict[str, Callable[[str], str]] = {
     "answer": answer_text,
 }
 UNITS = ("word", "character")
+
+
+def _base_language(language: str) -> str:
+    """Return a language without its region: "zh" of "zh-CN"."""
+    return language.lower().replace("_", "-").partition("-")[0]
+
+
+def is_chinese(language: str) -> bool:
+    """Return whether a language is Chinese, whose words are counted in characters."""
+    return _base_language(language) in ("zh", "yue", "cmn", "chinese", "cantonese", "mandarin")
+
+
+def is_unspaced(language: str) -> bool:
+    """Return whether a language other than Chinese is written without blanks between words."""
+    return _base_language(language) in UNSPACED_LANGUAGES
+
+
+def normalizer_of(language: str) -> str:
+    """
+    Return the normaliser of what is spoken: "english", "chinese" (of "auto", too, which may be any language) or, of any
+    other language, "plain". That of English drops accents and words such as "um", which elsewhere are words of their
+    own.
+    """
+    if is_chinese(language) or language == "auto":
+        return "chinese"
+    return "english" if _base_language(language) in ("en", "english") else "plain"
+
+
+def error_rate_options(language: str) -> dict[str, str]:
+    """Return the options of the scorer `error_rate` for what is spoken: characters where words are not told apart."""
+    return {"normalizer": normalizer_of(language), "unit": "character" if is_unspaced(language) else "word"}
+
+
+def spoken_form(text: str, language: str = "en") -> str:
+    """
+    Return a text as it sounds, as far as spelling is known to vary: in English numerals are words. A text that has no
+    form in the language (English of Chinese signs) is plain.
+    """
+    form = canonical(text) if normalizer_of(language) == "english" else NORMALIZERS[normalizer_of(language)](text)
+    return form or plain_text(text)
+
+
+def count_errors(references: Sequence[str], transcripts: Sequence[str], language: str = "en") -> list[tuple[int, int]]:
+    """
+    Return the errors in what was heard and the units of what was said of each pair: words, spelling set aside, in
+    English; of other languages as `error_rate_options` says.
+
+    Raises:
+        ValueError: If the lists differ in length.
+    """
+    options = error_rate_options(language)
+    if options["normalizer"] == "english":
+        return count_word_errors(references, transcripts)
+    counts = []
+    for pair in zip(references, transcripts, strict=True):
+        said, heard = (units_of(text, options["unit"]) for text in normalize_pair(*pair, options["normalizer"]))
+        counts.append((Levenshtein.distance(heard, said), len(said)))
+    return counts
 
 
 def normalize_pair(reference: str, hypothesis: str, normalizer: str) -> tuple[str, str]:

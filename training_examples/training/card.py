@@ -4,6 +4,7 @@ the fields that only its maker can fill."""
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 MARK = (
     "<!-- Written by the script, anew with every model it saves. Remove this line to keep the card as you edit it -->"
 )
+RECIPE = re.compile(r"^## Recipe\n.*?^```yaml\n(.*?)^```", re.DOTALL | re.MULTILINE)
 UNKNOWN_LICENSE = "unknown"
 FILL_IN = (
     "**Licence: fill in.** The field `license` at the top of this file says `unknown`: the data, the language model "
@@ -76,6 +78,17 @@ def own_metadata(folder: Path) -> dict[str, Any]:
         return ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
     except (OSError, ValueError, yaml.YAMLError):
         return {}
+
+
+def read_recipe(folder: Path) -> dict[str, Any] | None:
+    """Return the options that a folder's own card says a run was told, `None` where it does not say."""
+    card = folder / "README.md"
+    found = RECIPE.search(card.read_text(encoding="utf-8")) if card.is_file() else None
+    try:
+        options = yaml.safe_load(found[1]) if found is not None else None
+    except yaml.YAMLError:
+        return None
+    return options if isinstance(options, dict) else None
 
 
 def compose(title: str, metadata: Mapping[str, Any], sections: list[str]) -> str:
@@ -189,7 +202,8 @@ class RunCard:
             lines.append(f"| {short_name(path)} | {'' if weight is None else weight} | {' | '.join(map(str, cells))} |")
         return "\n".join([*lines, "", "What the recordings and texts are, and whose: fill in."])
 
-    def _recipe(self, trainer: Trainer) -> str:
+    def options(self) -> dict[str, Any]:
+        """Return what was set of the options that decide what a run makes, as its recipe has them."""
         options: dict[str, Any] = {}
         for settings in (self.arguments, self.training):
             for item in fields(settings):
@@ -206,6 +220,9 @@ class RunCard:
                 elif isinstance(value, Path):
                     value = short_name(value)
                 options[item.name] = getattr(value, "value", value)
+        return options
+
+    def _recipe(self, trainer: Trainer) -> str:
         # DeepSpeed keeps the whole size of a weight, of which each process has a share, beside it.
         sizes = [
             (getattr(value, "ds_numel", value.numel()), value.requires_grad) for value in trainer.model.parameters()
@@ -217,7 +234,7 @@ class RunCard:
             f"{trainer.state.num_input_tokens_seen:,} tokens were seen. Python {platform.python_version()}, torch "
             f"{torch.__version__.split('+')[0]}, transformers {transformers.__version__}."
         )
-        recipe = yaml.safe_dump(options, sort_keys=False, allow_unicode=True).strip()
+        recipe = yaml.safe_dump(self.options(), sort_keys=False, allow_unicode=True).strip()
         return f"## Recipe\n\nWhat was set, as a run file of the script:\n\n```yaml\n{recipe}\n```\n\n{facts}"
 
     def _figures(self, trainer: Trainer, folder: Path) -> str:

@@ -2,13 +2,17 @@
 checkpoint that a killed run goes on from."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from training_examples.training.card import read_recipe
 
 
 class RankSeed(TrainerCallback):
@@ -76,8 +80,13 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     return next((str(folder) for folder, whole in checkpoints(output_dir) if whole), None)
 
 
-def describe_resuming(output_dir: str | Path, checkpoint: str | None) -> str | None:
-    """Return what a run says before it goes on: from where, and which half-written checkpoints it passes over."""
+def describe_resuming(
+    output_dir: str | Path, checkpoint: str | None, options: Mapping[str, Any] | None = None
+) -> str | None:
+    """
+    Return what a run says before it goes on: from where, which half-written checkpoints it passes over, and which
+    options are not those that the checkpoint's card names: of a run, or of a folder, that was another.
+    """
     passed_over = []
     for folder, whole in checkpoints(output_dir):
         if whole:
@@ -89,4 +98,18 @@ def describe_resuming(output_dir: str | Path, checkpoint: str | None) -> str | N
     if passed_over:
         are = "was not written to its end and is" if len(passed_over) == 1 else "were not written to their end and are"
         said += f"; {', '.join(passed_over)} {are} passed over"
-    return said + "."
+    changed = changed_options(Path(checkpoint), options) if checkpoint is not None and options is not None else []
+    return ". ".join([said, *([f"It was written under other options: {'; '.join(changed)}"] if changed else [])]) + "."
+
+
+def changed_options(checkpoint: Path, options: Mapping[str, Any]) -> list[str]:
+    """Return in words which options are not those of a checkpoint's recipe; none where its card has no recipe."""
+    before = read_recipe(checkpoint)
+    if before is None:
+        return []
+    now = yaml.safe_load(yaml.safe_dump(dict(options)))  # as a card has them
+    return [
+        f"--{name} was {before.get(name, 'not set')} and is {now.get(name, 'not set')}"
+        for name in dict.fromkeys([*before, *now])
+        if before.get(name) != now.get(name)
+    ]

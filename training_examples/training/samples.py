@@ -16,7 +16,7 @@ from transformers.integrations import TensorBoardCallback
 
 from processing import TttProcessor, deinterleave
 from processing.vocabulary_ttt import END_OF_TURN, START_OF_TURN
-from training_examples.evaluation.whisper_judge import count_word_errors
+from training_examples.evaluation.text_forms import count_errors
 from training_examples.files import write_text
 from training_examples.preparation.records import RejectedError
 
@@ -118,6 +118,7 @@ class Samples(TrainerCallback):
         folder (`Path`): of the run.
         recogniser (`Recogniser`, *optional*): reads the speech.
         seed (`int`, *optional*, defaults to 0): of what is drawn.
+        language (`str`, *optional*, defaults to `"en"`): what is spoken, by which errors are counted.
     """
 
     def __init__(
@@ -128,9 +129,10 @@ class Samples(TrainerCallback):
         folder: Path,
         recogniser: Recogniser | None = None,
         seed: int = 0,
+        language: str = "en",
     ):
         self.processor, self.every, self.folder = processor, every, folder / FOLDER
-        self.recogniser, self.seed = recogniser, seed
+        self.recogniser, self.seed, self.language = recogniser, seed, language
         self.tasks = [example.get("task") for example in examples]
         self.prompts, self.references = map(list, zip(*map(split_example, examples), strict=True))
         self.expected = processor.post_process(self.references, decode_audio=processor.audio_tokenizer is not None)
@@ -209,19 +211,19 @@ class Samples(TrainerCallback):
             lines.append(f"{row['expected']!r} came as {row['answered']!r}{heard}")
             if writer is not None:
                 writer.add_text(f"{FOLDER}/{index}", lines[-1], step)
-        if writer is not None and (errors := word_error_rate(rows)) is not None:
+        if writer is not None and (errors := word_error_rate(rows, self.language)) is not None:
             writer.add_scalar(f"{FOLDER}/word_error_rate", errors, step)
         text = "".join(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
         write_text(self.folder / f"step-{step:06d}.jsonl", text)
         print("\n".join([f"step {step}: answers to held-out examples", *(f"  {line}" for line in lines)]), flush=True)
 
 
-def word_error_rate(rows: list[dict[str, Any]]) -> float | None:
-    """Return the word errors of what was heard against the text of the same answers, or `None` if nothing was heard."""
+def word_error_rate(rows: list[dict[str, Any]], language: str = "en") -> float | None:
+    """Return the errors of what was heard against the text of the same answers, or `None` if nothing was heard."""
     heard = [row for row in rows if row.get("heard") is not None and row["answered"].strip()]
     if not heard:
         return None
-    counts = count_word_errors([row["answered"] for row in heard], [row["heard"] for row in heard])
+    counts = count_errors([row["answered"] for row in heard], [row["heard"] for row in heard], language)
     words = sum(total for _, total in counts)
     return sum(errors for errors, _ in counts) / words if words else None
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.compute
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
@@ -72,21 +73,23 @@ def check_vocabulary(config: TttConfig, processor: TttProcessor) -> None:
         )
 
 
-def check_lengths(args: ModelArguments, config: TttConfig, dataset: Any) -> Any:
+def check_lengths(args: ModelArguments, config: TttConfig, dataset: Any, option: str = "--dataset") -> Any:
     """
-    Return the dataset, or raise a ValueError if an example, or a row of `max_length`, has more tokens than the model
-    has positions. The examples of a stream are looked at as they come.
+    Return the dataset of an option (`None` where there is none), or raise a ValueError if an example, or a row of
+    `max_length`, has more tokens than the model has positions. The examples of a stream are looked at as they come.
     """
     limit = config.text_config.max_position_embeddings
     if args.max_length is not None:
         if args.max_length > limit:
             raise ValueError(f"--max_length is {args.max_length}, but the model has {limit} positions.")
         return dataset
+    if dataset is None:
+        return None
 
     def check(example: dict[str, Any]) -> dict[str, Any]:
         if example["length"] > limit:
             raise ValueError(
-                f"An example of --dataset has {example['length']} tokens, but the model has {limit} positions: set "
+                f"An example of {option} has {example['length']} tokens, but the model has {limit} positions: set "
                 f"--max_length {limit} to cut it, or prepare the data with a smaller --max_length."
             )
         return example
@@ -95,6 +98,23 @@ def check_lengths(args: ModelArguments, config: TttConfig, dataset: Any) -> Any:
         return dataset.map(check)
     check({"length": pyarrow.compute.max(dataset.data.column("length")).as_py()})
     return dataset
+
+
+def describe_cutting(dataset: Any, max_length: int | None, name: str) -> str | None:
+    """Return what is said of examples that lose their end, `None` where none does; those of a stream are not known."""
+    if max_length is None or dataset is None or isinstance(dataset, IterableDataset):
+        return None
+    lengths = np.asarray(dataset.data.column("length"), dtype=np.int64)
+    if dataset._indices is not None:  # what was taken out of a table, whose column is whole
+        lengths = np.asarray(dataset["length"], dtype=np.int64)
+    cut = lengths[lengths > max_length]
+    if not len(cut):
+        return None
+    lost = int((cut - max_length).sum())
+    return (
+        f"{len(cut):,} of {len(lengths):,} examples of {name} are longer than --max_length {max_length} and lose their "
+        f"end: {lost:,} of {int(lengths.sum()):,} tokens."
+    )
 
 
 def pack(dataset: Any, max_length: int | None, training: TrainingArguments) -> Any:
@@ -163,6 +183,10 @@ def make_trainer(
         card (`RunCard`): writes the cards.
         options: the Trainer's own.
     """
+    if training.process_index == 0:
+        for dataset, name in zip(data, ("--dataset", "the evaluation split"), strict=True):
+            if (said := describe_cutting(dataset, args.max_length, name)) is not None:
+                print(said, flush=True)
     train_dataset = pack(data[0], args.max_length, training) if args.packing else data[0]
     collator: Any = TttDataCollator(processor, max_length=args.max_length)
     if args.tokens_per_batch is not None:
@@ -205,7 +229,8 @@ def make_samples(args: ModelArguments, training: TrainingArguments, model: Any, 
     if wanted:
         device = str(training.device)
         recogniser = open_listener(args.recogniser, args.language, device, max(1, args.threads)).open()  # type: ignore[arg-type]
-    return Samples(processor, examples, args.sample_steps, Path(training.output_dir), recogniser, training.seed)
+    folder = Path(training.output_dir)
+    return Samples(processor, examples, args.sample_steps, folder, recogniser, training.seed, args.language)
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
@@ -223,7 +248,8 @@ def run(trainer: Trainer) -> None:
     """
     output_dir = Path(trainer.args.output_dir)
     checkpoint = trainer.args.resume_from_checkpoint or last_complete_checkpoint(output_dir)
-    said = describe_resuming(output_dir, checkpoint)
+    options = trainer.card.options() if isinstance(trainer, CardTrainer) else None
+    said = describe_resuming(output_dir, checkpoint, options)
     if said is not None and trainer.is_world_process_zero():
         print(said, flush=True)
     trainer.train(resume_from_checkpoint=checkpoint)

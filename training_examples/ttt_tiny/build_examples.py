@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +26,8 @@ from tqdm import tqdm
 from modeling_ttt.ttt_codec import TttCodecModel
 from processing import TttProcessor
 from training_examples.command_line import ScriptParser
-from training_examples.files import whole_file
+from training_examples.evaluation.figures import fingerprint
+from training_examples.files import read_json, whole_file, write_json
 from training_examples.threads import threads_field, use_threads
 from training_examples.ttt_tiny import domain
 from training_examples.ttt_tiny.alignment import cut_words
@@ -224,6 +226,25 @@ def encode_sounds(codec_dir: Path, shard: Path, target: Path, count: int, seed: 
     return write_rows(target, {"kind": kinds, "codes": encode(codec, waves)})
 
 
+def begin(folder: Path, settings: dict[str, Any]) -> None:
+    """
+    Keep beside the codes what they are made of.
+
+    Raises:
+        ValueError: If codes that are there were made of something else, which is named: old and new would be mixed.
+    """
+    file = folder / "settings.json"
+    before = read_json(file) if file.exists() else {}
+    changed = [
+        f"`{name}` was {before[name]} and is {value}"
+        for name, value in settings.items()
+        if before.get(name, value) != value
+    ]
+    if changed:
+        raise ValueError(f"The codes in {folder} were made otherwise: {'; '.join(changed)}. Give another --output_dir.")
+    write_json(file, before | settings)
+
+
 def encode_all(args: ExampleArguments, threads: int = 1) -> dict[str, list[dict]]:
     """Encode what is not yet encoded; return the rows of `assistant`, `questions`, `spliced` and `sounds`."""
     folder, codec = args.output_dir / "codes", args.model / "audio_tokenizer"
@@ -231,6 +252,11 @@ def encode_all(args: ExampleArguments, threads: int = 1) -> dict[str, list[dict]
     heard = [shard for shard in shards if shard.name.startswith("questions")]
     if not heard or len(heard) == len(shards):
         raise SystemExit(f"no shards of both kinds in {args.data_dir / 'speech'}: run build_speech.py first")
+    settings = {name: getattr(args, name) for name in ("recordings", "shifts", "splices", "sounds", "seed")}
+    settings["audio tokenizer"] = fingerprint(codec)
+    if args.aligner is not None:  # only some of the codes are made with it, and they may be made later
+        settings["aligner"] = fingerprint(args.aligner)
+    begin(folder, settings)
     jobs: list[tuple[Path, Callable[..., Path], tuple]] = []
     for index, shard in enumerate(shards):
         target = folder / f"{shard.stem}.parquet"

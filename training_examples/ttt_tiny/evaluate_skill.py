@@ -17,7 +17,7 @@ from training_examples.evaluation.backends import Sample, TttBackend, Turn
 from training_examples.evaluation.figures import markdown_table, normalized
 from training_examples.evaluation.measuring import Measured, of_scorer, share_of
 from training_examples.evaluation.recognisers import Recognizer
-from training_examples.evaluation.rows import Listener, Run
+from training_examples.evaluation.rows import Listener, Run, name_unusable
 from training_examples.threads import threads_field, use_threads
 from training_examples.ttt_tiny.held_out import HeldOutLists
 from training_examples.ttt_tiny.judge import domain_recognizer
@@ -65,13 +65,14 @@ def recognizer(of_slt: bool) -> Recognizer:
 def figures_of(run: Run, listener: Listener | None) -> dict[str, Measured]:
     """Return exact answers and, where they are listened to, the word errors of the speech against its own text and
     against the right one."""
-    rows = run.rows
+    rows = run.usable
     ids, own = [row["id"] for row in rows], [normalized(row["text"]) for row in rows]
     right = [row["references"][0] for row in rows]
     exact = [(name, text == reference) for name, text, reference in zip(ids, own, right, strict=True)]
     found = {"exact": share_of("exact", "exact text answers", exact)}
     if listener is not None:
-        heard = list(run.listen(listener).values())
+        by_id = run.listen(listener)
+        heard = [by_id[name] for name in ids]
         for key, said in (("speech_wer", own), ("spoken_wer", right)):
             if any(said):
                 options = {"normalizer": "none"}
@@ -88,6 +89,7 @@ def main() -> None:
     (args,) = ScriptParser(SkillEvaluationArguments, __doc__).parse_args_into_dataclasses()
     use_threads(args.threads)
     figures: dict[tuple[str, str, str, str], Measured] = {}
+    notes: dict[tuple[str, str], str] = {}
     voice = args.sphinx_voice
     about = {"domain": "ttt-tiny with the skill", "voice": voice}
     listener = Listener("pocketsphinx", lambda: recognizer(voice == "slt"), about) if args.listen else None
@@ -105,6 +107,8 @@ def main() -> None:
                 run = Run(args.output_dir / f"{data}-{when}-{asked}", lists.name(name), task, samples, settings)
                 hears = listener if asked == "spoken" else None  # what is typed is of interest for its text
                 run.answer(backend, args.batch_size, keep_audio=hears is not None)
+                if unusable := run.unusable:
+                    notes[asked, data] = f"{data}, {asked}: {name_unusable(unusable, len(samples))}"
                 figures |= {(data, asked, key, when): found for key, found in figures_of(run, hears).items()}
     table = markdown_table(
         ["", "before", "after", "samples"],
@@ -118,8 +122,9 @@ def main() -> None:
             if (data, asked, key, "after") in figures
         ],
     )
-    (args.output_dir / "skill.md").write_text(table + "\n", encoding="utf-8")
-    print(table)
+    text = "\n\n".join([table, *notes.values()])
+    (args.output_dir / "skill.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":

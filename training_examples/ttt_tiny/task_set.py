@@ -27,7 +27,7 @@ from training_examples.evaluation.figures import normalized, remember
 from training_examples.evaluation.measuring import Measured, of_median, of_ratio, of_scorer, share_of
 from training_examples.evaluation.options import EvaluationArguments
 from training_examples.evaluation.reports import Section, write_report
-from training_examples.evaluation.rows import Listener, Row, Run
+from training_examples.evaluation.rows import Listener, Row, Run, name_unusable, recording_problem
 from training_examples.ttt_tiny import domain
 from training_examples.ttt_tiny.held_out import HeldOutLists
 from training_examples.ttt_tiny.judge import domain_recognizer
@@ -141,6 +141,7 @@ class Evaluation:
     def __init__(self, args: Arguments):
         self.args, self.lists, self.listeners = args, HeldOutLists(args.data_dir, args.split), listeners(args)
         wanted = args.lists or [*SPLITS[args.split], *([ORIGINALS[-1]] if args.split == "evaluation" else [])]
+        self.unusable: dict[str, str] = {}  # what is said of recordings that cannot be asked, by list
         self.missing = [name for name in wanted if not self.lists.has(name)]
         self.present = [name for name in wanted if name not in self.missing]
         if not self.present:
@@ -157,6 +158,8 @@ class Evaluation:
         settings = {**backend.settings, "list": self.lists.fingerprint(name)}
         run = Run(self.args.output_dir / part, self.lists.name(name), self.lists.task(name), samples, settings)
         run.answer(backend, self.args.batch_size, keep_audio)
+        if unusable := run.unusable:
+            self.unusable[name] = name_unusable(unusable, len(samples))
         return run
 
     def answers(self, backend: Backend, part: str) -> list[Measured]:
@@ -167,7 +170,7 @@ class Evaluation:
             if name == "codec_answers":
                 continue
             run = self.run_of(backend, part, name, self.args.limit, keep_audio=name in SPOKEN)
-            rows[name] = run.rows
+            rows[name] = run.usable
             if name in SPOKEN:
                 found += self.speech(run, name)
         return [*figures_of(rows), *found]
@@ -176,7 +179,7 @@ class Evaluation:
         """Return the word errors that recognisers hear in the speech of answers, against the answers' own text."""
         found = []
         for listener in self.listeners[:1] if only_first else self.listeners:
-            heard, rows = run.listen(listener), run.rows
+            heard, rows = run.listen(listener), run.usable
             ids, own = [row["id"] for row in rows], [normalized(row["text"]) for row in rows]
             if any(own):
                 title = f"{listener.name} WER"
@@ -205,7 +208,7 @@ class Evaluation:
                 found += self.speech(run, name, only_first=True)
                 if options is not None:
                     run.drop_audio()
-                found += figures_of({name: run.rows})
+                found += figures_of({name: run.usable})
         return found
 
     def speed(self, backend: TttBackend, part: str) -> list[Measured]:
@@ -215,6 +218,9 @@ class Evaluation:
         if name is None or not args.timed:
             return []
         samples = self.lists.samples(name, args.timed + 1)
+        samples = [sample for sample in samples if not recording_problem(sample)]
+        if len(samples) < 2:  # the first one is not counted
+            return []
         settings = {**backend.settings, "list": self.lists.fingerprint(name), "threads": torch.get_num_threads()}
 
         def kept(what: str, compute: Any) -> Any:
@@ -236,7 +242,10 @@ class Evaluation:
         name = next((name for name in QUESTIONS if name in self.present), None)
         if name is None or not args.cold_runs:
             return []
-        paths = [sample.turns[0].audio for sample in self.lists.samples(name, args.limit)]
+        samples = self.lists.samples(name, args.limit)
+        paths = [sample.turns[0].audio for sample in samples if not recording_problem(sample)]
+        if not paths:
+            return []
         question = min(paths, key=lambda path: abs(soundfile.info(path).duration - TEST_SAMPLE_SECONDS))
         settings = {"model": self.model.settings, "question": Path(question).name, "runs": args.cold_runs}
         path = args.output_dir / "model" / "cold.json"
@@ -386,6 +395,8 @@ def write(sections: Sequence[Section], args: Arguments, evaluation: Evaluation) 
     text = body(sections, names)
     if evaluation.missing:
         text += f"\n\nNot measured, for the lists are not there: {', '.join(evaluation.missing)}."
+    for name, said in evaluation.unusable.items():
+        text += f"\n\n{name}: {said}"
     title = f"ttt-tiny on the {args.split} lists"
     if args.limit:
         title += f", the first {args.limit} rows of each"
