@@ -104,9 +104,7 @@ def describe_cutting(dataset: Any, max_length: int | None, name: str) -> str | N
     """Return what is said of examples that lose their end, `None` where none does; those of a stream are not known."""
     if max_length is None or dataset is None or isinstance(dataset, IterableDataset):
         return None
-    lengths = np.asarray(dataset.data.column("length"), dtype=np.int64)
-    if dataset._indices is not None:  # what was taken out of a table, whose column is whole
-        lengths = np.asarray(dataset["length"], dtype=np.int64)
+    lengths = np.asarray(dataset["length"], dtype=np.int64)
     cut = lengths[lengths > max_length]
     if not len(cut):
         return None
