@@ -424,6 +424,11 @@ def test_a_benchmark_with_a_recording_lost_is_not_called_by_its_name(tmp_path, a
         ("[not a list", ["[not a list"]),
         ({"value": "Sol", "aliases": ["Sun", "Sol"]}, ["Sol", "Sun"]),
         (1942, ["1942"]),
+        (1942.0, ["1942"]),  # as a column of numbers has it, one of which is not there
+        ([2.5, 3.0, float("nan")], ["2.5", "3"]),
+        (float("nan"), []),
+        ({"value": 0, "aliases": ["zero", ""]}, ["0", "zero"]),
+        ("", [""]),
         (None, []),
     ],
 )

@@ -6,6 +6,7 @@ several spellings the first that is there is taken.
 
 import ast
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -356,7 +357,7 @@ def references_of(value: Any) -> list[str]:
         return []
     if isinstance(value, Mapping):
         listed = [value.get("value"), *(value.get("aliases") or []), *(value.get("normalized_aliases") or [])]
-        return list(dict.fromkeys(str(item) for item in listed if item))
+        return list(dict.fromkeys(text for item in listed for text in references_of(item) if text.strip()))
     if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
         for parse in (json.loads, ast.literal_eval):
             try:
@@ -366,8 +367,17 @@ def references_of(value: Any) -> list[str]:
             return references_of(parsed) if isinstance(parsed, list | tuple | Mapping) else [value]
         return [value]
     if isinstance(value, list | tuple):
-        return list(dict.fromkeys(str(item) for item in value if item is not None and str(item).strip()))
-    return [str(value)]
+        texts = (_as_text(item) for item in value if item is not None)
+        return list(dict.fromkeys(text for text in texts if text.strip()))
+    return [text] if (text := _as_text(value)) or value == "" else []
+
+
+def _as_text(value: Any) -> str:
+    """Return a text or number as it is said. A table makes 12.0 of a 12 where another row of the column is empty, and
+    NaN, which is no answer, of that."""
+    if isinstance(value, float):
+        return "" if math.isnan(value) else str(int(value)) if value.is_integer() else str(value)
+    return str(value)
 
 
 def _read_table(location: str, task: Task, columns: Mapping[str, str]) -> Iterator[Record]:
