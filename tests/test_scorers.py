@@ -2,6 +2,7 @@
 
 import math
 
+import evaluate
 import jiwer
 import numpy as np
 import pytest
@@ -291,6 +292,19 @@ def test_every_scorer_is_a_module_of_evaluate_with_an_interval(name):
 def test_a_scorer_that_is_not_there_is_refused_with_those_that_are():
     with pytest.raises(ValueError, match="'bleu'.*answer_accuracy, cider_d, error_rate"):
         load_scorer("bleu")
+
+
+def test_a_module_that_is_not_seen_yet_is_looked_for_again(monkeypatch):
+    real, calls = evaluate.load, []
+
+    def load(path):
+        calls.append(path)
+        if len(calls) == 1:
+            raise ModuleNotFoundError(path)
+        return real(path)
+
+    monkeypatch.setattr(evaluate, "load", load)
+    assert load_scorer("exact_answers").figure == "exact" and len(calls) == 2
 
 
 def test_a_scorer_is_the_compute_metrics_of_a_trainer():

@@ -4,6 +4,7 @@ A figure is computed of sums over rows (errors by reference words, right answers
 rates, so that its interval follows from resampling rows. How texts are normalised is in text_forms.py.
 """
 
+import importlib
 import math
 from abc import abstractmethod
 from collections import Counter
@@ -301,7 +302,11 @@ def load_scorer(name: str | Path) -> Any:
     if not folder.exists():
         ours = ", ".join(sorted(path.name for path in SCORERS.iterdir() if (path / f"{path.name}.py").exists()))
         raise ValueError(f"There is no scorer {str(name)!r}; use {ours}, or the path of a module of `evaluate`.")
-    return evaluate.load(str(folder))
+    try:
+        return evaluate.load(str(folder))
+    except ModuleNotFoundError:  # written a moment ago, here or by a process beside this one, and not seen yet
+        importlib.invalidate_caches()
+        return evaluate.load(str(folder))
 
 
 __all__ = [
