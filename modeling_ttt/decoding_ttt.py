@@ -17,6 +17,7 @@ from transformers.generation import (
     LogitsProcessorList,
     MaxLengthCriteria,
     MinPLogitsWarper,
+    PrefixConstrainedLogitsProcessor,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -90,6 +91,9 @@ class Call:
         config ([`TttConfig`]): of the model.
         input_ids, attention_mask (`torch.LongTensor` of shape `(rows, width)`): the prompts; the mask may be `None`.
         options ([`TttGenerationConfig`]), processors, criteria, streamer: prepared.
+
+    Raises:
+        ValueError: if a row has no token but padding, or one that the model does not have.
     """
 
     def __init__(
@@ -102,8 +106,10 @@ class Call:
         criteria: StoppingCriteriaList,
         streamer: BaseStreamer | None = None,
     ):
-        self.input_ids, self.attention_mask, self.options = input_ids, attention_mask, options
-        self.processors, self.streamer = processors, streamer
+        self.config, self.input_ids, self.attention_mask = config, input_ids, attention_mask
+        self.options, self.streamer = options, streamer
+        self.asked: set[int] = set()  # rows whose next token is being chosen; what processors see of others is made up
+        self.processors = LogitsProcessorList([self._asking_of_rows(processor) for processor in processors])
         self.width, self.max_new_tokens = input_ids.shape[1], options.max_length - input_ids.shape[1]
         self.eos_tokens: set[int] = set()
         self.criteria = StoppingCriteriaList()  # but for the end of the sequence and lengths
@@ -114,6 +120,7 @@ class Call:
                 self.max_new_tokens = min(self.max_new_tokens, criterion.max_length - self.width)
             else:
                 self.criteria.append(criterion)
+        self.min_new_tokens = (options.min_length or 0) - self.width
         # With block-causal spans, blocks stand on a grid from the start of their span, and finished ones are final.
         self.block_length = options.audio_block_size if config.is_block_causal else None
         wants = options.return_dict_in_generate
@@ -131,11 +138,31 @@ class Call:
             prompts = input_ids.tolist()
         else:
             prompts = [ids[kept.bool()].tolist() for ids, kept in zip(input_ids, attention_mask, strict=True)]
+        vocab_size = config.get_text_config().vocab_size
+        for i, ids in enumerate(prompts):
+            if not ids:
+                raise ValueError(f"Row {i} of `inputs` is padding throughout; give every row a prompt.")
+            if min(ids) < 0 or max(ids) >= vocab_size:
+                wrong = next(token for token in ids if not 0 <= token < vocab_size)
+                raise ValueError(
+                    f"Row {i} of `inputs` holds {wrong}, but the model has the token ids 0 to {vocab_size - 1}: use "
+                    "the tokenizer that belongs to it."
+                )
         generators = make_generators(options, len(prompts), input_ids.device)
         self.rows = [
             Row(self, i, ids, len(ids), generator)
             for i, (ids, generator) in enumerate(zip(prompts, generators, strict=True))
         ]
+
+    def _asking_of_rows(self, processor: Any) -> Any:
+        """
+        A processor of the call. `prefix_allowed_tokens_fn` is asked of rows whose next token is being chosen, and no
+        others: after tokens that nobody wrote it may allow nothing, which is an error.
+        """
+        if type(processor) is not PrefixConstrainedLogitsProcessor:
+            return processor
+        allowed = processor._prefix_allowed_tokens_fn
+        return PrefixConstrainedLogitsProcessor(lambda row, ids: allowed(row, ids) if row in self.asked else [0], 1)
 
     def shown_ids(self, new_tokens: int) -> torch.Tensor:
         """Every row with exactly `new_tokens` new tokens, (rows, width + new tokens), cut or filled to that."""
@@ -222,6 +249,14 @@ class TttDecoder:
     @classmethod
     def check(cls, call: Call) -> None:
         """Raise a ValueError for what cannot be served, before any forward."""
+        config = call.config
+        ends = (config.end_of_audio_token_id, config.end_of_last_audio_token_id)
+        for token in sorted(call.eos_tokens.difference(ends)):
+            if config.is_audio(token):
+                raise ValueError(
+                    f"`eos_token_id` has {token}, a code or the mask token, after which nothing ends: a block of codes "
+                    f"is written at once. Use text tokens, or those that end a span ({ends[0]} and {ends[1]})."
+                )
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
@@ -423,11 +458,19 @@ class TttDecoder:
             processed = torch.empty_like(logits)
             for length in sorted({row.new_tokens for row in rows}):
                 of_length = [i for i, row in enumerate(rows) if row.new_tokens == length]
+                call.asked = {rows[i].index for i in of_length}
                 index = torch.tensor([rows[i].index for i in of_length], device=self.device)
                 scores = self._widen(logits).new_zeros(len(call.rows), self.vocab_size)
                 scores[index] = self._widen(logits[of_length])
                 scores = call.processors(call.shown_ids(length), scores)
                 processed[of_length] = self._narrow(scores[index]).to(processed.dtype)
+            for row, best in zip(rows, processed.amax(dim=1).tolist(), strict=True):
+                if not best > -torch.inf:
+                    raise ValueError(
+                        f"No text token is left to choose for row {row.index} after {row.new_tokens} new tokens. Let "
+                        "`logits_processor`, `prefix_allowed_tokens_fn` and forced tokens allow one, and without NaN: "
+                        "codes and the ends of spans are not chosen with them."
+                    )
             logits = processed
         if call.scores is not None:
             call.scores.append(self._widen(logits))
@@ -552,6 +595,8 @@ class TttDecoder:
             return
         row.ids.append(closing)
         self._skip_scores(row, 1)
+        if not row.done and closing in row.call.eos_tokens and row.new_tokens >= row.call.min_new_tokens:
+            row.reason = "stop"
         if not row.done and row.new_tokens >= row.call.max_new_tokens:
             row.reason = "length"
         self._stream(row, [*codes, closing])

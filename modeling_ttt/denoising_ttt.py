@@ -84,7 +84,7 @@ def make_generators(options: Any, num_rows: int, device: torch.device) -> list[t
         return [None] * num_rows
     if seed is None:
         seed = int(torch.randint(2**62, (1,)))
-    seeds = [seed + row for row in range(num_rows)] if isinstance(seed, int) else seed
+    seeds = seed if isinstance(seed, list | tuple) else [seed + row for row in range(num_rows)]
     return [torch.Generator(device).manual_seed(row_seed) for row_seed in seeds]
 
 

@@ -114,9 +114,19 @@ class TttGenerationConfig(GenerationConfig):
 
     @classmethod
     def upgrade(cls, generation_config: GenerationConfig) -> "TttGenerationConfig":
-        """Return the same settings as an instance of this class; unset audio options stay unset."""
+        """
+        Return the same settings as an instance of this class; unset audio options stay unset.
+
+        Raises:
+            ValueError: if it is no configuration, such as a dictionary.
+        """
         if isinstance(generation_config, cls):
             return generation_config
+        if not isinstance(generation_config, GenerationConfig):
+            raise ValueError(
+                f"`generation_config` is a {type(generation_config).__name__}; pass a TttGenerationConfig, or its "
+                "options as keywords."
+            )
         upgraded = cls()
         upgraded.__dict__.update(copy.deepcopy(generation_config.__dict__))
         upgraded.validate(user_set_attributes=set())  # inherited values are no reason to warn
@@ -158,6 +168,13 @@ class TttGenerationConfig(GenerationConfig):
         seeds = self.seed if isinstance(self.seed, list | tuple) else [self.seed]
         if self.seed is not None and not (seeds and all(_is_int(seed) and 0 <= seed < 2**63 for seed in seeds)):
             raise ValueError(f"`seed` is {self.seed!r}; use an integer from 0 to 2**63 - 1, or a list of one per row.")
+        # NumPy's numbers as Python's own, as of the inherited options: a file and a generator take no others.
+        for name in AUDIO_OPTIONS:
+            value = getattr(self, name)
+            if isinstance(value, list | tuple):
+                setattr(self, name, list(map(int, value)))
+            elif isinstance(value, Integral | Real) and not isinstance(value, bool):
+                setattr(self, name, int(value) if isinstance(value, Integral) else float(value))
 
 
 def read_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from transformers.generation import (
     StopStringCriteria,
 )
 from transformers.generation.streamers import BaseStreamer
-from transformers.utils import logging
+from transformers.utils import TransformersKwargs, logging
 
 from .cache_ttt import TttCache
 from .decoding_ttt import Call, TttDecoder
@@ -49,6 +49,18 @@ REFUSED_OPTIONS = (
         "a cache whose last tokens cannot be taken back",
         "leave it out",
     ),
+)
+
+# Arguments of GenerationMixin and of forwards that do nothing here.
+REFUSED_ARGUMENTS = (
+    "assistant_model",
+    "assistant_tokenizer",
+    "inputs_embeds",
+    "logits_to_keep",
+    "negative_prompt_attention_mask",
+    "negative_prompt_ids",
+    "span_ids",
+    *sorted(TransformersKwargs.__optional_keys__ - {"output_attentions", "output_hidden_states"}),
 )
 
 
@@ -183,7 +195,8 @@ class TttGenerationMixin(GenerationMixin):
         1. Prompts: one forward computes their keys and values (left padding is taken off; what `past_key_values` holds
            already is skipped). It gives the logits of the first new token.
         2. Text: one token per forward, chosen among text-side ids by the usual options (`do_sample`, `temperature`,
-           `repetition_penalty`, processors, ...). A begin token starts a span; an end-of-sequence token ends the row.
+           `repetition_penalty`, processors, ...). A begin token starts a span; an end-of-sequence token ends the row,
+           as does one that ends a span, where `eos_token_id` has it too.
         3. Span, block by block:
            a. append `audio_block_size` mask tokens;
            b. one forward over the span's own tokens, behind the cache, gives the logits of the block: codes and both
@@ -245,7 +258,7 @@ class TttGenerationMixin(GenerationMixin):
         if self.config.audio_objective == "autoregressive" or kwargs.get("custom_generate") is not None:
             if past_key_values is not None:
                 kwargs["past_key_values"] = past_key_values
-            ignored = sorted(name for name in AUDIO_OPTIONS if kwargs.get(name) is not None)
+            ignored = sorted(name for name in (*AUDIO_OPTIONS, "generator") if kwargs.get(name) is not None)
             if ignored and kwargs.get("custom_generate") is None:
                 logger.warning_once(f"{ignored} have no effect: the audio is not written by block diffusion.")
             return super().generate(
@@ -413,6 +426,8 @@ class TttGenerationMixin(GenerationMixin):
             raise ValueError("`inputs` is missing: pass the prompts' token ids (`inputs_embeds` hide what is audio).")
         if not torch.is_tensor(input_ids):
             raise ValueError(f"`inputs` is a {type(input_ids).__name__}; pass a tensor (batch, length) of token ids.")
+        if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
+            raise ValueError(f"`inputs` is of type {input_ids.dtype}; pass token ids, which are integers.")
         if input_ids.ndim != 2 or input_ids.numel() == 0:
             raise ValueError(
                 f"`inputs` has shape {tuple(input_ids.shape)}; use (batch, length), with a row and a token or more."
@@ -421,9 +436,11 @@ class TttGenerationMixin(GenerationMixin):
             value = getattr(options, name, None)
             if is_asked(value):
                 raise ValueError(f"`{name}={value!r}` asks for {what}, which TtT generation does not do; {remedy}.")
-        for name in ("assistant_model", "negative_prompt_ids", "position_ids", "inputs_embeds", "span_ids"):
+        for name in REFUSED_ARGUMENTS:
             if kwargs.get(name) is not None:
                 raise ValueError(f"`{name}` is not used by TtT generation; leave it out.")
+        if kwargs.get("generator") is not None:
+            raise ValueError("`generator` is not used by TtT generation, which draws by `seed`; give that instead.")
         if kwargs.get("synced_gpus"):
             raise ValueError("`synced_gpus=True` is not supported: gather the model on each device to generate.")
         for name in ("attention_mask", "labels"):

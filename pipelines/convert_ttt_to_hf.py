@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 
 from modeling_ttt import TttForConditionalGeneration
@@ -150,11 +151,16 @@ def read_token_ids(path: Path) -> TttTokenIds:
         ValueError: if a name is missing.
     """
     content = _read_json(path)
-    content = content.get("vocab", content)
+    content = content.get("vocab", content) if isinstance(content, dict) else content
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}; an object of names and ids is expected.")
     missing = [key for key in ID_NAMES.values() if key not in content]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}.")
-    return TttTokenIds(**{name: int(content[key]) for name, key in ID_NAMES.items()})
+    wrong = [key for key in ID_NAMES.values() if type(content[key]) is not int]
+    if wrong:
+        raise ValueError(f"{path} has {content[wrong[0]]!r} under {wrong[0]}; it must be an integer.")
+    return TttTokenIds(**{name: content[key] for name, key in ID_NAMES.items()})
 
 
 def _load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
@@ -179,7 +185,7 @@ def main() -> None:
     (arguments,) = parser.parse_args_into_dataclasses()
     try:
         convert(arguments.checkpoint, arguments.output, arguments.token_ids, arguments.audio_tokenizer)
-    except (OSError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise SystemExit(f"{parser.prog}: error: {error}") from error
     print(f"Converted {arguments.checkpoint} to {arguments.output}")
 

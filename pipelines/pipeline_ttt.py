@@ -11,6 +11,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from transformers import Pipeline, PreTrainedModel, ProcessorMixin
 from transformers.dynamic_module_utils import custom_object_save
 
@@ -124,6 +125,8 @@ class TttAudioToAudioPipeline(Pipeline):
                 "pass it several times, or call the model's `generate`."
             )
         self._check_options(params[1])
+        if stream and params[1].get("streamer") is not None:
+            raise ValueError("`generate_kwargs` has a `streamer`, but `stream=True` brings its own; leave one out.")
         if inputs is None and text is None:
             raise ValueError("Pass a request, or `text`.")
         if inputs is None or self._is_single(inputs):
@@ -151,8 +154,18 @@ class TttAudioToAudioPipeline(Pipeline):
 
     def _check_options(self, generate_kwargs: Mapping[str, Any]) -> None:
         """Refuse options that `generate` would refuse whatever the request, so that no request is blamed for them."""
+        for name in ("inputs", "input_ids", "attention_mask", "labels"):
+            if generate_kwargs.get(name) is not None:
+                raise ValueError(f"`generate_kwargs` has `{name}`, which the request becomes; leave it out.")
         options = dict(generate_kwargs)
         self.model._prepare_generation_config(options.pop("generation_config", None), **options)
+        if self.model.config.audio_objective == "diffusion":
+            # These fit some requests, or numbers of them, and not others.
+            for name in ("seed", "streamer", "past_key_values", "max_new_tokens", "max_length"):
+                options.pop(name, None)
+            token = torch.ones(1, 1, dtype=torch.long)
+            config = generate_kwargs.get("generation_config")
+            self.model.prepare_call(token, config, attention_mask=token, **options)
 
     def _answer_all(self, inputs: Iterable[Any], batch_size: int, *params: dict[str, Any]) -> Iterator[dict[str, Any]]:
         column, first = "text" if self._takes_text_alone(params[0]["task"]) else "audio", 0

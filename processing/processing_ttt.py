@@ -450,8 +450,10 @@ class TttProcessor(ProcessorMixin):
             `list[torch.Tensor]`, each of shape `(codes,)`, long, on the CPU.
 
         Raises:
-            ValueError: if an audio cannot be used; the message names it by its position.
+            ValueError: if an audio cannot be used; the message names it by its position. Or if `batch_size` is no
+                number of audios.
         """
+        _check_batch_size(batch_size)
         return self._encode_list(audio, sampling_rate, batch_size)
 
     def decode_audio(self, audio_codes: Any, batch_size: int = 16) -> list[np.ndarray]:
@@ -469,8 +471,10 @@ class TttProcessor(ProcessorMixin):
             `list[np.ndarray]`, each of shape `(samples,)`, float32, at `sampling_rate`.
 
         Raises:
-            ValueError: if a code is outside the codebook; the message names the sequence and position.
+            ValueError: if a code is outside the codebook; the message names the sequence and position. Or if
+                `batch_size` is no number of sequences.
         """
+        _check_batch_size(batch_size)
         single = len(audio_codes) > 0 and np.ndim(audio_codes[0]) == 0
         sequences = [to_list(codes) for codes in ([audio_codes] if single else audio_codes)]
         for index, codes in enumerate(sequences):
@@ -513,13 +517,24 @@ class TttProcessor(ProcessorMixin):
         Returns:
             `list[dict]`: for each row `text`, `audio_codes` (a long tensor of shape `(codes,)`), `audio` (a float32
             array of shape `(samples,)`, empty for an answer without speech, or `None`) and `sampling_rate` (Hz).
+
+        Raises:
+            ValueError: if `generated_ids` are no rows of integers, or `prompt_length` is below 0.
         """
         generated_ids = getattr(generated_ids, "sequences", generated_ids)
+        if prompt_length < 0:
+            raise ValueError(f"`prompt_length` is {prompt_length}; use 0 or more.")
         if len(generated_ids) > 0 and np.ndim(generated_ids[0]) == 0:
             generated_ids = [generated_ids]
         answers = []
-        for row in generated_ids:
-            text_ids, codes = deinterleave(to_list(row)[prompt_length:], self.token_ids, self.num_codebooks)
+        for index, row in enumerate(generated_ids):
+            ids = to_list(row)
+            if not all(isinstance(token_id, (int, np.integer)) for token_id in ids):
+                raise ValueError(
+                    f"Row {index} of `generated_ids` is {shorten(row)}; pass token ids, which are integers, of shape "
+                    "(batch, length) or (length,)."
+                )
+            text_ids, codes = deinterleave(ids[prompt_length:], self.token_ids, self.num_codebooks)
             text = self.tokenizer.decode(text_ids, skip_special_tokens=True) if text_ids else ""
             answers.append({"text": text, "audio_codes": torch.tensor(codes, dtype=torch.long), "audio": None})
         if decode_audio:
@@ -745,6 +760,11 @@ class TttProcessor(ProcessorMixin):
         if options.get("return_mm_token_type_ids"):
             data["mm_token_type_ids"] = self.create_mm_token_type_ids(rows)
         return BatchFeature(data, tensor_type=text_kwargs.get("return_tensors"))
+
+
+def _check_batch_size(batch_size: Any) -> None:
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(f"`batch_size` is {batch_size!r}; use an integer of at least 1.")
 
 
 TttProcessor.register_for_auto_class()

@@ -169,6 +169,8 @@ def check_messages(messages: Sequence[Any], name: str, allow_placeholders: bool 
         where = f"message {position} of {name}"
         if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
             raise ValueError(f"{where} must be a mapping with `role` and `content`, got {shorten(message)}.")
+        if not isinstance(message["role"], str):
+            raise ValueError(f"{where} has `role` {shorten(message['role'])}; it must be a string, such as 'user'.")
         content = message["content"]
         if not isinstance(content, (str, list, tuple)):
             raise ValueError(f"{where} has `content` {shorten(content)}; it must be a string or a list of parts.")

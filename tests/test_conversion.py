@@ -119,6 +119,12 @@ def test_a_mistake_of_the_command_ends_in_one_line(tmp_path, monkeypatch):
         main()
     assert str(stop.value.code).startswith("convert_ttt_to_hf.py: error: ") and "nowhere" in stop.value.code
     assert len(stop.value.code.splitlines()) == 1
+    shutil.copy(GOLDENS / "a/config.json", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"cut off")
+    options = ["--checkpoint", str(tmp_path), "--token_ids", str(GOLDENS / "a/generation.json")]
+    monkeypatch.setattr(sys, "argv", ["convert_ttt_to_hf.py", *options, "--output", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match=r"^convert_ttt_to_hf.py: error: "):
+        main()
 
 
 def test_shards_are_read(tmp_path):
@@ -183,6 +189,12 @@ def test_missing_pieces_are_named(tmp_path):
     names = [name for name in ID_NAMES.values() if name != "num_audio_tokens"]
     (tmp_path / "ids.json").write_text(json.dumps({name: index for index, name in enumerate(names)}))
     with pytest.raises(ValueError, match="lacks num_audio_tokens"):
+        read_token_ids(tmp_path / "ids.json")
+    (tmp_path / "ids.json").write_text(json.dumps(dict.fromkeys(ID_NAMES.values(), 3) | {names[-1]: None}))
+    with pytest.raises(ValueError, match=f"None under {names[-1]}; it must be an integer"):
+        read_token_ids(tmp_path / "ids.json")
+    (tmp_path / "ids.json").write_text("[1, 2]")
+    with pytest.raises(ValueError, match="holds a list; an object of names and ids"):
         read_token_ids(tmp_path / "ids.json")
 
 

@@ -71,6 +71,24 @@ def test_numbers_of_numpy_and_ids_in_tensors_are_taken(tiny_model):
     assert tiny_model().generate(torch.tensor([[1, 2, 3]]), do_sample=True, **options).shape[1] <= 6
 
 
+def test_numbers_of_numpy_are_taken_for_audio_too_and_saved(tiny_model, tmp_path):
+    theirs = {
+        "audio_block_size": np.int32(4),
+        "audio_steps_per_block": np.int64(2),
+        "audio_temperature": np.float32(0.5),
+        "seed": np.int64(3),
+    }
+    config = TttGenerationConfig(**theirs)
+    config.save_pretrained(tmp_path)
+    loaded = TttGenerationConfig.from_pretrained(tmp_path)
+    assert all(getattr(loaded, name) == getattr(config, name) == value for name, value in theirs.items())
+    model, prompt = tiny_model(), torch.tensor([[1, 2, 100]])
+    ours = {name: value.item() for name, value in theirs.items()}
+    expected = model.generate(prompt, max_new_tokens=12, **ours)
+    assert torch.equal(model.generate(prompt, max_new_tokens=12, **theirs), expected)
+    assert torch.equal(model.generate(prompt, max_new_tokens=12, **theirs | {"seed": [np.int64(3)]}), expected)
+
+
 def test_a_threshold_on_random_confidence_is_refused():
     with pytest.raises(ValueError, match="audio_confidence_threshold.*random"):
         TttGenerationConfig(audio_remasking="random", audio_confidence_threshold=0.5)

@@ -15,7 +15,11 @@ from transformers import (
     Seq2SeqTrainingArguments,
     StoppingCriteria,
 )
-from transformers.generation import GenerateDecoderOnlyOutput, RepetitionPenaltyLogitsProcessor
+from transformers.generation import (
+    GenerateDecoderOnlyOutput,
+    PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 from modeling_ttt import TttGenerationConfig
 
@@ -91,6 +95,37 @@ def test_a_function_of_allowed_tokens_knows_its_row():
     assert output[:, len(prompt) :].tolist() == [[7] * 5, [8] * 5]
 
 
+def test_a_function_of_allowed_tokens_is_never_asked_what_follows_tokens_that_nobody_wrote(tiny_model):
+    """One row waits at its span while the other writes text."""
+    plans, prompts = ([100, 7, 8, 9, 104], [1, 2, 3, 4, 5, 6, 104]), torch.tensor([[1, 2, 3], [4, 5, 6]])
+
+    def allowed(row, ids):
+        written = [token for token in ids[3:].tolist() if token < 110]
+        plan = plans[row]
+        return [plan[len(written)]] if written == plan[: len(written)] else []
+
+    options = {"max_new_tokens": 30, "audio_block_size": 4, "max_audio_codes_per_span": 4, "pad_token_id": 105}
+    by_name = tiny_model().generate(prompts, prefix_allowed_tokens_fn=allowed, **options)
+    as_processor = [PrefixConstrainedLogitsProcessor(allowed, 1)]
+    assert torch.equal(tiny_model().generate(prompts, logits_processor=as_processor, **options), by_name)
+    for answer, plan in zip(by_name[:, 3:].tolist(), plans, strict=True):
+        assert [token for token in answer if token < 110 and token != 105] == plan
+
+
+class Spoilt(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return scores * torch.nan
+
+
+@pytest.mark.parametrize(
+    "options", [{"prefix_allowed_tokens_fn": lambda row, ids: [120]}, {"logits_processor": [Spoilt()]}]
+)
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_where_no_text_token_is_left_none_is_made_up(tiny_model, options, do_sample):
+    with pytest.raises(ValueError, match="No text token is left to choose for row 0 after 0 new tokens"):
+        tiny_model().generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3, do_sample=do_sample, **options)
+
+
 def test_sampling_text_follows_top_k():
     model, prompt = model_of("c"), golden_prompts("c")[0]
     greedy = answer_of(model, prompt, max_new_tokens=20)
@@ -116,6 +151,20 @@ def test_a_stopping_criterion_ends_text_and_closes_a_span():
     assert 30 <= len(in_span) <= 42 and in_span[-1] in (176, 177)
     assert in_span[:-1] == case["output"][len(prompt) :][: len(in_span) - 1]
     assert len(answer_of(model, prompt, max_time=0.0, **options)) == 1
+
+
+@pytest.mark.parametrize("block_causal", [{}, {"span_attention": "block_causal", "block_lengths": [4]}])
+def test_the_end_of_a_span_may_end_the_answer(tiny_model, block_causal):
+    """As of the twin, which any such token ends."""
+    model, options = tiny_model(**block_causal), {"max_new_tokens": 40, "audio_block_size": 4}
+    options |= {"max_audio_codes_per_span": 6}
+    prompt = [1, 2, 100]  # a span is open
+    whole = answer_of(model, prompt, **options)
+    end = whole.index(176)
+    assert end < len(whole) - 1
+    assert answer_of(model, prompt, eos_token_id=[104, 176], **options) == whole[: end + 1]
+    longer = answer_of(model, prompt, eos_token_id=[104, 176], min_new_tokens=end + 2, **options)
+    assert longer[: end + 2] == whole[: end + 2]
 
 
 def test_eos_can_be_several_tokens_or_none():
@@ -327,6 +376,11 @@ def test_a_backbone_that_sees_a_window_only_is_refused_however_its_configuration
         ("assistant_model", "any"),
         ("negative_prompt_ids", torch.tensor([[1]])),
         ("position_ids", torch.tensor([[0, 1, 2]])),
+        ("generator", torch.Generator()),
+        ("logits_to_keep", 1),
+        ("num_items_in_batch", 3),
+        ("assistant_tokenizer", "any"),
+        ("negative_prompt_attention_mask", torch.tensor([[1]])),
         ("inputs_embeds", torch.zeros(1, 3, 32)),
         ("synced_gpus", True),
         ("stop_strings", "stop"),
@@ -359,6 +413,13 @@ def test_refusals_also_come_from_the_models_own_settings_and_a_passed_config(tin
         ({"stopping_criteria": [3]}, "`stopping_criteria` is"),
         ({"streamer": print}, "`streamer` is a builtin_function_or_method"),
         ({"attention_mask": torch.zeros(1, 3).long()}, "without any token"),
+        ({"inputs": torch.tensor([[105, 1], [105, 105]])}, "Row 1 of `inputs` is padding throughout"),
+        ({"inputs": torch.tensor([[1, 178]])}, "Row 0 of `inputs` holds 178, .* ids 0 to 177"),
+        ({"inputs": torch.tensor([[1, -100]])}, "Row 0 of `inputs` holds -100"),
+        ({"inputs": torch.ones(1, 3)}, "`inputs` is of type torch.float32; pass token ids"),
+        ({"generation_config": {"max_new_tokens": 3}, "max_new_tokens": None}, "`generation_config` is a dict"),
+        ({"eos_token_id": [104, 120]}, r"`eos_token_id` has 120, .* \(176 and 177\)"),
+        ({"eos_token_id": 175}, "`eos_token_id` has 175, a code or the mask token"),
         ({"seed": [1, 2], "do_sample": True}, "seed"),
         ({"no_such_option": 1}, "no_such_option"),
         ({"num_return_sequences": 2}, "num_return_sequences"),

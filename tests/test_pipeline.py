@@ -349,12 +349,20 @@ def test_arguments_of_a_wrong_type_are_named(pipe, options, message):
         ({"max_new_tokens": "5"}, "^`max_new_tokens` is '5'; use an integer"),
         ({"audio_remasking": "best"}, "^`audio_remasking` is 'best'"),
         ({"temperature": "hot"}, "^`temperature` is 'hot'"),
+        ({"num_beams": 2}, "^`num_beams=2` asks for beam search"),
+        ({"no_such_option": 1}, "^The following `model_kwargs` are not used"),
+        ({"input_ids": torch.ones(1, 3).long()}, "^`generate_kwargs` has `input_ids`, which the request becomes"),
     ],
 )
 def test_a_wrong_option_is_not_blamed_on_a_request(pipe, options, message):
     for request in (tone(0.1), [tone(0.1)] * 2, iter([tone(0.1)])):
         with pytest.raises(ValueError, match=message):
             pipe(request, generate_kwargs=options)
+
+
+def test_a_stream_has_one_streamer(pipe):
+    with pytest.raises(ValueError, match="^`generate_kwargs` has a `streamer`, but `stream=True` brings its own"):
+        pipe(tone(0.1), stream=True, generate_kwargs={"streamer": pipe.processor.streamer()})
 
 
 @pytest.mark.parametrize("bad", [np.zeros(0), tone(300)])  # refused by the processor, and by the model

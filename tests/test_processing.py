@@ -371,6 +371,14 @@ def test_an_answer_cut_off_anywhere_gives_what_it_holds(processor):
     assert len(processor.post_process([unfinished])[0]["audio"]) == 1280 * 6
 
 
+@pytest.mark.parametrize("ids", ["hi", [[71.0, 72.0]], [[[71, 72]]], [None]])
+def test_answers_that_are_no_rows_of_ids_are_refused(processor, ids):
+    with pytest.raises(ValueError, match="Row 0 of `generated_ids` is .*; pass token ids"):
+        processor.post_process(ids)
+    with pytest.raises(ValueError, match="`prompt_length` is -1"):
+        processor.post_process([[71, 72]], prompt_length=-1)
+
+
 def test_codes_outside_the_codebook_are_refused_by_name(processor):
     with pytest.raises(ValueError, match="audio_codes 1: code 16 at position 2 is outside the codebook"):
         processor.decode_audio([[1], [0, 1, 16]])
@@ -383,6 +391,16 @@ def test_codes_outside_the_codebook_are_refused_by_name(processor):
         processor.build_messages(audio_codes=[99]) and processor.apply_chat_template(
             processor.build_messages(audio_codes=[99]), tokenize=True
         )
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, True, 2.0])
+def test_a_batch_size_that_is_none_is_refused(processor, batch_size):
+    for convert in (
+        lambda: processor.encode_audio(tone(0.1), batch_size=batch_size),
+        lambda: processor.decode_audio([1, 2], batch_size=batch_size),
+    ):
+        with pytest.raises(ValueError, match=f"`batch_size` is {batch_size}; use an integer of at least 1"):
+            convert()
 
 
 def test_a_processor_without_audio_tokenizer_says_so_when_it_needs_one(text_only):

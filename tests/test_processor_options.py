@@ -263,6 +263,9 @@ def test_what_is_no_conversation_is_an_error(processor):
             processor.apply_chat_template(conversation)
     with pytest.raises(ValueError, match="There is no task 'recognise'"):
         processor.apply_chat_template([{"role": "system", "content": "a"}], task="recognise")
+    for role in (None, 3):
+        with pytest.raises(ValueError, match=f"message 0 of conversation 0 has `role` {role}; it must be a string"):
+            processor.apply_chat_template([{"role": role, "content": "a"}])
 
 
 def test_options_of_other_kinds_are_errors(processor):
