@@ -267,7 +267,7 @@ class TttForConditionalGeneration(TttPreTrainedModel, TttGenerationMixin):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.set_input_embeddings(value)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As any model; the saved configuration names this class for every auto class that resolves to it."""
         # `fully_shard` gives a model a class of PyTorch's own: code and configuration are saved for the original one.
         current_class = type(self)
@@ -277,7 +277,7 @@ class TttForConditionalGeneration(TttPreTrainedModel, TttGenerationMixin):
         self.config.auto_map = auto_map | dict.fromkeys(AUTO_CLASSES, reference)
         self.__class__ = original_class
         try:
-            super().save_pretrained(save_directory, **kwargs)
+            super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self.__class__ = current_class
 
@@ -452,7 +452,8 @@ def _refuse_flash_attention(attn_implementation: str | dict | None) -> None:
         )
 
 
-TttForConditionalGeneration.register_for_auto_class("AutoModel")
+for model_class in (TttModel, TttForConditionalGeneration):  # so that their code goes along
+    model_class.register_for_auto_class("AutoModel")
 AutoConfig.register("ttt", TttConfig, exist_ok=True)
 for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM):
     auto_class.register(TttConfig, TttForConditionalGeneration, exist_ok=True)

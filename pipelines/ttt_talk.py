@@ -175,6 +175,8 @@ def plan_jobs(arguments: argparse.Namespace, takes_text_alone: bool) -> list[Job
         if len(files) > 1:
             raise UsageError(f"--text takes one file at most, the WAV to write; got {len(files)}")
         jobs = [Job("text", None, text, _output(files[0] if files else "reply.wav", folder))]
+    elif not files:
+        raise UsageError(f"--task {arguments.task} needs an audio file")
     elif len(files) == 2 and folder is None:
         jobs = [Job(files[0], files[0], text, _output(files[1], None))]
     else:
@@ -418,7 +420,8 @@ def run(arguments: argparse.Namespace) -> int:
         processor = load_processor(arguments)
         if arguments.task not in processor.tasks:
             raise UsageError(f"--task {arguments.task} is none of the processor's: {', '.join(processor.tasks)}")
-        takes_text_alone = processor.get_task(arguments.task).takes_text_alone
+        task = processor.get_task(arguments.task)
+        takes_text_alone = task.takes_text_alone or not (task.needs_audio or arguments.files)
     jobs = plan_jobs(arguments, takes_text_alone)
     single = len(jobs) == 1
     question = jobs[0].audio

@@ -131,7 +131,8 @@ def test_standard_input_and_output_stand_for_files(talk, question, tmp_path, mon
 def test_tasks_of_the_processors_own_can_be_asked(talk, question, tmp_path):
     assert talk("--task", "translate", "--text", "guten Tag", "translated.wav")[0] == 0
     assert talk("--task", "sing", question, "sung.wav")[0] == 0
-    for path in ("translated.wav", "sung.wav"):
+    assert talk("--task", "sing", "--text", "la la")[0] == 0  # it needs neither
+    for path in ("translated.wav", "sung.wav", "reply.wav"):
         assert_speech(tmp_path / path)
     assert "--task translate needs --text" in talk("--task", "translate", question)[2]
 
@@ -201,6 +202,8 @@ def test_a_player_is_used_where_one_is_installed(talk, question, tmp_path, monke
     [
         ([], "nothing to answer"),
         (["--task", "asr"], "--task asr needs an audio file, or --text"),
+        (["--task", "asr", "--text", "hi"], "--task asr needs an audio file\n"),
+        (["--task", "captioning", "--text", "hi", "--output_dir", "out"], "--task captioning needs an audio file\n"),
         (["--task", "tts", "a.wav"], "--task tts needs --text"),
         (["--task", "tts", "--text", " "], "--text is empty"),
         (["a.wav", "--steps", "0"], "--steps must be at least 1"),

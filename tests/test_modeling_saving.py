@@ -69,6 +69,20 @@ def test_the_backbone_alone_loads_from_a_full_checkpoint(tmp_path):
         torch.testing.assert_close(model.lm_head(hidden_states), logits_of(model))
 
 
+def test_the_backbone_alone_is_saved_with_its_code(tmp_path):
+    whole = make_model()
+    whole.save_pretrained(tmp_path / "whole")
+    TttModel.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "backbone")
+    named = json.loads((tmp_path / "backbone/config.json").read_text())["auto_map"]
+    assert named["AutoModel"] == "modeling_ttt.TttModel"
+    for reference in named.values():
+        assert (tmp_path / "backbone" / f"{reference.split('.')[0]}.py").exists()
+    whole.model.save_pretrained(tmp_path / "part")
+    whole.save_pretrained(tmp_path / "again", True)  # `is_main_process`, by its place
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
 def test_device_map(device_map, tmp_path):
     model = make_model()
