@@ -93,7 +93,8 @@ class TttGenerationConfig(GenerationConfig):
         seed (`int` or list of `int`, *optional*): row r of the batch draws all its noise (text, audio, remasking) from
             its own generator, seeded with `seed + r`, or with `seed[r]` if a list is given. So row r of a batch with
             `seed=s` is reproduced alone with `seed=s + r`. Without it the first row's seed comes from torch's global
-            generator. With `num_return_sequences`, rows count after expansion.
+            generator. With `num_return_sequences`, rows count after expansion; several answers to a prompt differ where
+            text (`do_sample`) or audio (`audio_temperature`, or "random" remasking) is drawn.
     """
 
     def __init__(self, **kwargs: Any):
@@ -145,7 +146,13 @@ class TttGenerationConfig(GenerationConfig):
             ValueError: naming the option, its value and what to use instead.
         """
         self.__dict__.update(read_options(self.__dict__))
-        super().validate(*args, **kwargs)
+        several = self.num_return_sequences
+        if self.audio_temperature or self.audio_remasking == "random":
+            self.num_return_sequences = None  # the library wants `do_sample` for it, but audio is drawn without
+        try:
+            super().validate(*args, **kwargs)
+        finally:
+            self.num_return_sequences = several
         for name in ("audio_block_size", "audio_steps_per_block", "max_audio_codes_per_span", "audio_top_k"):
             value = getattr(self, name)
             if value is not None and (not _is_int(value) or value < 1):

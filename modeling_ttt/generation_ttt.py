@@ -124,8 +124,12 @@ class TttGenerationMixin(GenerationMixin):
         # None asks for the default, as it does in a generation configuration.
         kwargs = {name: value for name, value in kwargs.items() if value is not None or name not in AUDIO_DEFAULTS}
         kwargs |= read_options(kwargs)
+        # The library checks this one without knowing that audio may be drawn where text is not.
+        several = kwargs.pop("num_return_sequences", None) if self.config.audio_objective == "diffusion" else None
         prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         options = TttGenerationConfig.upgrade(prepared)
+        if several is not None:
+            options.update(num_return_sequences=several)
         # Steps that the call asks for are not overruled by a threshold that the checkpoint alone sets.
         given = kwargs if generation_config is None else {**vars(generation_config), **kwargs}
         if given.get("audio_steps_per_block") is not None and given.get("audio_confidence_threshold") is None:
@@ -240,8 +244,8 @@ class TttGenerationMixin(GenerationMixin):
                 a `TttCache` is changed in place.
             labels (`torch.LongTensor` of the shape of `inputs`, *optional*): where a row has labels, as the rows of an
                 evaluation, its prompt is what stands before the first of them.
-            kwargs: `attention_mask`, `num_return_sequences` (with sampling), `tokenizer` (for `stop_strings`),
-                `prefix_allowed_tokens_fn`, and options of the generation config.
+            kwargs: `attention_mask`, `num_return_sequences` (with sampling of text or audio), `tokenizer` (for
+                `stop_strings`), `prefix_allowed_tokens_fn`, and options of the generation config.
 
         Returns:
             `torch.LongTensor` of shape `(batch, prompt + new)`, or [`TttGenerateOutput`]. The autoregressive twin

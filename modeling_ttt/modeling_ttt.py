@@ -321,8 +321,8 @@ class TttForConditionalGeneration(TttPreTrainedModel, TttGenerationMixin):
             logits_to_keep (`int` or `torch.Tensor`): how many last positions (0: all), or which, get logits.
 
         Raises:
-            ValueError: if `labels` come without `input_ids` or differ in shape, if there are `shift_labels`, or as
-                [`TttModel`] does.
+            ValueError: if `labels` come without `input_ids`, differ in shape or come with `past_key_values`, if there
+                are `shift_labels`, or as [`TttModel`] does.
         """
         if kwargs.get("shift_labels") is not None:
             raise ValueError(
@@ -334,6 +334,16 @@ class TttForConditionalGeneration(TttPreTrainedModel, TttGenerationMixin):
                 raise ValueError("The loss needs `input_ids`: noise is applied to tokens, not to `inputs_embeds`.")
             if labels.shape != input_ids.shape:
                 raise ValueError(f"`labels` has shape {tuple(labels.shape)}, `input_ids` {tuple(input_ids.shape)}.")
+            if past_key_values is not None:
+                raise ValueError(
+                    "`past_key_values` came with `labels`: the loss takes several forwards over whole sequences, so "
+                    "leave it out. Prefix tuning, which is done with it, is not possible; LoRA is."
+                )
+            is_matrix = torch.is_tensor(attention_mask) and attention_mask.ndim == 2
+            if is_matrix and attention_mask.shape != input_ids.shape:
+                raise ValueError(
+                    f"`attention_mask` has shape {tuple(attention_mask.shape)}, `input_ids` {tuple(input_ids.shape)}."
+                )
             if use_cache is None:
                 use_cache = False
         backbone_inputs = {

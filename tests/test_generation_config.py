@@ -89,6 +89,19 @@ def test_numbers_of_numpy_are_taken_for_audio_too_and_saved(tiny_model, tmp_path
     assert torch.equal(model.generate(prompt, max_new_tokens=12, **theirs | {"seed": [np.int64(3)]}), expected)
 
 
+@pytest.mark.parametrize("drawn", [{"audio_temperature": 2.0}, {"audio_remasking": "random"}])
+def test_several_answers_to_a_prompt_may_have_the_text_in_common(tiny_model, drawn):
+    model, prompt = tiny_model(), torch.tensor([[1, 2, 100]])
+    options = {"max_new_tokens": 12, "audio_block_size": 6, **drawn}
+    together = model.generate(prompt, num_return_sequences=3, seed=3, **options)
+    alone = [model.generate(prompt, seed=3 + row, **options)[0] for row in range(3)]
+    assert [row[: len(one)] for row, one in zip(together.tolist(), alone, strict=True)] == [
+        one.tolist() for one in alone
+    ]
+    with pytest.raises(ValueError, match="`num_return_sequences`"):
+        model.generate(prompt, num_return_sequences=3, max_new_tokens=12)
+
+
 def test_a_threshold_on_random_confidence_is_refused():
     with pytest.raises(ValueError, match="audio_confidence_threshold.*random"):
         TttGenerationConfig(audio_remasking="random", audio_confidence_threshold=0.5)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import make_model
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import DynamicCache, Trainer, TrainingArguments
 
 from modeling_ttt.modeling_ttt import logger
 from modeling_ttt.objective_ttt import diffusion_targets, draw_noise, next_token_targets, sample_weights
@@ -359,6 +359,17 @@ def test_lora_adapters_train_through_peft(batch):
     model = peft.get_peft_model(make_model(), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])).train()
     model(**batch).loss.backward()
     assert all((parameter.grad is not None) == parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_loss_behind_a_cache_is_refused(batch, training):
+    """Each of its forwards would go on where the one before has stopped."""
+    model, ids = make_model().train(training), batch["input_ids"]
+    with pytest.raises(ValueError, match="`past_key_values` came with `labels`"):
+        model(**batch, past_key_values=DynamicCache())
+    wider = torch.ones(len(ids), ids.shape[1] + 3, dtype=torch.long)
+    with pytest.raises(ValueError, match="`attention_mask` has shape .*`input_ids`"):
+        model(**batch | {"attention_mask": wider})
 
 
 def test_bad_labels_are_refused(batch):
