@@ -146,7 +146,7 @@ class TttGenerationConfig(GenerationConfig):
             ValueError: naming the option, its value and what to use instead.
         """
         self.__dict__.update(read_options(self.__dict__))
-        several = self.num_return_sequences
+        several: Any = getattr(self, "num_return_sequences", None)
         if self.audio_temperature or self.audio_remasking == "random":
             self.num_return_sequences = None  # the library wants `do_sample` for it, but audio is drawn without
         try:
