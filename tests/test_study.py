@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from modeling_ttt import TttConfig
 from pipelines import save_repository
 from training_examples.command_line import ScriptParser
 from training_examples.evaluation.backends import TttBackend
-from training_examples.evaluation.rows import Listener
+from training_examples.evaluation.rows import EvaluationError, Listener
 from training_examples.study import lists, measure_once, measure_run, report_study, run_study
 from training_examples.study.arms import ARMS, setting_name, training_flags
 from training_examples.study.counting import count
@@ -581,3 +582,13 @@ def test_recordings_are_heard_as_they_are_and_through_the_audio_tokenizer(measur
     counts = {"tts": {"speech_wer ears": [[0, 2]], "speech_exact ears": [[1, 1]]}}
     assert found == {"recordings": counts, "through the audio tokenizer": counts}, "one list has no recorded answers"
     assert ears.heard == 2
+
+
+def test_a_recording_that_cannot_be_read_is_named(measured, tmp_path):
+    (tmp_path / "development_tts.jsonl").write_text(json.dumps({**ROW, "answer_audio": "gone.wav"}) + "\n")
+    arguments = measure_once.OnceArguments(
+        tmp_path / "study", ["ttt"], 0, tmp_path, split="development", lists=["tts"], threads=1
+    )
+    shutil.copytree(measured / "study" / "ttt-0" / "train", tmp_path / "study" / "ttt-0" / "train")
+    with pytest.raises(EvaluationError, match="1 recordings cannot be read.*gone.wav"):
+        measure_once.measure_recordings(arguments, ["tts"], [])

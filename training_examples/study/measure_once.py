@@ -18,7 +18,7 @@ import torch
 from training_examples.command_line import ScriptParser
 from training_examples.evaluation.backends import Answer, Sample, TttBackend
 from training_examples.evaluation.listening import open_listener
-from training_examples.evaluation.rows import Listener, Run
+from training_examples.evaluation.rows import EvaluationError, Listener, Run
 from training_examples.files import write_json
 from training_examples.study.arms import ARMS, setting_name
 from training_examples.study.counting import count_speech
@@ -118,6 +118,8 @@ def measure_recordings(args: OnceArguments, names: Sequence[str], listeners: Seq
             title = f"{list_path(args.data_dir, args.split, name).stem}-{'codec' if backend.codec else 'original'}"
             run = Run(args.study / "recordings", title, LISTS[name].task, samples, backend.settings)
             rows = run.answer(backend, 16)
+            if failed := [row for row in rows if "error" in row]:
+                raise EvaluationError(f"{len(failed)} recordings cannot be read, the first: {failed[0]['error']}")
             heard = {listener.name: run.listen(listener) for listener in listeners}
             found.setdefault(backend.name, {})[name] = count_speech(rows, LISTS[name].task, heard)
     return found
