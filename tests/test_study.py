@@ -375,7 +375,11 @@ def write_run(folder, arm, seed, exact, rows="abc"):
     (run / "train" / "log_history.jsonl").write_text("\n".join(lines))
     (run / "train.json").write_text(
         json.dumps(
-            {"seconds": 90, "asked": {"options": "--max_steps 7 --tokens_per_batch 64 --learning_rate 0.1".split()}}
+            {
+                "seconds": 90,
+                "finished": True,
+                "asked": {"options": "--max_steps 7 --tokens_per_batch 64 --learning_rate 0.1".split()},
+            }
         )
     )
 
@@ -395,6 +399,9 @@ def test_tables_and_plots_show_what_was_measured(tmp_path, monkeypatch, capsys):
         write_run(tmp_path, "ttt", seed, half)
     write_run(tmp_path, "nar", 0, wrong)
     write_once(tmp_path)
+    begun = tmp_path / "ar-2"
+    begun.mkdir()
+    (begun / "train.json").write_text(json.dumps({"seconds": 0, "finished": False}))  # still at work: no figure of it
     readme = tmp_path / "docs" / "README.md"
     readme.parent.mkdir()
     readme.write_text(f"before\n{report_study.BEGIN}\nnothing\n{report_study.END}\nafter\n")

@@ -255,9 +255,8 @@ def cost_table(folder: Path, once: Mapping[str, Any]) -> str:
     """Return what answers cost, alone on the machine, and how long the arms were trained."""
     lines = []
     for arm, by_setting in once["cost"].items():
-        training = [
-            minutes_of_training(run) for run in sorted(folder.glob(f"{arm}-*")) if (run / "train.json").exists()
-        ]
+        runs = [run for run in sorted(folder.glob(f"{arm}-*")) if (run / "train.json").exists()]
+        training = [minutes_of_training(run) for run in runs if read_json(run / "train.json")["finished"]]
         for setting, rows in by_setting.items():
             total = {key: sum(row[key] for row in rows) for key in rows[0]}
             cells = [f"{total[key] / len(rows):.1f}" for key in ("codes", "forwards", "positions")]
