@@ -52,6 +52,10 @@ def test_a_fingerprint_follows_weights_and_settings(tmp_path):
     before = fingerprint(tmp_path)
     (tmp_path / "notes.txt").write_text("not part of the model")
     assert fingerprint(tmp_path) == before
+    for name in ("chat_template.jinja", "vocab.txt"):
+        (tmp_path / name).write_text("what a prompt becomes")
+        assert fingerprint(tmp_path) != before
+        before = fingerprint(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"2")
     assert fingerprint(tmp_path) != before
     (tmp_path / "tts.jsonl").write_text("{}")

@@ -197,8 +197,9 @@ def test_an_adapter_is_turned_down_without_another_training(workspace, tmp_path)
     full = finetune(workspace, tmp_path / "adapter", "--save_steps 6")
     weights = load_file(full / "adapter_model.safetensors")
     base, whole = (logits(TttForConditionalGeneration.from_pretrained(path)) for path in (workspace / "qwen2", full))
-    options = f"--save_steps 6 --adapter_strength 0.01 --merge_to {tmp_path / 'merged'}"
+    options = f"--save_steps 6 --adapter_strength 0.01 --merge_to {tmp_path / 'merged'} --noise_epsilon 0.03"
     weak = finetune(workspace, tmp_path / "adapter", options)
+    assert TttConfig.from_pretrained(tmp_path / "merged").noise_epsilon == 0.03  # what it was trained under
     config = json.loads((weak / "adapter_config.json").read_text())
     assert config["lora_alpha"] == pytest.approx(0.64)
     assert json.loads((weak / "checkpoint-6" / "adapter_config.json").read_text())["lora_alpha"] == 64
@@ -303,7 +304,7 @@ def test_an_adapter_of_a_quantised_model_is_merged_into_the_whole_one(workspace,
     model.train()(**batch).loss.backward()
     assert all(value.grad is not None for value in model.parameters() if value.requires_grad)
     model.save_pretrained(tmp_path / "adapter")
-    save_merged(arguments.model, str(tmp_path / "adapter"), tmp_path / "merged")
+    save_merged(arguments, str(tmp_path / "adapter"), tmp_path / "merged")
     expected = logits(TttForConditionalGeneration.from_pretrained(workspace / "qwen2"))
     torch.testing.assert_close(logits(TttForConditionalGeneration.from_pretrained(tmp_path / "merged")), expected)
 

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 import threading
+from types import SimpleNamespace
 
 import pytest
 from builders import build_model, build_processor
@@ -18,10 +19,11 @@ from serving import (
     spoken_pcm,
     wait_until,
 )
+from starlette.websockets import WebSocketDisconnect
 from websockets.exceptions import InvalidStatus
 
 from pipelines.serving.limits import Limits
-from pipelines.serving.realtime import RealtimeSession
+from pipelines.serving.realtime import RealtimeSession, realtime
 from pipelines.serving.wire_realtime import ServerVad
 
 CODES = 40  # of every answer: 3.2 s, after the text "hi"
@@ -486,6 +488,45 @@ def test_a_session_ends_after_its_time_and_there_are_only_so_many():
         assert refused.value.response.status_code == 429 and refused.value.response.headers["Retry-After"] == "10"
         assert json.loads(refused.value.response.body)["error"]["code"] == "too_many_sessions"
         assert closing(client)[1][-1]["error"]["code"] == "session_expired"
+
+
+class Shaking(Waiting):
+    """A client whose handshake lasts until `opened` is set, and who then leaves."""
+
+    def __init__(self, service):
+        super().__init__()
+        self.app = SimpleNamespace(state=SimpleNamespace(service=service))
+        self.query_params: dict[str, str] = {}
+        self.scope = {"type": "websocket", "extensions": {}}
+        self.opened, self.denied = asyncio.Event(), False
+
+    async def accept(self, subprotocol: str | None) -> None:
+        await self.opened.wait()
+        raise WebSocketDisconnect
+
+    async def receive(self) -> dict:
+        return {"type": "websocket.connect"}
+
+    async def send(self, message: dict) -> None:
+        self.denied = message["type"] == "websocket.close"
+
+
+def test_handshakes_at_the_same_time_are_counted_and_one_that_fails_is_not_waited_for():
+    async def shake(service) -> None:
+        first, second = Shaking(service), Shaking(service)
+        opening = asyncio.create_task(realtime(first))
+        await asyncio.sleep(0)
+        await realtime(second)
+        assert second.denied and not first.denied and len(service.sessions) == 1
+        leaving = [asyncio.create_task(session.drain()) for session in service.sessions]
+        first.opened.set()
+        with pytest.raises(WebSocketDisconnect):
+            await opening
+        await asyncio.gather(*leaving)
+        assert not service.sessions
+
+    with limited(sessions=1) as server:
+        asyncio.run(asyncio.wait_for(shake(server.service), SECONDS))
 
 
 def test_a_message_that_is_too_large_ends_the_connection():

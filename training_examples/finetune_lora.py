@@ -198,15 +198,13 @@ def load_base(args: LoraArguments, config: TttConfig) -> TttForConditionalGenera
         return prepare_model_for_kbit_training(quantised, gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def save_merged(
-    model: Path, adapter: str, folder: Path, card: str | None = None, processor: Path | None = None
-) -> None:
-    """Write a whole Hub folder of `model` with the adapter's change in its weights, a processor (by default that of
-    `model`), and a card."""
-    base = TttForConditionalGeneration.from_pretrained(model)
+def save_merged(args: LoraArguments, adapter: str, folder: Path, card: str | None = None) -> None:
+    """Write a whole Hub folder of the model with the adapter's change in its weights, the configuration it was trained
+    under, the processor, and a card."""
+    base = TttForConditionalGeneration.from_pretrained(args.model, config=load_config(args))
     with no_false_alarm():
         merged = PeftModel.from_pretrained(base, adapter).merge_and_unload().eval()
-    save_repository(merged, TttProcessor.from_pretrained(processor or model), folder)
+    save_repository(merged, TttProcessor.from_pretrained(args.processor or args.model), folder)
     if card is not None:
         write_card(folder, card)
 
@@ -241,7 +239,7 @@ def main() -> None:
     if arguments.merge_to is not None and trainer.is_world_process_zero():
         whole = replace(card, adapter=False)
         text = whole.text(trainer, arguments.merge_to)
-        save_merged(arguments.model, training.output_dir, arguments.merge_to, text, arguments.processor)
+        save_merged(arguments, training.output_dir, arguments.merge_to, text)
     leave_group(trainer)
 
 

@@ -64,13 +64,14 @@ async def realtime(socket: WebSocket) -> None:
     except ApiError as error:
         await deny(dict(socket.scope), socket.receive, socket.send, error)
         return
-    await socket.accept(subprotocol=SUBPROTOCOL if SUBPROTOCOL in socket.scope.get("subprotocols", []) else None)
     session = RealtimeSession(service, socket)
-    service.sessions.add(session)
+    service.sessions.add(session)  # before anything is waited for: another handshake counts it
     service.metrics.open_sessions.set(len(service.sessions))
     try:
+        await socket.accept(subprotocol=SUBPROTOCOL if SUBPROTOCOL in socket.scope.get("subprotocols", []) else None)
         await session.run()
     finally:
+        session.has_ended.set()  # where it has not begun, too
         service.sessions.discard(session)
         service.metrics.open_sessions.set(len(service.sessions))
 
@@ -95,7 +96,7 @@ class RealtimeSession:
         self.buffer = InputBuffer(limits.audio_seconds, VAD_THREADS, silero_probability)
         self.buffer.configure(self.settings.vad)
         self.response: Response | None = None  # the one in the conversation that is being written
-        self._is_leaving, self._has_ended = asyncio.Event(), asyncio.Event()
+        self._is_leaving, self.has_ended = asyncio.Event(), asyncio.Event()  # to end; nothing of it is left
         self._aside: list[Response] = []
         self._tasks: set[asyncio.Task[Any]] = set()
         self._encodings: dict[str, asyncio.Task[None]] = {}  # by item
@@ -160,7 +161,6 @@ class RealtimeSession:
             await asyncio.gather(*tasks, *self._tasks, return_exceptions=True)
         finally:  # also where the server does not wait for that
             self.service.engine.forget(self.id)
-            self._has_ended.set()
 
     async def _read(self) -> tuple[int, str]:
         """Take events until there are to be no more; return why, as a code and a reason to close with."""
@@ -226,7 +226,7 @@ class RealtimeSession:
     async def drain(self) -> None:
         """Take no more requests, finish the answer that is being written, and say goodbye."""
         self._is_leaving.set()
-        await self._has_ended.wait()
+        await self.has_ended.wait()
 
     async def _leave(self) -> tuple[int, str]:
         """Wait until the session is to end and nothing is being written; return why, as `_read` does."""

@@ -10,6 +10,9 @@ from typing import Any
 
 from training_examples.files import read_json, write_json
 
+# What of a folder decides what a model answers, or what it is asked: by suffix, or by name.
+HASHED = frozenset({".safetensors", ".json", ".jsonl", ".bin", ".jinja", ".model", "vocab.txt", "merges.txt"})
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -44,12 +47,13 @@ def normalized(text: str) -> str:
 
 def fingerprint(*paths: str | Path) -> str:
     """
-    Return a short hash of folders' weights, settings and lists, or of files, so that no result is taken for another's.
+    Return a short hash of folders' weights, settings, chat templates, vocabularies and lists, or of files, so that no
+    result is taken for another's.
     """
     digest = hashlib.sha256()
     for root in map(Path, paths):
         for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
-            if path.is_file() and (path == root or path.suffix in {".safetensors", ".json", ".jsonl", ".bin"}):
+            if path.is_file() and (path == root or HASHED & {path.suffix, path.name}):
                 digest.update(path.relative_to(root if root.is_dir() else root.parent).as_posix().encode())
                 digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
