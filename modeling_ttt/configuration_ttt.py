@@ -1,5 +1,6 @@
 """Configuration of a TtT model: a decoder-only Transformer and the layout of its audio vocabulary."""
 
+import copy
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
@@ -44,6 +45,7 @@ class TttConfig(PreTrainedConfig):
     Args:
         text_config (`PreTrainedConfig` or `dict`, *optional*):
             The decoder-only backbone (Qwen2 unless its `model_type` says otherwise). Its `vocab_size` spans both sides.
+            It is copied: tying, special tokens and `vocab_size` are set on the copy.
         audio_token_id_start (`int`, *optional*, defaults to 151684): First id of the audio side.
         audio_code_id_start (`int`, *optional*, defaults to 151685): Id of audio code 0; code `c` has the id
             `audio_code_id_start + c`.
@@ -164,6 +166,7 @@ class TttConfig(PreTrainedConfig):
         if not isinstance(self.text_config, dict | PreTrainedConfig | None):
             raise TypeError(f"`text_config` is a {type(self.text_config).__name__}; give a config or a dictionary.")
         self._validate_types()
+        self.text_config = copy.deepcopy(self.text_config)  # the caller's object stays as it is
         super().__post_init__(**kwargs)
         # Backbone and head read these from different configs: keep both the same.
         for name in SHARED_WITH_BACKBONE:

@@ -1,5 +1,7 @@
 """TttConfig: what it accepts, what it refuses, and that it survives a round trip."""
 
+import copy
+
 import pytest
 import torch
 from conftest import AUDIO_VOCABULARY, BACKBONE, make_config, make_model
@@ -47,6 +49,20 @@ def test_ids_and_tying_come_from_the_backbone_unless_given():
     assert (config.pad_token_id, config.eos_token_id, config.tie_word_embeddings) == (105, 104, True)
     overridden = make_config(pad_token_id=3, tie_word_embeddings=True)
     assert (overridden.text_config.pad_token_id, overridden.text_config.tie_word_embeddings) == (3, True)
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_the_backbones_configuration_that_was_given_stays_as_it_is(as_dict):
+    given = LlamaConfig(**BACKBONE)
+    given = given.to_dict() if as_dict else given
+    before = copy.deepcopy(given)
+    settings = {"pad_token_id": 3, "tie_word_embeddings": True, "vocab_size": 200, "attn_implementation": "eager"}
+    config = TttConfig(text_config=given, **AUDIO_VOCABULARY, **settings)
+    config.text_config.rope_parameters["rope_theta"] = 5.0
+    assert (config.text_config.pad_token_id, config.text_config.vocab_size) == (3, 200)
+    assert given == before
+    if not as_dict:
+        assert given._attn_implementation == before._attn_implementation
 
 
 @pytest.mark.parametrize(
