@@ -13,14 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache
-from transformers.masking_utils import (
-    ALL_MASK_ATTENTION_FUNCTIONS,
-    blockwise_overlay,
-    causal_mask_function,
-    create_masks_for_generate,
-    or_masks,
-)
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, blockwise_overlay, causal_mask_function, or_masks
 
 NO_SPAN = -1
 
@@ -178,18 +171,8 @@ def create_generation_mask(
         num_queries (`int`): tokens of each row; those that fill up shorter rows are seen by nobody.
         dtype (`torch.dtype`): of the hidden states.
     """
-    starts = torch.tensor(query_starts, device=span_ids.device)
-    return ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation](
-        batch_size=span_ids.shape[0],
-        q_length=num_queries,
-        kv_length=span_ids.shape[1],
-        mask_function=span_mask_function(span_ids, starts),
-        attention_mask=None,
-        allow_is_causal_skip=False,
-        dtype=dtype,
-        config=config,
-        device=span_ids.device,
-    )
+    rule = span_mask_function(span_ids, torch.tensor(query_starts, device=span_ids.device))
+    return _create_mask(config, rule, len(span_ids), num_queries, span_ids.shape[1], dtype, span_ids.device)
 
 
 def create_copies_mask(
@@ -214,38 +197,29 @@ def create_copies_mask(
         same_piece = pieces[batch_idx, q_idx] == pieces[batch_idx, kv_idx]
         return same_piece & ((kv_idx < limits[batch_idx, q_idx]) | same_number)
 
+    return _create_mask(config, allowed, *limits.shape, limits.shape[1], dtype, limits.device)
+
+
+def _create_mask(
+    config: PreTrainedConfig,
+    rule: Callable,
+    batch_size: int,
+    num_queries: int,
+    num_keys: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Any:
+    """A mask function as the mask of the attention backend of `config`."""
     return ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation](
-        batch_size=limits.shape[0],
-        q_length=limits.shape[1],
-        kv_length=limits.shape[1],
-        mask_function=allowed,
+        batch_size=batch_size,
+        q_length=num_queries,
+        kv_length=num_keys,
+        mask_function=rule,
         attention_mask=None,
         allow_is_causal_skip=False,
         dtype=dtype,
         config=config,
-        device=limits.device,
-    )
-
-
-def create_masks(
-    config: PreTrainedConfig,
-    inputs_embeds: torch.Tensor,
-    attention_mask: Any,
-    past_key_values: Cache | None,
-    position_ids: torch.Tensor | None,
-    span_ids: torch.Tensor | None,
-) -> Any:
-    """
-    Return the masks of a plain forward: the same rule, which the library joins with padding, packed sequences and
-    sliding windows. `span_ids` of shape `(batch, keys)`, or `None` for a causal mask.
-    """
-    return create_masks_for_generate(
-        config=config,
-        inputs_embeds=inputs_embeds,
-        attention_mask=attention_mask,
-        past_key_values=past_key_values,
-        position_ids=position_ids,
-        block_sequence_ids=span_ids,
+        device=device,
     )
 
 
@@ -253,7 +227,6 @@ __all__ = [
     "compute_span_ids",
     "create_copies_mask",
     "create_generation_mask",
-    "create_masks",
     "extend_span_ids",
     "open_span_ids",
     "overlay_response_spans",

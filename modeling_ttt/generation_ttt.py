@@ -96,7 +96,6 @@ class TttGenerationMixin(GenerationMixin):
     """Generation of interleaved text and audio. The model's class sets `generation_config_class` to ours."""
 
     output_modalities = ("text", "audio")
-    generation_config_class = TttGenerationConfig
 
     def adjust_generation_fn(
         self,

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM
 from transformers.cache_utils import Cache
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.processing_utils import Unpack
@@ -19,7 +20,6 @@ from .attention_ttt import (
     NO_SPAN,
     compute_span_ids,
     create_copies_mask,
-    create_masks,
     extend_span_ids,
     overlay_response_spans,
 )
@@ -131,12 +131,6 @@ class TttModel(TttPreTrainedModel):
             )
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
-
     def get_span_ids(
         self,
         input_ids: torch.Tensor,
@@ -204,9 +198,13 @@ class TttModel(TttPreTrainedModel):
                 span_ids, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values
             )
             _refuse_flash_attention(self.language_model.config._attn_implementation)
-            config = self.language_model.config
-            attention_mask = create_masks(
-                config, inputs_embeds, attention_mask, past_key_values, position_ids, span_ids
+            attention_mask = create_masks_for_generate(
+                self.language_model.config,
+                inputs_embeds,
+                attention_mask,
+                past_key_values,
+                position_ids,
+                block_sequence_ids=span_ids,
             )
         return self.language_model(
             inputs_embeds=inputs_embeds,
@@ -260,12 +258,6 @@ class TttForConditionalGeneration(TttPreTrainedModel, TttGenerationMixin):
             rows = "lm_head.token_adapter."
             loading_info.missing_keys = {key for key in loading_info.missing_keys if not key.startswith(rows)}
         return loading_info, *others
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.set_input_embeddings(value)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As any model; the saved configuration names this class for every auto class that resolves to it."""

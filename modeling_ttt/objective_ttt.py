@@ -8,8 +8,7 @@ positions those are (`targets`, -100 elsewhere) and how much each counts (`weigh
 states it needs and never projects the others to the vocabulary.
 
 Noise level, truncation, prefix preservation and normalisation belong to a sample, and a sample is a row of a padded
-batch or one of several sequences packed into a row. `Samples` (samples_ttt.py) says which is which; nothing here knows
-about rows.
+batch or one of several sequences packed into a row: `Samples` (samples_ttt.py) says which is which.
 """
 
 from collections.abc import Callable
@@ -507,12 +506,13 @@ class Targets(NamedTuple):
     What one side is scored on in a forward.
 
     Args:
-        positions (`tuple` of two `torch.LongTensor` of shape `(scored,)`): rows and columns.
+        rows, columns (`torch.LongTensor` of shape `(scored,)`): whose logits are scored.
         tokens, groups (`torch.LongTensor` of shape `(scored,)`): clean ids, and groups of the score table.
         weights (`torch.FloatTensor` of shape `(scored,)`): how much each counts.
     """
 
-    positions: tuple[torch.Tensor, ...]
+    rows: torch.Tensor
+    columns: torch.Tensor
     tokens: torch.Tensor
     weights: torch.Tensor
     groups: torch.Tensor
@@ -538,8 +538,8 @@ def find_targets(
         weights = weights * importance
     else:
         targets, weights = next_token_targets(labels, side, samples, weight)
-    positions = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
-    return Targets(positions, targets[positions], weights[positions], groups[positions])
+    places = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
+    return Targets(*places, targets[places], weights[places], groups[places])
 
 
 def score(
@@ -563,22 +563,14 @@ def score(
     audio_group = 1 + (bins if config.audio_objective == "diffusion" else torch.zeros_like(bins))
     text = find_targets(is_scored & ~is_audio, config.text_objective, noise, weight, torch.zeros_like(bins))
     audio = find_targets(is_scored & is_audio, config.audio_objective, noise, weight, audio_group)
-    rows, tokens, weights, groups = (
-        torch.cat(parts)
-        for parts in zip(
-            (text.positions[0], text.tokens, text.weights, text.groups),
-            (audio.positions[0], audio.tokens, audio.weights, audio.groups),
-            strict=True,
-        )
-    )
-    logits = head(torch.cat([hidden_states[text.positions], hidden_states[audio.positions]]))  # (scored, vocab)
-    losses = cross_entropy(logits, tokens) * weights
+    both = Targets(*map(torch.cat, zip(text, audio, strict=True)))
+    logits = head(hidden_states[both.rows, both.columns])  # (scored, vocab)
+    losses = cross_entropy(logits, both.tokens) * both.weights
     text_loss, audio_loss = (part.sum() for part in losses.split([len(text.tokens), len(audio.tokens)]))
     num_rows, num_groups = len(noise.input_ids), 1 + (NUM_NOISE_BINS if config.audio_objective == "diffusion" else 1)
     with torch.no_grad():
-        table = tabulate_scores(
-            losses.detach() * num_rows, logits.argmax(-1) == tokens, rows, groups, (num_rows, num_groups)
-        )
+        is_right = logits.argmax(-1) == both.tokens
+        table = tabulate_scores(losses.detach() * num_rows, is_right, both.rows, both.groups, (num_rows, num_groups))
     return Scores(text_loss, audio_loss, table)
 
 

@@ -1,5 +1,5 @@
-"""The order of text and audio in a response, as pure functions of token ids: interleaving, its inverse, the cut of the
-last span used in training. Nothing here needs a model, a tokenizer or PyTorch."""
+"""The order of text and audio in a response, in token ids: interleaving and its inverse, whole or piece by piece.
+Nothing here needs a model, a tokenizer or PyTorch."""
 
 from __future__ import annotations
 

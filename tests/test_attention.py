@@ -4,11 +4,11 @@ import pytest
 import torch
 from conftest import FIXTURES, make_model
 from safetensors.torch import load_file
+from transformers.masking_utils import create_masks_for_generate
 
 from modeling_ttt.attention_ttt import (
     compute_span_ids,
     create_generation_mask,
-    create_masks,
     open_span_ids,
     overlay_response_spans,
 )
@@ -81,7 +81,9 @@ def test_generation_sees_what_training_sees(golden, implementation):
     model.set_attn_implementation(implementation)
     config, length = model.model.language_model.config, golden["input_ids"].shape[1]
     span_ids = compute_span_ids(golden["input_ids"], *AUDIO, golden["attention_mask"])
-    whole = create_masks(config, torch.zeros(len(span_ids), length, 1), None, None, None, span_ids)["full_attention"]
+    embeddings = torch.zeros(len(span_ids), length, 1)
+    masks = create_masks_for_generate(config, embeddings, None, None, None, block_sequence_ids=span_ids)
+    whole = masks["full_attention"]
     for starts in ([0] * len(span_ids), list(range(len(span_ids)))):
         num_queries = length - max(starts)
         mask = create_generation_mask(config, span_ids, starts, num_queries, torch.float32)
