@@ -38,20 +38,12 @@ class TttCacheLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.make_room(plan.capacity or key_states.shape[0], plan.end, plan.reserve)
-        if plan.is_ragged:
-            self.keys[plan.write_rows, :, plan.slots] = key_states[0].transpose(0, 1)
-            self.values[plan.write_rows, :, plan.slots] = value_states[0].transpose(0, 1)
-            return self.keys, self.values
-        if plan.slots is None:
-            rows = key_states.shape[0]
-            self.keys[:rows, :, plan.start : plan.end] = key_states
-            self.values[:rows, :, plan.start : plan.end] = value_states
+        if plan.slots is None:  # the same ones in every row
+            self.keys[plan.rows, :, plan.start : plan.end] = key_states
+            self.values[plan.rows, :, plan.start : plan.end] = value_states
         else:
             self.keys[plan.write_rows, :, plan.slots] = key_states.transpose(1, 2)
             self.values[plan.write_rows, :, plan.slots] = value_states.transpose(1, 2)
-        if plan.rows is None:
-            rows = key_states.shape[0]
-            return self.keys[:rows, :, : plan.end], self.values[:rows, :, : plan.end]
         return self.keys[plan.rows, :, : plan.end], self.values[plan.rows, :, : plan.end]
 
     def make_room(self, rows: int, length: int, reserve: int = 0) -> None:
@@ -103,10 +95,8 @@ class WritePlan:
     """
     Where one forward writes: row `rows[i]` of a layer writes `queries` slots from `starts[i]`. `rows` None is the first
     ones, in order. `capacity` is how many rows a layer has room for. A ragged plan writes each of the tokens of one
-    sequence to a row and slot of its own.
+    sequence to a row and slot of its own, and sees all rows.
     """
-
-    is_ragged = False
 
     def __init__(
         self,
@@ -119,19 +109,17 @@ class WritePlan:
     ):
         self.capacity, self.reserve = capacity, reserve
         self.start, self.end = min(starts), max(starts) + queries
-        self.rows: torch.Tensor | None = None
+        self.rows = slice(len(starts)) if rows is None else torch.tensor(rows, device=device)
         self.slots: torch.Tensor | None = None
         if rows is not None or len(set(starts)) > 1:
             self.slots = torch.tensor(starts, device=device)[:, None] + torch.arange(queries, device=device)
-            self.rows = None if rows is None else torch.tensor(rows, device=device)
-            all_rows = torch.arange(len(starts), device=device) if self.rows is None else self.rows
-            self.write_rows = all_rows[:, None]
+            self.write_rows = torch.tensor(rows or range(len(starts)), device=device)[:, None]
 
     @classmethod
     def ragged(cls, rows: torch.Tensor, slots: torch.Tensor, end: int, capacity: int, reserve: int) -> "WritePlan":
         """Write tokens to `rows` and `slots`, both of shape `(tokens,)`, all before `end`."""
         plan = cls([end], 0, rows.device, None, capacity, reserve)
-        plan.is_ragged, plan.write_rows, plan.slots = True, rows, slots
+        plan.rows, plan.write_rows, plan.slots = slice(None), rows[None], slots[None]
         return plan
 
 
@@ -177,6 +165,23 @@ class TttCache(Cache):
             layer.num_known = longest
         converted._token_ids = [list(ids) for ids in token_ids]
         return converted
+
+    def copy_to(self, cache: Cache, mask: torch.Tensor) -> None:
+        """
+        Put into a cache whose slot i is column i of padded sequences the columns that every row has; it holds nothing
+        else afterwards. mask: where each row's tokens stand, of shape `(rows, columns)`, more of them than are cached.
+        """
+        columns = [row.nonzero().squeeze(-1) for row in mask]
+        width = min(int(own[len(ids)]) for own, ids in zip(columns, self._token_ids, strict=True))
+        cache.reset()
+        for index, layer in enumerate(self.layers):
+            states = []
+            for source in (layer.keys, layer.values):
+                states.append(source.new_zeros(*source.shape[:2], width, source.shape[3]))
+                for row, own in enumerate(columns):
+                    kept = own[own < width]
+                    states[-1][row, :, kept] = source[row, :, : len(kept)]
+            cache.update(*states, index)
 
     def reset(self) -> None:
         """Forget everything."""

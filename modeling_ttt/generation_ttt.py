@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.generation import (
@@ -239,8 +240,9 @@ class TttGenerationMixin(GenerationMixin):
                 as one tensor per final block, its codes and, where the span ends there, the end token as the last id.
                 Nothing put is ever taken back. `end()` comes last.
             past_key_values ([`TttCache`] or `DynamicCache`, *optional*): the cache of an earlier call, or of a forward
-                over the first columns of `inputs`. Whatever it holds of the prompts is used, the rest is computed;
-                a `TttCache` is changed in place.
+                over the first columns of `inputs`, or an empty one. Whatever it holds of the prompts is used, the rest
+                is computed. Both are changed in place: a `TttCache` holds all that is final afterwards, a
+                `DynamicCache`, whose rows have one length, the first columns of the result that are final in every row.
             labels (`torch.LongTensor` of the shape of `inputs`, *optional*): where a row has labels, as the rows of an
                 evaluation, its prompt is what stands before the first of them.
             kwargs: `attention_mask`, `num_return_sequences` (with sampling of text or audio), `tokenizer` (for
@@ -349,7 +351,7 @@ class TttGenerationMixin(GenerationMixin):
         """Run the decoding loop on one call, and pack its result."""
         as_dict = bool(call.options.return_dict_in_generate)
         cache = _import_cache(past_key_values, call.input_ids, call.attention_mask)
-        keep_cache = cache is not None or (as_dict and call.options.use_cache is not False)
+        keep_cache = past_key_values is not None or (as_dict and call.options.use_cache is not False)
         if cache is None:
             cache = TttCache(self.config.get_text_config().num_hidden_layers, len(call.rows))
         longest = max(row.prompt_length for row in call.rows) + call.max_new_tokens + 1
@@ -358,6 +360,11 @@ class TttGenerationMixin(GenerationMixin):
 
         new_tokens = [row.ids[row.prompt_length :] for row in call.rows]
         longest = max(map(len, new_tokens))
+        if isinstance(past_key_values, DynamicCache):
+            if call.block_length not in (None, self.config.block_lengths[0]):  # not what a forward would put there
+                cache.drop_spans(self.config.is_audio)
+            mask = torch.ones_like(call.input_ids) if call.attention_mask is None else call.attention_mask
+            cache.copy_to(past_key_values, nn.functional.pad(mask, (0, longest), value=1))
         pad = call.options._pad_token_tensor
         padding = int(pad) if pad is not None else 0
         answers = torch.tensor(
@@ -474,7 +481,7 @@ class TttGenerationMixin(GenerationMixin):
                 raise ValueError(f"`{name}` is of text written left to right, which a diffused response is not.")
         if options.stop_strings is not None and kwargs.get("tokenizer") is None:
             raise ValueError("`stop_strings` needs the tokenizer: pass `tokenizer=`.")
-        if self.training and self.is_gradient_checkpointing:
+        if self.training and self.is_activation_checkpointing:
             raise ValueError("Gradient checkpointing in training mode disables the cache: call `model.eval()` first.")
         kinds = _partial_attention(self.config.get_text_config())
         if kinds:
@@ -518,7 +525,7 @@ def refuse_overflow(longest_prompt: int, max_new_tokens: int, max_positions: int
 def _import_cache(
     past_key_values: Cache | None, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
 ) -> TttCache | None:
-    """The caller's cache as one that the decoding loop can use."""
+    """The caller's cache as one that the decoding loop can use; None where it holds nothing."""
     batch_size, width = input_ids.shape
     if past_key_values is None:
         return None

@@ -131,6 +131,57 @@ def test_a_dynamic_cache_of_the_prompts_start_is_taken_over():
     assert torch.equal(model.generate(ids, past_key_values=past, **options), model.generate(ids, **options))
 
 
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_an_empty_dynamic_cache_is_filled_and_serves_the_next_turn(name):
+    model, prompts = model_of(name), golden_prompts(name)[:3]
+    width = max(map(len, prompts))
+    ids = torch.tensor([[105] * (width - len(p)) + list(p) for p in prompts])
+    options = {"max_new_tokens": 30, "audio_block_size": 10, "return_dict_in_generate": True}
+    past, saved = DynamicCache(config=model.config.text_config), 0
+    for turn in range(3):
+        fresh = model.generate(ids, attention_mask=(ids != 105).long(), **options)
+        cached = model.generate(ids, attention_mask=(ids != 105).long(), past_key_values=past, **options)
+        assert torch.equal(cached.sequences, fresh.sequences)
+        saved += fresh.num_token_positions - cached.num_token_positions
+        assert (saved > 0) == (turn > 0)
+        seen = past.get_seq_length()
+        assert ids.shape[1] < seen < cached.sequences.shape[1]
+        question = torch.tensor([[104, 103, 60, 61, 5, 104, 61, 103, 62, 61]] * len(prompts))
+        ids = torch.cat([fresh.sequences, question], dim=1)
+    mask, whole = (cached.sequences != 105).long(), DynamicCache()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    model(cached.sequences, attention_mask=mask, position_ids=positions, past_key_values=whole)
+    whole.crop(seen - cached.sequences.shape[1])
+    for ours, theirs in zip(past.layers, whole.layers, strict=True):
+        is_token = mask[:, None, :seen, None].bool().expand_as(theirs.keys)
+        torch.testing.assert_close(ours.keys[is_token], theirs.keys[is_token], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(ours.values[is_token], theirs.values[is_token], atol=1e-4, rtol=1e-4)
+
+
+def test_a_dynamic_cache_may_be_passed_on_between_block_sizes(tiny_model):
+    model = tiny_model({"initializer_range": 0.3}, span_attention="block_causal", block_lengths=[4])
+    ids, past = torch.tensor([[1, 2, 3, 100, 111, 112, 101, 5, 100]]), DynamicCache()
+    for block_size in (2, 4, 2):
+        options = {"max_new_tokens": 20, "audio_block_size": block_size, "do_sample": True, "audio_temperature": 1.0}
+        options |= {"seed": 3, "output_logits": True, "return_dict_in_generate": True}
+        fresh, cached = model.generate(ids, **options), model.generate(ids, past_key_values=past, **options)
+        assert torch.equal(cached.sequences, fresh.sequences) and past.get_seq_length() > 0
+        logits, expected = (torch.cat(output.logits)[:, :110] for output in (cached, fresh))
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+        ids = torch.cat([fresh.sequences, torch.tensor([[9, 10]])], dim=1)
+
+
+def test_a_dynamic_cache_goes_on_in_a_plain_forward():
+    model, prompt = model_of("b"), torch.tensor([golden_prompts("b")[0]])
+    past = DynamicCache()
+    sequence = model.generate(prompt, max_new_tokens=5, past_key_values=past)
+    assert past.get_seq_length() == sequence.shape[1] - 1
+    logits = model(sequence[:, -1:], past_key_values=past).logits[:, -1]
+    torch.testing.assert_close(logits, model(sequence).logits[:, -1], atol=1e-4, rtol=1e-4)
+    model.generate(sequence, max_new_tokens=5, past_key_values=past)  # which holds all of it
+    assert past.get_seq_length() >= sequence.shape[1]
+
+
 def test_a_returned_cache_serves_a_plain_forward():
     model, prompt = model_of("b"), torch.tensor([golden_prompts("b")[0]])
     output = model.generate(prompt, max_new_tokens=5, return_dict_in_generate=True)
