@@ -197,7 +197,8 @@ def create_copies_mask(
         same_piece = pieces[batch_idx, q_idx] == pieces[batch_idx, kv_idx]
         return same_piece & ((kv_idx < limits[batch_idx, q_idx]) | same_number)
 
-    return _create_mask(config, allowed, *limits.shape, limits.shape[1], dtype, limits.device)
+    rows, length = limits.shape
+    return _create_mask(config, allowed, rows, length, length, dtype, limits.device)
 
 
 def _create_mask(

@@ -109,7 +109,7 @@ class WritePlan:
     ):
         self.capacity, self.reserve = capacity, reserve
         self.start, self.end = min(starts), max(starts) + queries
-        self.rows = slice(len(starts)) if rows is None else torch.tensor(rows, device=device)
+        self.rows: slice | torch.Tensor = slice(len(starts)) if rows is None else torch.tensor(rows, device=device)
         self.slots: torch.Tensor | None = None
         if rows is not None or len(set(starts)) > 1:
             self.slots = torch.tensor(starts, device=device)[:, None] + torch.arange(queries, device=device)

@@ -538,8 +538,8 @@ def find_targets(
         weights = weights * importance
     else:
         targets, weights = next_token_targets(labels, side, samples, weight)
-    places = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
-    return Targets(*places, targets[places], weights[places], groups[places])
+    rows, columns = places = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
+    return Targets(rows, columns, targets[places], weights[places], groups[places])
 
 
 def score(
