@@ -1,10 +1,13 @@
 """Configuration of a TtT model: a decoder-only Transformer and the layout of its audio vocabulary."""
 
 import copy
+import inspect
 import os
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, TypedDict
 
+from huggingface_hub.dataclasses import validate_typed_dict
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
@@ -23,15 +26,6 @@ PROBABILITIES = (
     "block_masking_probability",
     "full_block_probability",
 )
-INTEGERS = ("audio_token_id_start", "audio_code_id_start", "num_audio_codes", *TEXT_SIDE_IDS, *AUDIO_SIDE_IDS)
-NUMBERS = (*PROBABILITIES, "noise_epsilon", "block_filling_weight")
-SWITCHES = ("causal_prompt_audio", "stratified_noise")
-CHOICES = {
-    "audio_objective": ("diffusion", "autoregressive"),
-    "text_objective": ("autoregressive", "diffusion"),
-    "prefix_preservation_unit": ("span", "token"),
-    "span_attention": ("bidirectional", "block_causal"),
-}
 
 
 class TttConfig(PreTrainedConfig):
@@ -145,18 +139,18 @@ class TttConfig(PreTrainedConfig):
     audio_objective: Literal["diffusion", "autoregressive"] = "diffusion"
     text_objective: Literal["autoregressive", "diffusion"] = "autoregressive"
     causal_prompt_audio: bool = False
-    clean_batch_probability: float = 0.3
-    prefix_preservation_probability: float = 0.3
+    clean_batch_probability: float | int = 0.3
+    prefix_preservation_probability: float | int = 0.3
     prefix_preservation_unit: Literal["span", "token"] = "span"
-    span_truncation_probability: float = 0.5
+    span_truncation_probability: float | int = 0.5
     span_attention: Literal["bidirectional", "block_causal"] = "bidirectional"
-    block_masking_probability: float = 0.0
+    block_masking_probability: float | int = 0.0
     block_lengths: Sequence[int] = (26,)
-    block_filling_weight: float = 0.2
-    full_block_probability: float = 0.0
-    noise_epsilon: float = 1e-3
+    block_filling_weight: float | int = 0.2
+    full_block_probability: float | int = 0.0
+    noise_epsilon: float | int = 1e-3
     stratified_noise: bool = False
-    eval_noise_levels: Sequence[float] = (0.125, 0.375, 0.625, 0.875)
+    eval_noise_levels: Sequence[float | int] = (0.125, 0.375, 0.625, 0.875)
     tie_word_embeddings: bool | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -283,26 +277,12 @@ class TttConfig(PreTrainedConfig):
 
     def _validate_types(self) -> None:
         """Raise a `ValueError` that names the first setting of a wrong type; the library checks its own fields only."""
-
-        def refuse(name: str, remedy: str) -> None:
-            raise ValueError(f"`{name}` is {getattr(self, name)!r}; give {remedy}.")
-
-        for name in INTEGERS:
-            if not _is_int(getattr(self, name)):
-                refuse(name, "an integer")
-        for name in NUMBERS:
-            if not _is_number(getattr(self, name)):
-                refuse(name, "a number")
-        for name in SWITCHES:
-            if not isinstance(getattr(self, name), bool):
-                refuse(name, "True or False")
-        for name, choices in CHOICES.items():
-            if not isinstance(getattr(self, name), str):
-                refuse(name, " or ".join(map(repr, choices)))
-        if not _is_list_of(self.block_lengths, _is_int):
-            refuse("block_lengths", "a list of one or more numbers of tokens, each at least 1")
-        if not _is_list_of(self.eval_noise_levels, _is_number):
-            refuse("eval_noise_levels", "a list of one or more λ in (0, 1]")
+        for name, kind in SETTINGS.__annotations__.items():
+            value = getattr(self, name)
+            try:
+                validate_typed_dict(SETTINGS, {name: value})  # type: ignore[type-var]
+            except StrictDataclassFieldValidationError as error:
+                raise ValueError(f"`{name}` is {value!r}; give {inspect.formatannotation(kind)}.") from error
 
     def _validate_objective(self) -> None:
         """Raise a `ValueError` that names the first probability, noise level or objective out of range."""
@@ -313,9 +293,6 @@ class TttConfig(PreTrainedConfig):
             raise ValueError(f"`noise_epsilon` is {self.noise_epsilon} but must lie between 0 and 1, both excluded.")
         if not self.eval_noise_levels or not all(0.0 < level <= 1.0 for level in self.eval_noise_levels):
             raise ValueError(f"`eval_noise_levels` is {self.eval_noise_levels}; give one or more λ in (0, 1].")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; choose {' or '.join(map(repr, choices))}.")
         lengths = self.block_lengths
         if not lengths or not all(n > 0 for n in lengths):
             raise ValueError(f"`block_lengths` is {lengths}; give one or more numbers of tokens, each at least 1.")
@@ -333,17 +310,16 @@ class TttConfig(PreTrainedConfig):
             )
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, float) or _is_int(value)
-
-
-def _is_list_of(value: Any, is_item: Callable[[Any], bool]) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes) and all(map(is_item, value))
-
+# Settings that are neither the library's nor, checked by its own configuration, the backbone's.
+SETTINGS: Any = TypedDict(  # type: ignore[misc]
+    "TttSettings",
+    {
+        name: field.type
+        for name, field in TttConfig.__dataclass_fields__.items()
+        if name not in {*PreTrainedConfig.__dataclass_fields__, *SHARED_WITH_BACKBONE, "text_config"}
+    },
+    total=False,
+)
 
 TttConfig.register_for_auto_class()
 
