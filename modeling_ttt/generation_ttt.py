@@ -121,6 +121,8 @@ class TttGenerationMixin(GenerationMixin):
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> tuple[TttGenerationConfig, dict[str, Any]]:
+        if generation_config is not None:
+            generation_config = TttGenerationConfig.upgrade(generation_config)
         # None asks for the default, as it does in a generation configuration.
         kwargs = {name: value for name, value in kwargs.items() if value is not None or name not in AUDIO_DEFAULTS}
         kwargs |= read_options(kwargs)

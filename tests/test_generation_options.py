@@ -426,8 +426,10 @@ def test_refusals_also_come_from_the_models_own_settings_and_a_passed_config(tin
     ],
 )
 def test_unusable_calls_are_refused(tiny_model, call, message):
-    with pytest.raises(ValueError, match=message):
-        tiny_model().generate(**{"inputs": torch.tensor([[1, 2, 3]]), "max_new_tokens": 3, **call})
+    model = tiny_model()
+    for method in (model.generate, model.prepare_call):
+        with pytest.raises(ValueError, match=message):
+            method(**{"inputs": torch.tensor([[1, 2, 3]]), "max_new_tokens": 3, **call})
 
 
 def test_training_with_gradient_checkpointing_is_refused(tiny_model):
