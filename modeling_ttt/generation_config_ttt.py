@@ -130,7 +130,8 @@ class TttGenerationConfig(GenerationConfig):
             )
         upgraded = cls()
         upgraded.__dict__.update(copy.deepcopy(generation_config.__dict__))
-        upgraded.validate(user_set_attributes=set())  # inherited values are no reason to warn
+        # With these as the caller's, and no other, the library does not warn of what they leave without effect.
+        upgraded.validate(user_set_attributes={"do_sample", "num_beams"})
         if hasattr(generation_config, "_original_object_hash"):
             upgraded._original_object_hash = hash(upgraded)
         return upgraded

@@ -540,3 +540,22 @@ def test_a_config_in_the_call_gets_the_default_limit_without_a_warning(tiny_mode
         logger.removeHandler(caplog.handler)
     assert answer.shape[1] <= 6 and config.max_new_tokens is None
     assert not [record for record in caplog.records if "deprecated" in record.getMessage()]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({"do_sample": False}, None), ({"do_sample": False, "top_p": 0.5}, "['top_p']")],
+    ids=["of the checkpoint", "of the call"],
+)
+def test_settings_for_sampling_are_warned_of_where_the_call_has_them(tiny_model, caplog, options, named):
+    model = tiny_model()
+    model.generation_config.update(do_sample=True, top_k=10, top_p=0.95)
+    logger = logging.getLogger("transformers")
+    type(logger).warning_once.cache_clear()  # which says nothing twice in one process
+    logger.addHandler(caplog.handler)
+    try:
+        model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3, **options)
+    finally:
+        logger.removeHandler(caplog.handler)
+    warned = [record.getMessage() for record in caplog.records if "generation flags" in record.getMessage()]
+    assert [named in line for line in warned] == ([True] if named else [])
