@@ -434,6 +434,11 @@ class TttGenerationMixin(GenerationMixin):
         kwargs: dict[str, Any],
     ) -> None:
         """Raise a ValueError that names the argument for every call that cannot be served."""
+        if self.device.type == "meta":
+            raise ValueError(
+                "The model's weights are on the 'meta' device, which holds no values: load it with `device_map='cpu'` "
+                "or that of an accelerator."
+            )
         if input_ids is None:
             raise ValueError("`inputs` is missing: pass the prompts' token ids (`inputs_embeds` hide what is audio).")
         if not torch.is_tensor(input_ids):

@@ -49,6 +49,12 @@ class TttAudioToAudioPipeline(Pipeline):
     _pipeline_calls_generate = True
 
     def __init__(self, *args: Any, **kwargs: Any):
+        for name in ("tokenizer", "feature_extractor"):
+            if isinstance(kwargs.get(name), (str, os.PathLike, tuple)):
+                raise ValueError(
+                    f"`{name}` is {kwargs[name]!r}, but the pipeline takes the processor's own: leave it out, and pass "
+                    "`processor` where it is to be another than the model's."
+                )
         super().__init__(*args, **kwargs)
         if getattr(self.processor, "audio_tokenizer", None) is None:
             raise ValueError(
@@ -129,6 +135,11 @@ class TttAudioToAudioPipeline(Pipeline):
             raise ValueError("`generate_kwargs` has a `streamer`, but `stream=True` brings its own; leave one out.")
         if inputs is None and text is None:
             raise ValueError("Pass a request, or `text`.")
+        if isinstance(inputs, Mapping) and any(hasattr(split, "column_names") for split in inputs.values()):
+            raise ValueError(
+                f"The request is a {type(inputs).__name__} of several data sets: {', '.join(map(repr, inputs))}. Pass "
+                "one of them."
+            )
         if inputs is None or self._is_single(inputs):
             if stream:
                 return self._stream(self.preprocess([inputs], **params[0]), params[1])
@@ -207,6 +218,7 @@ class TttAudioToAudioPipeline(Pipeline):
             system_prompt=system_prompt,
             sampling_rate=sampling_rate,
             names=names,
+            max_audio_codes=getattr(self.model.config.get_text_config(), "max_position_embeddings", None),
         )
         return dict(features)
 

@@ -77,12 +77,7 @@ def load_waveform(audio: Any, sampling_rate: int, source_rate: float | None = No
     waveform = _load(audio, sampling_rate, source_rate, name)
     if waveform.size == 0:
         raise ValueError(f"{name} is empty (0 samples). Pass at least one sample, or leave the item out.")
-    if not np.isfinite(waveform).all():
-        position = int(np.flatnonzero(~np.isfinite(waveform))[0])
-        raise ValueError(
-            f"{name} holds {waveform[position]} at sample {position}. Remove NaN and infinite samples first, "
-            "for example with `numpy.nan_to_num`."
-        )
+    _check_finite(waveform, name)
     return np.ascontiguousarray(waveform, dtype=np.float32)
 
 
@@ -130,7 +125,17 @@ def _load(audio: Any, target_rate: int, rate: Any, name: str) -> np.ndarray:
     if audio is None or isinstance(audio, (bool, int, float)):
         raise ValueError(f"{name} is {audio!r}, not audio. Pass an array, a path, an address or a mapping.")
     waveform = _to_mono(_to_numpy(audio, name), name)
+    _check_finite(waveform, name)  # before resampling, which spreads one bad sample over all
     return resample(waveform, _checked_rate(target_rate if rate is None else rate, name), target_rate)
+
+
+def _check_finite(waveform: np.ndarray, name: str) -> None:
+    if not np.isfinite(waveform).all():
+        position = int(np.flatnonzero(~np.isfinite(waveform))[0])
+        raise ValueError(
+            f"{name} holds {waveform[position]} at sample {position}. Remove NaN and infinite samples first, "
+            "for example with `numpy.nan_to_num`."
+        )
 
 
 def _load_mapping(audio: Mapping[str, Any], target_rate: int, rate: Any, name: str) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,6 +54,21 @@ def check_audio_tokenizer(audio_tokenizer: Any, sampling_rate: int, num_audio_co
             f"{'only ' if num_codes > num_audio_codes else ''}{num_audio_codes}. Use the two that belong together."
         )
     return audio_format
+
+
+def make_importable(cls: type) -> None:
+    """
+    Let pickling by dill find a class from a model folder, as the fingerprints of `datasets.Dataset.map` need it.
+
+    Transformers puts the module of such a class into `sys.modules`, but not into its package, so that dill takes the
+    class for one that cannot be imported and pickles its code instead, which takes seconds or fails.
+
+    Args:
+        cls (`type`): a class of any module.
+    """
+    package, _, name = cls.__module__.rpartition(".")
+    if package in sys.modules and not hasattr(sys.modules[package], name):
+        setattr(sys.modules[package], name, sys.modules[cls.__module__])
 
 
 def write_audio_tokenizer(audio_tokenizer: Any, save_directory: str) -> None:

@@ -22,6 +22,7 @@ from .audio_input_ttt import is_single_audio, list_audio, shorten
 from .audio_tokenizer_ttt import (
     AUDIO_TOKENIZER_FOLDER,
     check_audio_tokenizer,
+    make_importable,
     read_audio_tokenizer,
     write_audio_tokenizer,
 )
@@ -90,6 +91,7 @@ class TttProcessor(ProcessorMixin):
         num_codebooks=None,
     ):
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+        make_importable(type(self))
         self.token_ids = TttTokenIds.from_tokenizer(tokenizer)
         self.audio_token, self.audio_token_id = AUDIO_PLACEHOLDER, self.token_ids.audio_token_id_start
         # Not through ProcessorMixin, whose own check knows a fixed list of audio tokenizers.
@@ -128,6 +130,8 @@ class TttProcessor(ProcessorMixin):
                 f"{self.num_codebooks}. Use the two that belong together."
             )
         self.audio_tokenizer, self.num_codebooks = audio_tokenizer, audio_format.num_codebooks
+        for part in (audio_tokenizer, audio_tokenizer.config):
+            make_importable(type(part))
 
     @property
     def audio_format(self) -> TttAudioFormat:
@@ -295,6 +299,7 @@ class TttProcessor(ProcessorMixin):
         task: str | None = None,
         system_prompt: str | None = None,
         names: Sequence[str] | None = None,
+        max_audio_codes: int | None = None,
         processor_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -317,6 +322,9 @@ class TttProcessor(ProcessorMixin):
             task (`str`, *optional*): where a conversation does not begin with a system turn, give it this task's.
             system_prompt (`str`, *optional*): replaces the task's.
             names (`Sequence[str]`, *optional*): how errors call the conversations; "conversation 0" and so on.
+            max_audio_codes (`int`, *optional*):
+                Refuse an audio that becomes more codes, such as more than the model has positions, before it is
+                encoded: that takes time and memory.
             processor_kwargs (`dict`, *optional*): options of the call that `tokenize` makes, see `__call__`.
             kwargs (`dict`, *optional*):
                 `add_generation_prompt`, `continue_final_message`, `return_dict`, `return_assistant_tokens_mask` (the
@@ -364,7 +372,7 @@ class TttProcessor(ProcessorMixin):
         if tokenize:
             given = {**processor_kwargs, **processor_kwargs.get("audio_kwargs", {})}
             rate = given.get("sampling_rate") if sampling_rate is None else sampling_rate
-            codes = self._encode(name_audio_parts(conversations, names), audio, rate)
+            codes = self._encode(name_audio_parts(conversations, names), audio, rate, max_audio_codes=max_audio_codes)
             parts = iter([{"type": "audio", "audio": {"audio_codes": row}} for row in codes])
         conversations = [replace_audio_parts(messages, parts) for messages in conversations]
         return super().apply_chat_template(
@@ -690,7 +698,12 @@ class TttProcessor(ProcessorMixin):
         return cached[1]
 
     def _encode(
-        self, parts: Sequence[tuple[Mapping[str, Any], str]], audio: Any, sampling_rate: Any, batch_size: int = 16
+        self,
+        parts: Sequence[tuple[Mapping[str, Any], str]],
+        audio: Any,
+        sampling_rate: Any,
+        batch_size: int = 16,
+        max_audio_codes: int | None = None,
     ) -> list[Any]:
         """Return the codes of every named audio part, in order; those that come as audio are encoded together."""
         codes, waveforms = read_audio_parts(parts, self.feature_extractor.sampling_rate, audio, sampling_rate)
@@ -701,6 +714,15 @@ class TttProcessor(ProcessorMixin):
         if waveforms:
             names, arrays = [parts[position][1] for position in waveforms], list(waveforms.values())
             audio_tokenizer = self._require_audio_tokenizer()
+            if max_audio_codes is not None and self.audio_format.frame_rate:
+                codes_per_second = self.audio_format.frame_rate * self.num_codebooks
+                for name, array in zip(names, arrays, strict=True):
+                    seconds = len(array) / self.feature_extractor.sampling_rate
+                    if seconds * codes_per_second > max_audio_codes:
+                        raise ValueError(
+                            f"{name} lasts {seconds:.1f} s, which become more than {max_audio_codes} codes; pass at "
+                            f"most {max_audio_codes / codes_per_second:.0f} s."
+                        )
             rows = encode_waveforms(audio_tokenizer, self.feature_extractor, arrays, batch_size, names)
             for position, row in zip(waveforms, rows, strict=True):
                 codes[position] = row

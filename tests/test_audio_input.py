@@ -314,6 +314,11 @@ def test_unusable_audio_is_refused_by_name(processor, tmp_path):
         (np.zeros(0), ValueError, r"audio 1 is empty \(0 samples\)"),
         (np.array([0.0, np.nan, 0.0]), ValueError, "audio 1 holds nan at sample 1"),
         (np.array([np.inf, 0.0]), ValueError, "audio 1 holds inf at sample 0"),
+        (
+            {"array": np.array([0.0] * 5 + [np.nan]), "sampling_rate": 8_000},
+            ValueError,
+            "audio 1 holds nan at sample 5",
+        ),
         (write_wav(tmp_path / "none.wav", np.zeros(0)), ValueError, "audio 1 is empty"),
         (empty_file, ValueError, "audio 1: the file .*empty.wav' has no content"),
         (text_file, ValueError, "audio 1: .*words.wav' cannot be read as audio"),

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import warnings
 
 import numpy as np
 import pytest
@@ -437,6 +438,19 @@ def test_training_with_gradient_checkpointing_is_refused(tiny_model):
     model.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match="model.eval"):
         model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3)
+
+
+def test_training_mode_gives_no_false_alarm(tiny_model):
+    prompt = torch.tensor([[1, 2, 3]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        written = tiny_model().train().generate(prompt, max_new_tokens=3)
+    assert written.equal(tiny_model().generate(prompt, max_new_tokens=3))
+
+
+def test_a_model_without_values_says_so(tiny_model):
+    with pytest.raises(ValueError, match="'meta' device, which holds no values: load it with"):
+        tiny_model().to("meta").generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3)
 
 
 def test_the_result_reports_forwards_and_tokens_per_forward():

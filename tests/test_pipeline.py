@@ -9,6 +9,8 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from builders import build_model, build_processor, run_without_packages, tone, write_wav
+from datasets import Dataset as HubDataset
+from datasets import DatasetDict
 from torch.utils.data import Dataset
 from transformers import AutoConfig, pipeline
 
@@ -436,3 +438,41 @@ def test_an_offloaded_audio_tokenizer_stays_where_it_is(pipe):
     away = pipeline("audio-to-audio", model=pipe.model, processor=processor, device="cpu")
     assert isinstance(away, TttAudioToAudioPipeline)
     assert np.array_equal(away(tone(0.5))["audio"], pipe(tone(0.5))["audio"])
+
+
+def test_audio_that_no_context_holds_is_refused_before_it_is_encoded(pipe, monkeypatch):
+    monkeypatch.setattr(pipe.processor.audio_tokenizer, "encode", lambda *args, **kwargs: pytest.fail("encoded"))
+    seconds = pipe.model.config.text_config.max_position_embeddings / pipe.processor.audio_format.frame_rate
+    with pytest.raises(ValueError, match=rf"audio part 0 of input 0 lasts .*; pass at most {seconds:.0f} s"):
+        pipe(np.zeros(round(16_000 * (seconds + 1)), dtype=np.float32))
+
+
+def test_a_dictionary_of_data_sets_is_refused_by_its_splits(pipe):
+    splits = DatasetDict(train=HubDataset.from_dict({"audio": []}), test=HubDataset.from_dict({"audio": []}))
+    with pytest.raises(ValueError, match="is a DatasetDict of several data sets: 'train', 'test'. Pass one of them"):
+        pipe(splits)
+
+
+def test_parts_that_the_processor_has_are_not_taken_by_name(pipe, folder):
+    for name in ("tokenizer", "feature_extractor"):
+        with pytest.raises(ValueError, match=f"`{name}` is '.*', but the pipeline takes the processor's own"):
+            pipeline("audio-to-audio", model=pipe.model, processor=pipe.processor, **{name: str(folder)})
+
+
+FINGERPRINT = """
+import sys
+import warnings
+from datasets.fingerprint import Hasher
+from transformers import AutoProcessor
+warnings.simplefilter("error")
+processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+fingerprint = Hasher.hash(processor)
+processor(audio=[0.1] * 16_000)
+print(Hasher.hash(processor) == fingerprint, fingerprint)
+"""
+
+
+def test_a_data_set_is_mapped_with_a_processor_once(folder, tmp_path):
+    first, again = (run_without_packages(FINGERPRINT, folder, cwd=tmp_path) for _ in range(2))
+    assert first == again
+    assert first[0].startswith("True ")
