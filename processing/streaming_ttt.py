@@ -25,16 +25,16 @@ class TttStreamer(BaseStreamer):
     An answer in pieces: passed to `generate(streamer=...)`, which runs in another thread, and iterated over in this.
 
     Each item is `{"text": str}` or `{"audio": (samples,) float32, "sampling_rate": int}`. Texts joined are the answer's
-    text, waveforms joined its speech. When a piece of waveform comes depends on the audio tokenizer: see
-    `WaveformStream`. Waveforms are decoded in the thread that iterates. After `end` or `fail` it takes another answer,
-    read by iterating again; after `cancel` it is of no more use.
+    text, waveforms joined its speech; the prompt, which `generate` hands in first, is left out. When a piece of
+    waveform comes depends on the audio tokenizer: see `WaveformStream`. Waveforms are decoded in the thread that
+    iterates. After `end` or `fail` it takes another answer, read by iterating again; after `cancel` it is of no more
+    use.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): decodes text ids.
         token_ids (`TttTokenIds`): tells text from audio.
         audio_tokenizer (`PreTrainedModel`, *optional*): decodes codes; without one, audio is left out.
         sampling_rate (`int`, *optional*): of the waveforms, Hz; that of the audio tokenizer where not given.
-        skip_prompt (`bool`, *optional*, defaults to `True`): leave out the prompt, which `generate` hands in first.
         timeout (`float`, *optional*):
             Seconds to wait for the next piece before `queue.Empty` is raised; for ever where not given.
     """
@@ -45,7 +45,6 @@ class TttStreamer(BaseStreamer):
         token_ids: TttTokenIds,
         audio_tokenizer: Any | None = None,
         sampling_rate: int | None = None,
-        skip_prompt: bool = True,
         timeout: float | None = None,
     ):
         self.tokenizer = tokenizer
@@ -53,8 +52,7 @@ class TttStreamer(BaseStreamer):
         self.audio_tokenizer = audio_tokenizer
         self.sampling_rate = sampling_rate
         self.timeout = timeout
-        self.skip_prompt = skip_prompt
-        self._skip_next = skip_prompt
+        self._is_prompt_next = True
         self._queue: queue.Queue[Any] = queue.Queue()
         self._cancelled = False
         self._read_anew()
@@ -82,8 +80,8 @@ class TttStreamer(BaseStreamer):
             raise TttStreamCancelled
         if value.ndim > 1 and value.shape[0] > 1:
             raise ValueError(f"A stream carries one answer, got a batch of {value.shape[0]}. Generate them one by one.")
-        if self._skip_next:
-            self._skip_next = False
+        if self._is_prompt_next:
+            self._is_prompt_next = False
             return
         self._queue.put(to_list(value.reshape(-1)))
 
@@ -96,7 +94,7 @@ class TttStreamer(BaseStreamer):
         self._end(error)
 
     def _end(self, last: BaseException | None) -> None:
-        self._skip_next = self.skip_prompt
+        self._is_prompt_next = True
         self._queue.put(last)
 
     def cancel(self) -> None:
