@@ -14,7 +14,6 @@ class ApiError(Exception):
         status (`int`, *optional*, defaults to 400): of an HTTP answer.
         code (`str`, *optional*): for programs.
         param (`str`, *optional*): the field that is wrong.
-        kind (`str`, *optional*): `type` of the error; from the status where not given.
         retry_after (`float`, *optional*): seconds after which another try makes sense.
     """
 
@@ -24,12 +23,11 @@ class ApiError(Exception):
         status: int = 400,
         code: str | None = None,
         param: str | None = None,
-        kind: str | None = None,
         retry_after: float | None = None,
     ):
         super().__init__(message)
         self.message, self.status, self.code, self.param = message, status, code, param
-        self.kind = kind or _KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
+        self.kind = _KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
         self.retry_after = retry_after
 
     def body(self) -> dict[str, Any]:
@@ -47,7 +45,7 @@ class ApiError(Exception):
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
-def overloaded(retry_after: float = 1.0) -> ApiError:
+def overloaded(retry_after: float) -> ApiError:
     """Return what a client is told whose request finds the queue full."""
     message = "The server is busy and its queue is full. Try again later."
     return ApiError(message, 429, "server_overloaded", retry_after=retry_after)

@@ -57,7 +57,7 @@ class Service:
         self.engine.decode_audio(codes[:1]).result()
         SpeechDetector(silero_probability()).push(np.zeros(4 * WINDOW, np.float32))
 
-    def check_model(self, name: str, param: str = "model") -> None:
+    def check_model(self, name: str) -> None:
         """
         Refuse a model that is not served.
 
@@ -66,7 +66,7 @@ class Service:
         """
         if name != self.model_name:
             message = f"The model '{name[:100]}' does not exist; this server has '{self.model_name}'."
-            raise ApiError(message, 404, "model_not_found", param)
+            raise ApiError(message, 404, "model_not_found", "model")
 
     def system_prompt(self, task: str | None, instructions: str | None, has_audio: bool) -> str:
         """

@@ -18,6 +18,7 @@ from .limits import Limits
 
 WIRE_RATE = 24_000  # Hz, of PCM16 in OpenAI's protocols
 SAMPLE_BYTES = 2
+PIECE_SAMPLES = WIRE_RATE // 5  # 0.2 s
 FORMATS_READ = {"WAV", "WAVEX", "FLAC", "OGG", "MPEG", "MP3", "AIFF"}  # soundfile's names of what is decoded
 FORMATS_WRITTEN = {"wav": "audio/wav", "flac": "audio/flac", "pcm": "audio/pcm"}
 RATES_READ = range(1000, 192_001)  # Hz
@@ -188,8 +189,8 @@ class FileStream:
         )  # fmt: skip
 
 
-def split_pcm(pcm: bytes, seconds: float = 0.2, rate: int = WIRE_RATE) -> Iterator[bytes]:
-    """Yield PCM16 in pieces of at most `seconds`, so that what was not sent can be held back."""
-    size = int(seconds * rate) * SAMPLE_BYTES
+def split_pcm(pcm: bytes) -> Iterator[bytes]:
+    """Yield PCM16 in pieces of at most `PIECE_SAMPLES`, so that what was not sent can be held back."""
+    size = PIECE_SAMPLES * SAMPLE_BYTES
     for start in range(0, len(pcm), size):
         yield pcm[start : start + size]
