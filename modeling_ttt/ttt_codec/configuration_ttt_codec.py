@@ -1,6 +1,7 @@
 """The configuration of TttCodec. The model itself lives in modeling_ttt_codec.py."""
 
 import math
+from collections.abc import Sequence
 
 from transformers import PreTrainedConfig
 
@@ -36,60 +37,42 @@ class TttCodecConfig(PreTrainedConfig):
 
     model_type = "ttt_codec"
 
-    def __init__(
-        self,
-        sampling_rate: int = 16_000,
-        hop_length: int = 1280,
-        mel_hop_length: int = 160,
-        n_fft: int = 640,
-        num_mel_bins: int = 80,
-        fsq_levels: list[int] | None = None,
-        hidden_size: int = 256,
-        num_encoder_blocks: int = 3,
-        encoder_kernel_size: int = 5,
-        num_code_blocks: int = 3,
-        code_kernel_size: int = 3,
-        num_mel_blocks: int = 4,
-        mel_kernel_size: int = 5,
-        vocoder_hidden_size: int = 256,
-        num_vocoder_blocks: int = 5,
-        vocoder_kernel_size: int = 7,
-        vocoder: str = "neural",
-        griffin_lim_iterations: int = 32,
-        **kwargs,
-    ):
-        self.sampling_rate = sampling_rate
-        self.hop_length = hop_length
-        self.mel_hop_length = mel_hop_length
-        self.n_fft = n_fft
-        self.num_mel_bins = num_mel_bins
-        self.fsq_levels = list(fsq_levels or [5, 5, 4, 4])
-        self.hidden_size = hidden_size
-        self.num_encoder_blocks = num_encoder_blocks
-        self.encoder_kernel_size = encoder_kernel_size
-        self.num_code_blocks = num_code_blocks
-        self.code_kernel_size = code_kernel_size
-        self.num_mel_blocks = num_mel_blocks
-        self.mel_kernel_size = mel_kernel_size
-        self.vocoder_hidden_size = vocoder_hidden_size
-        self.num_vocoder_blocks = num_vocoder_blocks
-        self.vocoder_kernel_size = vocoder_kernel_size
-        self.vocoder = vocoder
-        self.griffin_lim_iterations = griffin_lim_iterations
+    sampling_rate: int = 16_000
+    hop_length: int = 1280
+    mel_hop_length: int = 160
+    n_fft: int = 640
+    num_mel_bins: int = 80
+    fsq_levels: Sequence[int] = (5, 5, 4, 4)
+    hidden_size: int = 256
+    num_encoder_blocks: int = 3
+    encoder_kernel_size: int = 5
+    num_code_blocks: int = 3
+    code_kernel_size: int = 3
+    num_mel_blocks: int = 4
+    mel_kernel_size: int = 5
+    vocoder_hidden_size: int = 256
+    num_vocoder_blocks: int = 5
+    vocoder_kernel_size: int = 7
+    vocoder: str = "neural"
+    griffin_lim_iterations: int = 32
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.fsq_levels = list(self.fsq_levels)
+        hop_length, mel_hop_length = self.hop_length, self.mel_hop_length
         if hop_length % (2 * mel_hop_length):
             raise ValueError(
                 f"hop_length ({hop_length}) must be a multiple of 2 * mel_hop_length ({2 * mel_hop_length})"
             )
-        if n_fft != 4 * mel_hop_length:
-            raise ValueError(f"n_fft ({n_fft}) must be 4 * mel_hop_length ({4 * mel_hop_length})")
+        if self.n_fft != 4 * mel_hop_length:
+            raise ValueError(f"n_fft ({self.n_fft}) must be 4 * mel_hop_length ({4 * mel_hop_length})")
         if min(self.fsq_levels) < 2:
             raise ValueError(f"fsq_levels ({self.fsq_levels}) must be 2 or more each")
-        if vocoder not in VOCODERS:
-            raise ValueError(f"vocoder must be one of {VOCODERS}, not {vocoder!r}")
+        if self.vocoder not in VOCODERS:
+            raise ValueError(f"vocoder must be one of {VOCODERS}, not {self.vocoder!r}")
         for name in ("encoder", "code", "mel", "vocoder"):
             if getattr(self, f"{name}_kernel_size") % 2 == 0:
                 raise ValueError(f"{name}_kernel_size must be odd, not {getattr(self, f'{name}_kernel_size')}")
-        super().__init__(**kwargs)
 
     @property
     def codebook_size(self) -> int:

@@ -67,7 +67,7 @@ class TttCodecOutput(ModelOutput):
 class TttCodecFiniteScalarQuantizer(nn.Module):
     """Finite scalar quantisation (Mentzer et al., 2023): each dimension is bounded and rounded to a few levels."""
 
-    def __init__(self, levels: list[int]):
+    def __init__(self, levels: Sequence[int]):
         super().__init__()
         self.levels = levels
         self.bases = [1]
