@@ -2,6 +2,7 @@
 
 import copy
 import os
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +85,8 @@ class TttPreTrainedModel(PreTrainedModel):
         for sub_config in (config, config.text_config):
             _refuse_flash_attention(sub_config._attn_implementation)
         super().__init__(config, *inputs, **kwargs)
+        for part in (self, config):
+            _make_importable(type(part))
 
     @property
     def device(self) -> torch.device:
@@ -452,6 +455,16 @@ def _refuse_flash_attention(attn_implementation: str | dict | None) -> None:
             f"`attn_implementation={attn_implementation!r}` cannot express audio spans that are bidirectional inside a "
             "causal sequence: choose 'sdpa', 'flex_attention' or 'eager'."
         )
+
+
+def _make_importable(cls: type) -> None:
+    """
+    Put the module of a class into its package, which Transformers leaves out for code from a model folder: dill looks
+    there, and `datasets.Dataset.map` fingerprints with dill. The processor does the same for its own.
+    """
+    package, _, name = cls.__module__.rpartition(".")
+    if package in sys.modules and not hasattr(sys.modules[package], name):
+        setattr(sys.modules[package], name, sys.modules[cls.__module__])
 
 
 for model_class in (TttModel, TttForConditionalGeneration):  # so that their code goes along

@@ -61,6 +61,7 @@ class TttAudioToAudioPipeline(Pipeline):
                 "The pipeline needs a processor with an audio tokenizer. Leave `processor` out to have the model's own "
                 "loaded, or load it with `AutoProcessor.from_pretrained(..., trust_remote_code=True)`."
             )
+        self.processor.make_importable(type(self))
         # Weights on "meta" are offloaded: accelerate's hooks bring them to where they compute, and nothing else may.
         if all(parameter.device.type != "meta" for parameter in self.processor.audio_tokenizer.parameters()):
             self.processor.audio_tokenizer.to(self.device)

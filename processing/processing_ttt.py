@@ -77,6 +77,7 @@ class TttProcessor(ProcessorMixin):
 
     valid_processor_kwargs = TttProcessorKwargs
     is_single_audio = staticmethod(is_single_audio)
+    make_importable = staticmethod(make_importable)
     text_kwargs = {"add_special_tokens": False, "padding": True, "padding_side": "left", "return_tensors": "pt"}
 
     def __init__(

@@ -463,16 +463,18 @@ FINGERPRINT = """
 import sys
 import warnings
 from datasets.fingerprint import Hasher
-from transformers import AutoProcessor
+from transformers import AutoModel, AutoProcessor, pipeline
 warnings.simplefilter("error")
 processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
 fingerprint = Hasher.hash(processor)
 processor(audio=[0.1] * 16_000)
 print(Hasher.hash(processor) == fingerprint, fingerprint)
+print(Hasher.hash(AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)))
+print(Hasher.hash(pipeline("audio-to-audio", model=sys.argv[1], trust_remote_code=True)))
 """
 
 
-def test_a_data_set_is_mapped_with_a_processor_once(folder, tmp_path):
+def test_a_data_set_is_mapped_with_the_same_objects_once(folder, tmp_path):
     first, again = (run_without_packages(FINGERPRINT, folder, cwd=tmp_path) for _ in range(2))
     assert first == again
     assert first[0].startswith("True ")
