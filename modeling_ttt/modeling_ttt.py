@@ -266,7 +266,14 @@ class TttForConditionalGeneration(TttPreTrainedModel, TttGenerationMixin):
         """As any model; the saved configuration names this class for every auto class that resolves to it."""
         # `fully_shard` gives a model a class of PyTorch's own: code and configuration are saved for the original one.
         current_class = type(self)
-        original_class = next(cls for cls in current_class.__mro__ if not cls.__module__.startswith("torch."))
+        # No file holds the code of a class that a script or notebook defines.
+        unnamed = ("torch.", "__main__")
+        original_class = next(cls for cls in current_class.__mro__ if not cls.__module__.startswith(unnamed))
+        if any(cls.__module__ == "__main__" for cls in current_class.__mro__):
+            logger.warning(
+                f"{current_class.__name__} is defined in a script or notebook, whose code is not saved: the folder "
+                f"loads as {original_class.__name__}. Define it in a module of its own to save its code, too."
+            )
         reference = f"{original_class.__module__.split('.')[-1]}.{original_class.__name__}"
         auto_map = dict(getattr(self.config, "auto_map", None) or {})
         self.config.auto_map = auto_map | dict.fromkeys(AUTO_CLASSES, reference)

@@ -558,6 +558,16 @@ class TttProcessor(ProcessorMixin):
 
     # ------------------------------------------------------------------ saving and loading
 
+    def __repr__(self) -> str:
+        """As any processor's, but for the tokenizer's list of a token for each code, and with the audio tokenizer."""
+        codec = self.audio_tokenizer
+        lines = [
+            f"- tokenizer: {type(self.tokenizer).__name__} of {len(self.tokenizer)} tokens, "
+            f"{self.token_ids.num_audio_codes} of them codes",
+            f"- audio_tokenizer: {codec if codec is None else f'{type(codec).__name__} in {codec.dtype}'}",
+        ]
+        return "\n".join([f"{type(self).__name__}:", *lines, "", self.to_json_string()])
+
     def to_dict(self) -> dict[str, Any]:
         """Return the processor's own settings; the audio tokenizer is saved beside them, not in them."""
         settings = copy.copy(self)
@@ -609,13 +619,14 @@ class TttProcessor(ProcessorMixin):
             subfolder (`str`, *optional*, defaults to `""`): where in the repository the processor lies.
             kwargs (`dict`, *optional*):
                 `revision`, `token`, `cache_dir` and the like; `dtype` and `device_map` are the audio tokenizer's
-                (float32 by default and for "auto": codes and waveforms depend on its precision).
+                (float32 by default, for "auto", and in a pipeline, whose `dtype` is the model's: codes and waveforms
+                depend on its precision).
 
         Raises:
             OSError: if there is no processor_config.json, or an audio tokenizer that it names is not there.
         """
         located = {name: kwargs[name] for name in ("revision", *AUDIO_TOKENIZER_KWARGS) if name in kwargs}
-        if located.get("dtype") in (None, "auto"):
+        if located.get("dtype") in (None, "auto") or "_from_pipeline" in kwargs:  # a pipeline's is the model's
             located["dtype"] = torch.float32
         for name in ("dtype", "device_map"):
             kwargs.pop(name, None)

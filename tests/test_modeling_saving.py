@@ -1,6 +1,7 @@
 """Saving, loading, sharing and placing the model, with and without this package installed."""
 
 import json
+import logging
 import shutil
 
 import pytest
@@ -30,6 +31,26 @@ def test_saved_models_load_the_same(tied, max_shard_size, tmp_path):
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert torch.equal(logits_of(loaded), logits_of(model))
     assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) == tied
+
+
+def test_a_class_of_a_notebook_is_saved_as_the_one_it_extends(tmp_path, caplog):
+    class Mine(TttForConditionalGeneration):
+        pass
+
+    Mine.__module__ = "__main__"
+    model = Mine(make_model().config)
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        model.save_pretrained(tmp_path)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert type(model) is Mine
+    assert any("Mine is defined in a script or notebook" in record.getMessage() for record in caplog.records)
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModel"] == "modeling_ttt.TttForConditionalGeneration"
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(logits_of(loaded), logits_of(model))
 
 
 def test_importing_the_package_registers_the_auto_classes(tmp_path):

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import build_codec, build_processor, build_tokenizer, tone, write_wav
-from transformers import AutoProcessor, EncodecFeatureExtractor
+from builders import build_codec, build_model, build_processor, build_tokenizer, tone, write_wav
+from transformers import AutoProcessor, EncodecFeatureExtractor, pipeline
 
+from pipelines import save_repository
 from processing import TASKS, TttProcessor, TttTask, interleave
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -483,6 +484,21 @@ def test_the_audio_tokenizer_loads_in_float32_whatever_it_was_saved_in(saved, tm
     assert TttProcessor.from_pretrained(tmp_path).audio_tokenizer.dtype == torch.float32
     assert TttProcessor.from_pretrained(tmp_path, dtype="auto").audio_tokenizer.dtype == torch.float32
     assert TttProcessor.from_pretrained(tmp_path, dtype=torch.bfloat16).audio_tokenizer.dtype == torch.bfloat16
+
+
+def test_a_pipeline_in_bfloat16_keeps_its_audio_tokenizer_in_float32(tmp_path):
+    processor = build_processor(audio_tokenizer=build_codec())
+    save_repository(build_model(processor), processor, tmp_path)
+    pipe = pipeline("audio-to-audio", model=str(tmp_path), dtype=torch.bfloat16, trust_remote_code=True)
+    assert pipe.model.dtype == torch.bfloat16 and pipe.processor.audio_tokenizer.dtype == torch.float32
+
+
+def test_a_processor_is_shown_without_its_thousands_of_tokens():
+    processor = build_processor(audio_tokenizer=build_codec())
+    shown = repr(processor)
+    assert f"of {len(processor.tokenizer)} tokens, {processor.num_codebooks * 16} of them codes" in shown
+    assert "in torch.float32" in shown and '"system_prompts"' in shown and "AddedToken" not in shown
+    assert "- audio_tokenizer: None" in repr(build_processor(audio_tokenizer=None))
 
 
 class Hub:

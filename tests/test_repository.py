@@ -1,6 +1,7 @@
 """Promises of the repository itself: README, pinned versions, direction of imports, the layout of model folders."""
 
 import ast
+import importlib
 import os
 import re
 import shutil
@@ -60,6 +61,19 @@ def anchors(path: Path) -> set[str]:
     """Return what a page's headings are linked by, as GitHub and the Hub name them."""
     headings = re.findall(r"^#+ (.*)$", prose(path), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_the_readme_lists_what_can_be_imported(name):
+    package = importlib.import_module(name)
+    table = README[README.index("| from | names | for |") :]
+    rows = [row.split(" | ") for row in table[: table.index("\n\n")].splitlines()[2:]]
+    folder, listed = "", {}
+    for row in rows:
+        folder = row[0].strip("| `") or folder
+        listed.setdefault(folder, []).extend(re.findall(r"`(\w+)`", row[1]))
+    assert sorted(listed[name]) == sorted(package.__all__)
+    assert all(getattr(package, public).__doc__ for public in package.__all__)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
