@@ -230,6 +230,9 @@ class TttProcessor(ProcessorMixin):
             )
         if system_prompt is not None:
             raise ValueError("`system_prompt` goes with a `task`; without one, `text` is a whole prompt.")
+        for rendered in texts:
+            if os.path.isfile(rendered):
+                raise ValueError(f"`text` is {shorten(rendered)}, the name of a file: give a recording as `audio=`.")
         # Its padding side is a tokenizer's own affair: a batch of prompts is padded on the left.
         init_kwargs = {name: value for name, value in self.tokenizer.init_kwargs.items() if name != "padding_side"}
         options = self._merge_kwargs(tokenizer_init_kwargs=init_kwargs, **kwargs)

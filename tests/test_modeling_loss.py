@@ -339,7 +339,7 @@ def test_gradient_checkpointing_changes_no_gradient(batch):
     model = make_model(clean_batch_probability=0.0).train()
     expected = gradients(model, **batch, generator=generator())
     model.gradient_checkpointing_enable()
-    assert model.is_gradient_checkpointing
+    assert model.is_activation_checkpointing
     actual = gradients(model, **batch, generator=generator())
     for name, gradient in expected.items():
         torch.testing.assert_close(actual[name], gradient)

@@ -273,6 +273,8 @@ def test_options_of_other_kinds_are_errors(processor):
         processor(text="a", images=[np.zeros((3, 4, 4))])
     with pytest.raises(ValueError, match="passed two times"):
         processor(text="a", padding=True, text_kwargs={"padding": False})
+    with pytest.raises(ValueError, match="`text` is '.*options.py', the name of a file: give a recording"):
+        processor(__file__)  # without its name an audio would be a prompt
     with pytest.raises(ValueError, match="`system_prompt` goes with a `task`"):
         processor(text="a", system_prompt="Be brief.")
     with pytest.raises(ValueError, match="`load_audio_from_video` is True"):
