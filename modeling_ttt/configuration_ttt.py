@@ -4,7 +4,7 @@ import copy
 import inspect
 import os
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, TypedDict
+from typing import Any, ClassVar, Literal, TypedDict, get_args, get_origin
 
 from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
@@ -282,7 +282,7 @@ class TttConfig(PreTrainedConfig):
             try:
                 validate_typed_dict(SETTINGS, {name: value})  # type: ignore[type-var]
             except StrictDataclassFieldValidationError as error:
-                raise ValueError(f"`{name}` is {value!r}; give {inspect.formatannotation(kind)}.") from error
+                raise ValueError(f"`{name}` is {value!r}; give {_in_words(kind)}.") from error
 
     def _validate_objective(self) -> None:
         """Raise a `ValueError` that names the first probability, noise level or objective out of range."""
@@ -308,6 +308,17 @@ class TttConfig(PreTrainedConfig):
                 "`text_objective` is 'diffusion', which makes a response one span without blocks: use it with "
                 "`span_attention='bidirectional'` and `block_masking_probability=0`."
             )
+
+
+def _in_words(kind: Any) -> str:
+    """Return a type as an error asks for it."""
+    if get_origin(kind) is Literal:
+        return " or ".join(map(repr, get_args(kind)))
+    of_items = "a list of " if get_origin(kind) is Sequence else ""
+    kind = get_args(kind)[0] if of_items else kind
+    words = {int: "an integer", float | int: "a number", bool: "True or False"}
+    plural = {int: "integers", float | int: "numbers"}
+    return of_items + (plural if of_items else words).get(kind, inspect.formatannotation(kind))
 
 
 # Settings that are neither the library's nor, checked by its own configuration, the backbone's.

@@ -1,6 +1,7 @@
 """TttConfig: what it accepts, what it refuses, and that it survives a round trip."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -177,6 +178,21 @@ def test_settings_of_a_wrong_type_are_refused_by_name_whenever_they_are_given(na
         setattr(changed, name, value)
         with pytest.raises(ValueError, match=f"^`{name}` is .*; give"):
             changed.validate()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("num_audio_codes", True, "`num_audio_codes` is True; give an integer."),
+        ("noise_epsilon", "0.1", "`noise_epsilon` is '0.1'; give a number."),
+        ("stratified_noise", 1, "`stratified_noise` is 1; give True or False."),
+        ("block_lengths", "26", "`block_lengths` is '26'; give a list of integers."),
+        ("span_attention", "causal", "`span_attention` is 'causal'; give 'bidirectional' or 'block_causal'."),
+    ],
+)
+def test_a_setting_of_the_wrong_type_is_told_what_to_be(name, value, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        TttConfig(**{name: value})
 
 
 def test_whole_numbers_serve_as_probabilities_and_lists_and_tuples_as_sequences():
