@@ -572,5 +572,6 @@ def test_settings_for_sampling_are_warned_of_where_the_call_has_them(tiny_model,
             model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3, **options)
     finally:
         logger.removeHandler(caplog.handler)
-    warned = [record.getMessage() for record in caplog.records if "generation flags" in record.getMessage()]
-    assert [named in line for line in warned] == ([True] if named else [])
+    # Once or twice: an earlier test may have let the library's records through to the root logger.
+    warned = {record.getMessage() for record in caplog.records if "generation flags" in record.getMessage()}
+    assert len(warned) == (named is not None) and all(named in line for line in warned)
