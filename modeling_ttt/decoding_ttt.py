@@ -45,6 +45,7 @@ DENOISING_OPTIONS = (
     "audio_steps_per_block",
     "audio_remasking",
     "audio_confidence_threshold",
+    "audio_prefix_probability",
     "audio_temperature",
     "audio_top_k",
     "audio_top_p",

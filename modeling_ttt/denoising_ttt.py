@@ -58,6 +58,8 @@ def denoise(
     else:
         confidence = confidence_of(logits, tokens, options.audio_remasking)
 
+    if options.audio_prefix_probability is not None:
+        return tokens, choose_prefix(confidence, undecided, options.audio_prefix_probability)
     threshold = options.audio_confidence_threshold
     shares = [split_evenly(size, options.audio_steps_per_block) for size in sizes]
     counts = [
@@ -188,6 +190,22 @@ def choose_positions(
     return chosen & undecided
 
 
+def choose_prefix(confidence: torch.Tensor, undecided: torch.Tensor, probability: float) -> torch.Tensor:
+    """
+    Choose the first undecided position of each row and those after it for as long as the product of the confidences,
+    its own included, is at least `probability`.
+
+    Args:
+        confidence, undecided (`torch.Tensor` of shape `(rows, block)`).
+
+    Returns:
+        `torch.BoolTensor` of shape `(rows, block)`.
+    """
+    joint = confidence.masked_fill(~undecided, 1.0).cumprod(dim=-1)
+    first = undecided.cumsum(dim=-1) == 1
+    return undecided & (first | (joint >= probability))
+
+
 def _stack(rows: list[torch.Tensor], like: torch.Tensor, filling: float) -> torch.Tensor:
     """Stack what rows with blocks of different sizes have drawn, as wide as the widest block."""
     return pad_sequence(rows, batch_first=True, padding_value=filling).to(like.device)
@@ -195,6 +213,7 @@ def _stack(rows: list[torch.Tensor], like: torch.Tensor, filling: float) -> torc
 
 __all__ = [
     "choose_positions",
+    "choose_prefix",
     "confidence_of",
     "denoise",
     "draw",

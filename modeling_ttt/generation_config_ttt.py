@@ -53,7 +53,9 @@ SWITCHES = (
     "use_cache",
 )
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-AUDIO_OPTIONS = (*AUDIO_DEFAULTS, "audio_confidence_threshold", "audio_top_k", "audio_top_p", "seed")
+# Rules by which a step fixes as many positions as it is sure of, instead of an even split.
+SURE_RULES = ("audio_confidence_threshold", "audio_prefix_probability")
+AUDIO_OPTIONS = (*AUDIO_DEFAULTS, *SURE_RULES, "audio_top_k", "audio_top_p", "seed")
 
 
 class TttGenerationConfig(GenerationConfig):
@@ -71,8 +73,8 @@ class TttGenerationConfig(GenerationConfig):
             codes a second).
         audio_steps_per_block (`int`, default 2): denoising steps per block. The block's positions are split evenly
             over the steps, earlier steps taking the remainder. Steps beyond the block size change nothing. Not used
-            when `audio_confidence_threshold` is set; but steps that a call of `generate` asks for go before a
-            threshold that the checkpoint alone sets.
+            when `audio_confidence_threshold` or `audio_prefix_probability` is set; but steps that a call of `generate`
+            asks for go before a rule that the checkpoint alone sets.
         audio_remasking (`str`, default "low_confidence"): which positions a step fixes. "low_confidence": those whose
             chosen token has the highest probability; "entropy": those whose distribution has the lowest entropy;
             "random": any.
@@ -80,6 +82,13 @@ class TttGenerationConfig(GenerationConfig):
             position whose confidence reaches the threshold, and the most confident one where none does, so that a
             block takes between 1 and `audio_block_size` steps. The confidence is the chosen token's probability
             ("low_confidence") or exp(-entropy), one over the effective number of choices ("entropy").
+        audio_prefix_probability (`float` in (0, 1], *optional*): each step fixes the longest run of positions, from the
+            first undecided one on, of which all are right with at least this probability: the product of their
+            confidences. The first one is always fixed. So a block is written from left to right, in 1 to
+            `audio_block_size` steps, many codes at a time where the model is sure and one by one where it is not; how
+            much may go wrong in a step is bounded, as in EB-Sampler (2505.24857) and in adaptive parallel decoding
+            (2506.00413), but in the order of speech and by the model alone. Not together with
+            `audio_confidence_threshold`; `audio_order_bias` has no effect on it.
         audio_temperature (`float`, default 0.0): 0 takes the most probable token; above 0 samples.
         audio_top_k (`int`, *optional*), audio_top_p (`float` in (0, 1], *optional*): restrict the sampling to the most
             probable tokens. They have no effect at temperature 0. Confidences are taken before temperature and these.
@@ -100,6 +109,7 @@ class TttGenerationConfig(GenerationConfig):
     def __init__(self, **kwargs: Any):
         for name in AUDIO_OPTIONS:
             setattr(self, name, kwargs.pop(name, None))
+        refuse_two_rules(self.__dict__)
         super().__init__(**kwargs)
 
     @staticmethod
@@ -164,15 +174,16 @@ class TttGenerationConfig(GenerationConfig):
             value = getattr(self, name)
             if value is not None and (not _is_number(value) or value < 0):
                 raise ValueError(f"`{name}` is {value!r}; use a finite number of at least 0 (0 switches it off).")
-        for name in ("audio_confidence_threshold", "audio_top_p"):
+        for name in (*SURE_RULES, "audio_top_p"):
             value = getattr(self, name)
             if value is not None and (not _is_number(value) or not 0 < value <= 1):
                 raise ValueError(f"`{name}` is {value!r}; use a number above 0 and at most 1, or None.")
-        if self.audio_confidence_threshold is not None and self.audio_remasking == "random":
-            raise ValueError(
-                f"`audio_confidence_threshold` is {self.audio_confidence_threshold!r}, but `audio_remasking` is "
-                "'random', whose confidence means nothing; use 'low_confidence' or 'entropy', or no threshold."
-            )
+        for name in SURE_RULES:
+            if getattr(self, name) is not None and self.audio_remasking == "random":
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)!r}, but `audio_remasking` is 'random', whose confidence means "
+                    f"nothing; use 'low_confidence' or 'entropy', or no `{name}`."
+                )
         seeds = self.seed if isinstance(self.seed, list | tuple) else [self.seed]
         if self.seed is not None and not (seeds and all(_is_int(seed) and 0 <= seed < 2**63 for seed in seeds)):
             raise ValueError(f"`seed` is {self.seed!r}; use an integer from 0 to 2**63 - 1, or a list of one per row.")
@@ -183,6 +194,18 @@ class TttGenerationConfig(GenerationConfig):
                 setattr(self, name, list(map(int, value)))
             elif isinstance(value, Integral | Real) and not isinstance(value, bool):
                 setattr(self, name, int(value) if isinstance(value, Integral) else float(value))
+
+
+def refuse_two_rules(options: Mapping[str, Any]) -> None:
+    """
+    Check that `options` say in one way alone how many positions a step fixes.
+
+    Raises:
+        ValueError: if there are two of `SURE_RULES`.
+    """
+    rules = [f"`{name}` is {options[name]!r}" for name in SURE_RULES if options.get(name) is not None]
+    if len(rules) > 1:
+        raise ValueError(f"{' and '.join(rules)}: they are two rules for the same choice. Leave one of them out.")
 
 
 def read_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,4 +245,12 @@ def _are_token_ids(value: Any) -> bool:
     return all(map(_is_int, value)) if isinstance(value, list | tuple) else _is_int(value)
 
 
-__all__ = ["AUDIO_DEFAULTS", "AUDIO_OPTIONS", "AUDIO_REMASKING_RULES", "TttGenerationConfig", "read_options"]
+__all__ = [
+    "AUDIO_DEFAULTS",
+    "AUDIO_OPTIONS",
+    "AUDIO_REMASKING_RULES",
+    "SURE_RULES",
+    "TttGenerationConfig",
+    "read_options",
+    "refuse_two_rules",
+]

@@ -19,7 +19,14 @@ from transformers.utils import TransformersKwargs, logging
 
 from .cache_ttt import TttCache
 from .decoding_ttt import Call, TttDecoder
-from .generation_config_ttt import AUDIO_DEFAULTS, AUDIO_OPTIONS, TttGenerationConfig, read_options
+from .generation_config_ttt import (
+    AUDIO_DEFAULTS,
+    AUDIO_OPTIONS,
+    SURE_RULES,
+    TttGenerationConfig,
+    read_options,
+    refuse_two_rules,
+)
 from .response_diffusion_ttt import ResponseDecoder
 
 logger = logging.get_logger(__name__)
@@ -132,10 +139,11 @@ class TttGenerationMixin(GenerationMixin):
         options = TttGenerationConfig.upgrade(prepared)
         if several is not None:
             options.update(num_return_sequences=several)
-        # Steps that the call asks for are not overruled by a threshold that the checkpoint alone sets.
+        # What the call asks for, steps too, is not overruled by a rule that the checkpoint alone sets.
         given = kwargs if generation_config is None else {**vars(generation_config), **kwargs}
-        if given.get("audio_steps_per_block") is not None and given.get("audio_confidence_threshold") is None:
-            options.audio_confidence_threshold = None
+        refuse_two_rules(given)
+        if any(given.get(name) is not None for name in ("audio_steps_per_block", *SURE_RULES)):
+            options.update(**{name: given.get(name) for name in SURE_RULES})
         return options, model_kwargs
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
@@ -210,7 +218,8 @@ class TttGenerationMixin(GenerationMixin):
               masked before the block, is mixed in;
            c. take a token for every position: the most probable, or a sample (`audio_temperature` above 0);
            d. fix the most confident of the undecided positions (`audio_remasking`), an even share of the block per step
-              or all those above `audio_confidence_threshold`; the cache forgets the step; back to b;
+              or those that `audio_confidence_threshold` or `audio_prefix_probability` says; the cache forgets the step;
+              back to b;
            e. when the block is decided up to its first end token, the span ends there (an end token of either kind, as
               published) and the rest is dropped; without one, the next block follows.
         4. Commit: a forward over the finished span stores its keys and values and gives the next text token's logits.

@@ -57,6 +57,7 @@ def reference_generate(
     steps: int = 2,
     remasking: str = "low_confidence",
     threshold: float | None = None,
+    prefix: float | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -152,6 +153,12 @@ def reference_generate(
                 count = share + (step < rest)
                 if threshold is not None:
                     count = max(1, sum(confidence[i] >= threshold for i in undecided))
+                if prefix is not None:
+                    undecided.sort()
+                    joint, count = confidence[undecided[0]], 1
+                    while count < len(undecided) and joint * confidence[undecided[count]] >= prefix:
+                        joint *= confidence[undecided[count]]
+                        count += 1
                 for i in undecided[:count]:
                     block[i] = int(chosen[i])
                 step += 1

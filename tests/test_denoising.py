@@ -6,6 +6,7 @@ import torch
 from modeling_ttt import TttGenerationConfig
 from modeling_ttt.denoising_ttt import (
     choose_positions,
+    choose_prefix,
     confidence_of,
     denoise,
     draw,
@@ -80,6 +81,18 @@ def test_a_preference_for_earlier_positions_changes_the_order_and_not_the_thresh
     assert two.tolist() == [[False, True, False, True]]  # 0.5 - 0.06 before 0.55 - 0.12
     chosen = choose_positions(confidence, undecided, one, threshold=0.5, order_bias=0.3)
     assert chosen.tolist() == [[True, True, True, True]]
+
+
+def test_a_prefix_reaches_as_far_as_its_joint_probability_and_holds_the_first_undecided_position():
+    confidence = torch.tensor([[0.1, 0.9, 0.8, 0.7], [0.2, 0.9, 0.9, 0.9], [0.9, 0.9, 0.1, 0.9]])
+    undecided = torch.tensor([[False, True, True, True], [True, True, True, True], [True, False, False, True]])
+    chosen = choose_prefix(confidence, undecided, 0.72 - 1e-6)
+    assert chosen.tolist() == [
+        [False, True, True, False],  # 0.9 * 0.8 = 0.72; what is decided counts no more
+        [True, False, False, False],
+        [True, False, False, True],  # 0.9 * 0.9, over what is decided
+    ]
+    assert not choose_prefix(confidence, torch.zeros_like(undecided), 0.5).any()
 
 
 def options_of(**options):

@@ -508,8 +508,8 @@ def one_listener(monkeypatch):
 
 
 def arguments(folder, output, **options):
-    defaults = {"sweep_limit": 1, "blocks": [4], "steps": [2], "thresholds": [0.9], "order_biases": [0.0, 0.1]}
-    defaults |= {"timed": 1, "cold_runs": 0, "batch_size": 2}
+    defaults = {"sweep_limit": 1, "blocks": [4], "steps": [2], "thresholds": [0.9], "prefixes": [0.5]}
+    defaults |= {"order_biases": [0.0, 0.1], "timed": 1, "cold_runs": 0, "batch_size": 2}
     return task_set.Arguments(
         model=str(folder / "model"), data_dir=folder / "eval", output_dir=output, **(defaults | options)
     )
@@ -534,8 +534,9 @@ def test_ttt_tinys_task_set_measures_model_and_twin_and_goes_on_where_it_stopped
     assert values["twin_speed", "speed/seconds"].count == 1
     assert values["model_speed", "speed/first_sound"].count == 1
     titles = [title for title in report.section_titles.values() if title.startswith("blocks of")]
-    assert len(titles) == 2 * 2 and "blocks of 26, threshold 0.9, order 0.1" in titles
+    assert len(titles) == 2 * 2 + 1 and "blocks of 26, threshold 0.9, order 0.1" in titles
     assert values["sweep/blocks of 4, 2 steps", "tts/speech/deaf"].count == 1
+    assert values["sweep/blocks of 4, prefix 0.5", "tts/speech/deaf"].count == 1
     for part in (
         "at least",
         "| autoregressive twin |",

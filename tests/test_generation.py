@@ -81,6 +81,8 @@ def test_golden_tokens_are_the_published_ones(name):
             {"audio_confidence_threshold": 0.3, "audio_remasking": "entropy"},
             {"threshold": 0.3, "remasking": "entropy"},
         ),
+        ({"audio_prefix_probability": 0.1}, {"prefix": 0.1}),
+        ({"audio_prefix_probability": 0.02, "audio_remasking": "entropy"}, {"prefix": 0.02, "remasking": "entropy"}),
         ({"audio_remasking": "random", "seed": 3}, {"remasking": "random", "seed": 3}),
         ({"audio_order_bias": 0.02, "audio_steps_per_block": 4}, {"order_bias": 0.02, "steps": 4}),
         (
@@ -98,6 +100,8 @@ def test_golden_tokens_are_the_published_ones(name):
         "entropy",
         "threshold",
         "entropy-threshold",
+        "prefix",
+        "entropy-prefix",
         "random",
         "order",
         "order-threshold",
@@ -131,12 +135,13 @@ def test_cached_tokens_equal_the_uncached_reference(options, reference, implemen
         {"audio_remasking": "entropy", "audio_steps_per_block": 5},
         {"audio_remasking": "random", "seed": 11},
         {"audio_confidence_threshold": 0.7},
+        {"audio_prefix_probability": 0.1},
         {"do_sample": True, "temperature": 1.3, "audio_temperature": 0.8, "seed": 4, "audio_guidance_scale": 0.3},
         {"repetition_penalty": 1.3, "min_new_tokens": 40, "no_repeat_ngram_size": 3},
         {"max_audio_codes_per_span": 7, "max_new_tokens": 23},
         {"audio_order_bias": 0.05, "audio_steps_per_block": 4},
     ],
-    ids=["greedy", "guidance", "entropy", "random", "threshold", "sampling", "processors", "limits", "order"],
+    ids="greedy guidance entropy random threshold prefix sampling processors limits order".split(),
 )
 @pytest.mark.parametrize("name", ["b", "c"])
 def test_rows_of_a_batch_get_what_they_get_alone(name, options):

@@ -29,12 +29,13 @@ def model_of(name: str) -> TttForConditionalGeneration:
         ({"audio_steps_per_block": 1}, {"steps": 1}),
         ({"audio_guidance_scale": 0.7, "audio_steps_per_block": 3}, {"guidance": 0.7, "steps": 3}),
         ({"audio_confidence_threshold": 0.6, "audio_order_bias": 0.02}, {"threshold": 0.6, "order_bias": 0.02}),
+        ({"audio_prefix_probability": 0.1}, {"prefix": 0.1}),
         (
             {"audio_temperature": 1.2, "audio_remasking": "random", "do_sample": True, "seed": 5},
             {"temperature": 1.2, "remasking": "random", "do_sample": True, "seed": 5},
         ),
     ],
-    ids="greedy one-step guidance threshold sampling".split(),
+    ids="greedy one-step guidance threshold prefix sampling".split(),
 )
 def test_cached_tokens_equal_the_uncached_reference(options, reference, implementation):
     model = model_of("c")

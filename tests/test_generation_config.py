@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModel, GenerationConfig
 
 from modeling_ttt import TttForConditionalGeneration, TttGenerationConfig
+from modeling_ttt.generation_config_ttt import SURE_RULES
 
 
 @pytest.mark.parametrize(
@@ -26,6 +27,8 @@ from modeling_ttt import TttForConditionalGeneration, TttGenerationConfig
         ("audio_order_bias", -0.1, "at least 0"),
         ("audio_confidence_threshold", 0.0, "at most 1"),
         ("audio_confidence_threshold", 1.5, "at most 1"),
+        ("audio_prefix_probability", 0, "at most 1"),
+        ("audio_prefix_probability", 1.1, "at most 1"),
         ("audio_top_p", 2, "at most 1"),
         ("seed", -3, "integer"),
         ("seed", [1, 2.5], "integer"),
@@ -102,9 +105,22 @@ def test_several_answers_to_a_prompt_may_have_the_text_in_common(tiny_model, dra
         model.generate(prompt, num_return_sequences=3, max_new_tokens=12)
 
 
-def test_a_threshold_on_random_confidence_is_refused():
-    with pytest.raises(ValueError, match="audio_confidence_threshold.*random"):
-        TttGenerationConfig(audio_remasking="random", audio_confidence_threshold=0.5)
+@pytest.mark.parametrize("rule", SURE_RULES)
+def test_a_bound_on_random_confidence_is_refused(rule):
+    with pytest.raises(ValueError, match=f"{rule}.*random"):
+        TttGenerationConfig(audio_remasking="random", **{rule: 0.5})
+
+
+def test_two_rules_for_one_choice_are_refused(tiny_model):
+    rules = {"audio_confidence_threshold": 0.5, "audio_prefix_probability": 0.25}
+    both = "`audio_confidence_threshold` is 0.5 and `audio_prefix_probability` is 0.25"
+    with pytest.raises(ValueError, match=both):
+        TttGenerationConfig(**rules)
+    with pytest.raises(ValueError, match=both):
+        tiny_model().generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, **rules)
+    one = TttGenerationConfig(audio_confidence_threshold=0.5)
+    with pytest.raises(ValueError, match=both):
+        tiny_model().generate(torch.tensor([[1, 2, 3]]), one, max_new_tokens=2, audio_prefix_probability=0.25)
 
 
 def test_generate_refuses_wrong_values_given_as_keywords(tiny_model):
@@ -186,6 +202,23 @@ def test_steps_that_a_call_asks_for_go_before_a_threshold_of_the_checkpoint(tiny
     assert threshold(audio_steps_per_block=4) is threshold(TttGenerationConfig(audio_steps_per_block=4)) is None
     both = {"audio_steps_per_block": 4, "audio_confidence_threshold": 0.5}
     assert threshold(**both) == threshold(TttGenerationConfig(**both)) == 0.5
+
+
+@pytest.mark.parametrize("rule, other", [SURE_RULES, SURE_RULES[::-1]])
+def test_a_rule_that_a_call_asks_for_goes_before_that_of_the_checkpoint(tiny_model, rule, other):
+    model = tiny_model()
+    model.generation_config.update(audio_steps_per_block=2, **{rule: 0.9})
+
+    def rules(generation_config=None, **options) -> list[float | None]:
+        prepared = model._prepare_generation_config(generation_config, **options)[0]
+        return [getattr(prepared, name) for name in (rule, other)]
+
+    assert rules() == rules(model.generation_config) == rules(TttGenerationConfig(audio_block_size=4)) == [0.9, None]
+    assert rules(**{other: 0.5}) == rules(TttGenerationConfig(**{other: 0.5})) == [None, 0.5]
+    assert rules(**{other: 0.5, rule: None}) == [None, 0.5]
+    assert rules(**{rule: 0.5}) == rules(**{rule: 0.5, "audio_steps_per_block": 3}) == [0.5, None]
+    assert rules(audio_steps_per_block=3) == rules(**{rule: None}) == [None, None]
+    assert getattr(model.generation_config, rule) == 0.9
 
 
 def test_none_as_a_keyword_asks_for_the_default(tiny_model):

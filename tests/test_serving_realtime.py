@@ -68,12 +68,18 @@ def test_an_update_changes_what_it_names_and_nothing_else(client):
     assert second["audio"]["input"]["transcription"]["model"] == "whisper-1"
     third = client.configure(ttt={"audio_steps_per_block": 2}, max_output_tokens="inf")
     assert third["ttt"] == {"audio_top_k": 3, "audio_steps_per_block": 2} and third["max_output_tokens"] == "inf"
+    fourth = client.configure(ttt={"audio_steps_per_block": None, "audio_confidence_threshold": 0.9})
+    assert fourth["ttt"]["audio_confidence_threshold"] == 0.9
+    fifth = client.configure(ttt={"audio_prefix_probability": 0.5})  # takes the place of the other rule
+    rules = {name: fifth["ttt"].get(name) for name in ("audio_confidence_threshold", "audio_prefix_probability")}
+    assert rules == {"audio_confidence_threshold": None, "audio_prefix_probability": 0.5}
 
 
 @pytest.mark.parametrize(
     ("session", "param"),
     [
         ({"colour": "blue"}, "session.colour"),
+        ({"ttt": {"audio_confidence_threshold": 0.9, "audio_prefix_probability": 0.5}}, "session.ttt"),
         ({"audio": {"input": {"echo": True}}}, "session.audio.input.echo"),
         ({"audio": {"input": {"turn_detection": {"type": "server_vad", "threshold": 7}}}}, "threshold"),
         ({"audio": {"input": {"turn_detection": {"type": "psychic"}}}}, "turn_detection"),

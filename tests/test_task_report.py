@@ -101,11 +101,11 @@ def test_the_report_has_what_was_asked_first_and_everything_else_after_it(sectio
     assert not {asked.key for asked in ASKED} & {key for key, _ in FURTHER}
 
 
-def swept(size, steps, per_step, wrong, bias=0.0, threshold=None):
+def swept(size, steps, per_step, wrong, bias=0.0, threshold=None, prefix=None):
     options = {"audio_block_size": size, "audio_steps_per_block": steps, "audio_order_bias": bias}
-    options["audio_confidence_threshold"] = threshold
+    options |= {"audio_confidence_threshold": threshold, "audio_prefix_probability": prefix}
     figures = [codes("spoken_qa_seen/codes_per_step", per_step), *speech(wrong)]
-    return Section(f"sweep/{len(options)} {size} {steps} {bias} {threshold}", "", figures, settings=options)
+    return Section(f"sweep/{len(options)} {size} {steps} {bias} {threshold} {prefix}", "", figures, settings=options)
 
 
 def test_the_plot_has_a_line_a_block_size_the_twin_the_default_and_the_recordings(sections, tmp_path, monkeypatch):
@@ -115,6 +115,7 @@ def test_the_plot_has_a_line_a_block_size_the_twin_the_default_and_the_recording
     assert not drawn  # nothing was swept
     sweep = [swept(4, 1, 4.0, 30), swept(4, 4, 1.0, 12), swept(26, 2, 13.0, 50), swept(4, 1, 4.0, 20, 0.05)]
     sweep += [swept(4, 4, 1.0, 10, 0.05), swept(26, 2, 12.0, 40, 0.05), swept(26, 8, 6.0, 25, 0.05, 0.9)]
+    sweep += [swept(26, None, 5.0, 15, 0.05, None, 0.4)]
     twin = Section("sweep_twin", "twin", [codes("spoken_qa_seen/codes_per_step", 1.0), *speech(8)])
     plot_sweep([*sections, *sweep, twin], "ear", tmp_path / "sweep.png")
     (figure,) = drawn
@@ -126,6 +127,7 @@ def test_the_plot_has_a_line_a_block_size_the_twin_the_default_and_the_recording
     assert shaded.x0 == 4 and (shaded.y0, shaded.y1) == (0, pytest.approx(8))  # the codec's 5 % and 3 points
     entries = {text.get_text() for text in figure.legends[0].get_texts()}
     assert entries >= {"autoregressive twin", "the default, all rows (95 %)", "confidence thresholds", "asked at least"}
-    assert "faint: without order bias" in entries
+    assert "faint: without order bias" in entries and "prefix probabilities" in entries
+    assert [[5.0, 15.0]] in [line.get_xydata().tolist() for line in left.get_lines() if line.get_marker() == "^"]
     assert points_of(sweep[:2], "spoken_qa_seen/speech/ear", "spoken_qa_seen/codes_per_step") == [(1, 12), (4, 30)]
     plt.close(figure)

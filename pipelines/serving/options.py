@@ -3,9 +3,11 @@ own fields mean to `generate`."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
+
+from modeling_ttt.generation_config_ttt import SURE_RULES, refuse_two_rules
 
 from .errors import ApiError
 from .schema import Wire
@@ -33,19 +35,30 @@ class TttOptions(Wire):
     audio_block_size: Annotated[int, Field(ge=1, le=10_000)] | None = None
     audio_steps_per_block: Annotated[int, Field(ge=1, le=1000)] | None = None
     audio_confidence_threshold: Probability | None = None
+    audio_prefix_probability: Probability | None = None
     audio_temperature: Annotated[float, Field(ge=0.0, le=10.0)] | None = None
     audio_top_k: Annotated[int, Field(ge=0)] | None = None
     audio_top_p: Probability | None = None
     audio_order_bias: Annotated[float, Field(ge=0.0, le=100.0)] | None = None
     max_audio_codes_per_span: Annotated[int, Field(ge=1, le=100_000)] | None = None
 
+    @model_validator(mode="after")
+    def _has_one_rule(self) -> Self:
+        refuse_two_rules(self.__dict__)
+        return self
+
     def generate_options(self) -> dict[str, Any]:
         """Return what goes to `generate`."""
         return self.model_dump(exclude={"task", "seed"}, exclude_none=True)
 
     def updated(self, other: TttOptions | None) -> TttOptions:
-        """Return these options with those that another sets."""
-        return self if other is None else self.model_copy(update=other.model_dump(exclude_unset=True))
+        """Return these options with those that another sets; its rule takes the place of another rule."""
+        if other is None:
+            return self
+        update = other.model_dump(exclude_unset=True)
+        if any(update.get(name) is not None for name in SURE_RULES):
+            update = dict.fromkeys(SURE_RULES) | update
+        return self.model_copy(update=update)
 
 
 def sampling(temperature: float | None, top_p: float | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoProcessor
 
 import modeling_ttt  # noqa: F401  (registers the models, so that no remote code is needed)
 import processing  # noqa: F401
+from modeling_ttt.generation_config_ttt import SURE_RULES
 from pipelines import TttAudioToAudioPipeline
 from training_examples.evaluation.figures import fingerprint
 
@@ -143,10 +144,11 @@ class TttBackend:
         """The model's [`TttProcessor`]."""
         return self.pipe.processor
 
-    def default_steps(self) -> tuple[int, int]:
-        """Return the codes of a block and the denoising steps a block that `generate` takes when it is told nothing."""
+    def default_decoding(self) -> dict[str, Any]:
+        """Return how `generate` denoises when it is told nothing: block, steps, rules and order."""
         config = self.pipe.model._prepare_generation_config(None)[0]
-        return int(config.audio_block_size), int(config.audio_steps_per_block)
+        names = ("audio_block_size", "audio_steps_per_block", *SURE_RULES, "audio_order_bias")
+        return {name: getattr(config, name) for name in names}
 
     def system_prompt(self, task: str) -> str:
         """Return what a task is asked with."""

@@ -27,6 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from modeling_ttt import TttForConditionalGeneration
+from modeling_ttt.generation_config_ttt import SURE_RULES
 from modeling_ttt.ttt_codec import TttCodecModel
 from processing import TttProcessor, deinterleave
 from training_examples.command_line import ScriptParser
@@ -88,7 +89,7 @@ def read_setting(setting: str) -> dict[str, Any]:
             "audio_block_size": int(size),
             "audio_steps_per_block": int(steps),
             "audio_order_bias": float(bias),
-            "audio_confidence_threshold": None,
+            **dict.fromkeys(SURE_RULES),
         }
     except ValueError:
         raise ValueError(f"`--settings` {setting!r}: the form is CODES:STEPS:ORDER_BIAS, such as 8:8:0.03") from None

@@ -10,14 +10,18 @@ from training_examples.ttt_tiny.task_report import ASKED, figures_by_key
 LISTS = {"spoken_qa_seen": "answers to spoken questions", "tts": "random words read aloud"}
 HIGHEST = 105.0  # %, of the word errors shown
 FEWEST, TICKS = 0.7, (1, 2, 4, 8, 13, 26)  # codes a forward
+RULES = {
+    "audio_confidence_threshold": ("D", "confidence thresholds"),
+    "audio_prefix_probability": ("^", "prefix probabilities"),
+}
 LEAST = {asked.key: asked.least for asked in ASKED}
 
 
 def plot_sweep(sections: Sequence[Section], recogniser: str, path: Path) -> None:
     """
     Draw the word errors of speech by codes a forward: a line a block size, from many steps to few; the largest order
-    bias strong, others faint; thresholds as diamonds; the default setting, the twin, and the recordings themselves.
-    What was asked at least is shaded.
+    bias strong, others faint; thresholds as diamonds, prefix probabilities as triangles; the default setting, the twin,
+    and the recordings themselves. What was asked at least is shaded.
     """
     swept = [section for section in sections if section.name.startswith("sweep/")]
     if not swept:
@@ -40,11 +44,12 @@ def plot_sweep(sections: Sequence[Section], recogniser: str, path: Path) -> None
                 options = {"audio_block_size": size, "audio_order_bias": bias}
                 chosen = [section for section in swept if options.items() <= section.settings.items()]
                 style: dict[str, Any] = {"color": colours[size], "alpha": 1.0 if bias == biases[-1] else 0.3}
-                if stepped := points_of([s for s in chosen if not has_threshold(s)], wer, codes):
+                if stepped := points_of([s for s in chosen if not any(map(s.settings.get, RULES))], wer, codes):
                     label = f"blocks of {size}" if bias == biases[-1] else None
                     axis.plot(*zip(*stepped, strict=True), "o-", ms=4.5, lw=1.8, label=label, **style)
-                if confident := points_of([s for s in chosen if has_threshold(s)], wer, codes):
-                    axis.plot(*zip(*confident, strict=True), "D", ms=6, mec="white", mew=0.6, **style)
+                for rule, (marker, _) in RULES.items():
+                    if points := points_of([s for s in chosen if s.settings.get(rule)], wer, codes):
+                        axis.plot(*zip(*points, strict=True), marker, ms=7, mec="white", mew=0.6, **style)
         mark(axis, sections, "sweep_twin", wer, codes, marker="*", ms=17, color="crimson", label="autoregressive twin")
         style = {"marker": "o", "ms": 10, "mfc": "none", "mew": 2, "color": "black"}
         mark(axis, sections, "model", wer, codes, label="the default, all rows (95 %)", **style)
@@ -74,19 +79,15 @@ def plot_sweep(sections: Sequence[Section], recogniser: str, path: Path) -> None
     for axis in axes:
         handles, labels = axis.get_legend_handles_labels()
         entries |= dict(zip(labels, handles, strict=True))
-    if any(map(has_threshold, swept)):
-        entries["confidence thresholds"] = plt.Line2D([], [], color="0.4", ls="none", marker="D", ms=6)
+    for rule, (marker, label) in RULES.items():
+        if any(section.settings.get(rule) for section in swept):
+            entries[label] = plt.Line2D([], [], color="0.4", ls="none", marker=marker, ms=7)
     if len(biases) > 1:
         weaker = "without order bias" if biases[:-1] == [0] else "smaller order biases"
         entries[f"faint: {weaker}"] = plt.Line2D([], [], color="0.4", alpha=0.3, marker="o", ms=4.5, lw=1.8)
     figure.legend(entries.values(), entries.keys(), frameon=False, fontsize=9, ncols=4, loc="outside lower center")
     figure.savefig(path, dpi=130)
     plt.close(figure)
-
-
-def has_threshold(section: Section) -> bool:
-    """Return whether a setting of the sweep has a confidence threshold instead of steps."""
-    return bool(section.settings.get("audio_confidence_threshold"))
 
 
 def points_of(sections: Sequence[Section], wer: str, codes: str) -> list[tuple[float, float]]:

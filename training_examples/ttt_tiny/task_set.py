@@ -22,6 +22,7 @@ import soundfile
 import torch
 from tqdm.auto import tqdm
 
+from modeling_ttt.generation_config_ttt import SURE_RULES
 from training_examples.evaluation.backends import Answer, Backend, Sample, TttBackend, Turn
 from training_examples.evaluation.figures import normalized, remember
 from training_examples.evaluation.measuring import Measured, of_median, of_ratio, of_scorer, share_of
@@ -72,7 +73,10 @@ class Arguments(EvaluationArguments):
     blocks: list[int] = field(default_factory=lambda: [4, 8, 13, 26], metadata={"help": "Codes a block."})
     steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 13, 26], metadata={"help": "Steps a block."})
     thresholds: list[float] = field(default_factory=lambda: [0.7, 0.9], metadata={"help": "Confidence thresholds."})
-    threshold_blocks: list[int] = field(default_factory=lambda: [26], metadata={"help": "Codes a block with them."})
+    threshold_blocks: list[int] = field(
+        default_factory=lambda: [26], metadata={"help": "Codes a block with thresholds and prefix probabilities."}
+    )
+    prefixes: list[float] = field(default_factory=lambda: [0.3, 0.6], metadata={"help": "Prefix probabilities."})
     order_biases: list[float] = field(
         default_factory=lambda: [0.0, 0.05], metadata={"help": "audio_order_bias of every setting of the sweep."}
     )
@@ -81,7 +85,7 @@ class Arguments(EvaluationArguments):
 
     def sweep_settings(self) -> list[dict[str, Any]]:
         """Return the options of `generate` that the sweep compares."""
-        off = {"audio_confidence_threshold": None}
+        off = dict.fromkeys(SURE_RULES)
         found: list[dict[str, Any]] = [
             {"audio_block_size": block, "audio_steps_per_block": steps, **off}
             for block in self.blocks
@@ -93,7 +97,13 @@ class Arguments(EvaluationArguments):
             for block in self.threshold_blocks
             for threshold in self.thresholds
         ]
-        return [{**options, "audio_order_bias": bias} for bias in self.order_biases for options in found]
+        found = [{**options, "audio_order_bias": bias} for bias in self.order_biases for options in found]
+        last = {"audio_order_bias": self.order_biases[-1]}  # without effect on a prefix
+        return found + [
+            {"audio_block_size": block, "audio_prefix_probability": prefix, **last}
+            for block in self.threshold_blocks
+            for prefix in self.prefixes
+        ]
 
 
 class Recordings:
@@ -349,11 +359,14 @@ def time_command(model: str, question: str, count: int) -> list[float]:
 
 def settings_title(options: Mapping[str, Any]) -> str:
     """Return the options of a row of the sweep in words."""
+    block = f"blocks of {options['audio_block_size']}"
+    if options.get("audio_prefix_probability"):
+        return f"{block}, prefix {options['audio_prefix_probability']}"
     threshold = options.get("audio_confidence_threshold")
     steps = options.get("audio_steps_per_block")
     how = f"threshold {threshold}" if threshold else f"{steps} step{'s' if steps != 1 else ''}"
     bias = f", order {options['audio_order_bias']}" if options["audio_order_bias"] else ""
-    return f"blocks of {options['audio_block_size']}, {how}{bias}"
+    return f"{block}, {how}{bias}"
 
 
 def run(args: Arguments) -> str:
@@ -366,8 +379,7 @@ def run(args: Arguments) -> str:
         sections.append(Section(name, title, figures, settings=settings or {}))
         write(sections, args, evaluation)  # what is there can be read before the rest is
 
-    block, steps = model.default_steps()
-    common: dict[str, Any] = {"folder": args.model, "blocks and steps": f"{block} codes, {steps} steps"}
+    common: dict[str, Any] = {"folder": args.model, "decoding": settings_title(model.default_decoding())}
     common |= {**model.settings, "lists": evaluation.lists.fingerprint(*evaluation.present)}
     common |= {"device": args.device, "threads": torch.get_num_threads()}
     add("original", "The lists' own speech", evaluation.recordings(None))

@@ -8,12 +8,18 @@ export const DEFAULTS = Object.freeze({
   block: "",
   steps: "",
   threshold: "",
+  prefix: "",
   echo: true,
   transcribe: true,
   silence: "500",
 });
 const STORED = "ttt.settings";
-const NUMBERS = { block: "audio_block_size", steps: "audio_steps_per_block", threshold: "audio_confidence_threshold" };
+const NUMBERS = {
+  block: "audio_block_size",
+  steps: "audio_steps_per_block",
+  threshold: "audio_confidence_threshold",
+  prefix: "audio_prefix_probability",
+};
 
 /** Return the settings that were kept, with defaults for what is missing or no longer fits. */
 export function load(storage) {
