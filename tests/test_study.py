@@ -418,6 +418,8 @@ def test_tables_and_plots_show_what_was_measured(tmp_path, monkeypatch, capsys):
     assert f"| TtT as published | 26:4 | 20.0 % (20.0 to 20.0) | {cost} |" in text
     assert "| pure autoregressive | default | 25.0 | 10.0 | 300.0 | 0.250 | 1.5 |" in text
     assert "| recordings |  | 5.0 % (5.0 to 5.0) |" in text
+    speech = "20.0 % (20.0 to 20.0)"
+    assert f"| TtT as published | {speech} | {speech} | +0.0 (+0.0 to +0.0) | 5.00 (5.00 to 5.00) | " in text
     figures = json.loads((tmp_path / "study.json").read_text())
     assert figures["ar/default/texts read aloud, WER"]["value"] == pytest.approx(0.2)
     filled = readme.read_text()
@@ -554,20 +556,21 @@ def test_a_run_is_measured_at_its_settings_and_listened_to_once(measured):
     ears = Ears()
     arguments = measure_run.MeasureArguments(measured / "study" / "ttt-0", "ttt", measured, **CHOSEN, threads=1)
     found = measure_run.measure(arguments, [Listener("ears", lambda: ears, {})])
-    assert list(found) == ["26:2", "26:4", "26:8", "8:8", "26:26"]
+    assert list(found) == ["26:2", "26:4", "26:8", "8:8", "26:p0.4", "26:26"]
     assert {name: set(counts) for name, counts in found.items() if "spoken_qa_seen" in counts} == {
         "26:2": {"tts", "spoken_qa_seen"},
+        "26:p0.4": {"tts", "spoken_qa_seen"},
         "26:26": {"tts", "spoken_qa_seen"},
     }
     assert found["26:2"]["spoken_qa_seen"]["exact"] == [[1, 1]]
     assert found["26:2"]["tts"]["speech_wer ears"] == [[0, 2]], "against the text that was to be read"
     assert found["26:2"]["tts"]["codes_per_step"] == [[40, 4]]
     assert found["26:26"]["tts"]["codes_per_step"] == [[40, 52]], "what is dropped of the last block was work, too"
-    assert ears.heard == 7
-    assert measure_run.measure(arguments, [Listener("ears", lambda: ears, {})]) == found and ears.heard == 7
+    assert ears.heard == 9
+    assert measure_run.measure(arguments, [Listener("ears", lambda: ears, {})]) == found and ears.heard == 9
     other = Ears()
     measure_run.measure(arguments, [Listener("other", lambda: other, {})])
-    assert other.heard == 7, "another recogniser can still listen"
+    assert other.heard == 9, "another recogniser can still listen"
 
 
 def test_what_an_answer_costs_is_counted(measured):

@@ -48,10 +48,19 @@ def in_blocks(*settings: tuple[int, int]) -> tuple[Setting, ...]:
     return tuple({"audio_block_size": size, "audio_steps_per_block": steps} for size, steps in settings)
 
 
+# Codes from left to right, in a step as many as are all right with this probability.
+FROM_THE_LEFT: Setting = {"audio_block_size": 26, "audio_prefix_probability": 0.4}
+
+
 def setting_name(setting: Setting) -> str:
-    """Return what a setting is called in files and tables: `26:4` for blocks of 26 codes in 4 steps."""
+    """
+    Return what a setting is called in files and tables: `26:4` for blocks of 26 codes in 4 steps, `26:p0.4` for such
+    with a prefix probability of 0.4.
+    """
     if not setting:
         return "default"
+    if probability := setting.get("audio_prefix_probability"):
+        return f"{setting['audio_block_size']}:p{probability}"
     return f"{setting['audio_block_size']}:{setting['audio_steps_per_block']}"
 
 
@@ -65,13 +74,17 @@ class Arm:
         options (`Mapping`): options of train_ttt.py.
         settings (`tuple` of `Mapping`): options of `generate`. At the first, that of the paper, and the last, which
             writes one code a forward as the autoregressive arm does, every list is answered; at those between, texts
-            are read aloud.
+            are read aloud, and `FROM_THE_LEFT` spoken questions are answered aloud, too.
         distilled (`bool`): whether the second half of the steps goes over answers of the model of the first half.
     """
 
     title: str
     options: Mapping[str, Any]
-    settings: tuple[Setting, ...] = in_blocks((26, 2), (26, 4), (26, 8), (8, 8), (26, 26))
+    settings: tuple[Setting, ...] = (
+        *in_blocks((26, 2), (26, 4), (26, 8), (8, 8)),
+        FROM_THE_LEFT,
+        *in_blocks((26, 26)),
+    )
     distilled: bool = False
 
     @property

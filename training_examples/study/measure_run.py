@@ -16,7 +16,7 @@ from training_examples.evaluation.backends import TttBackend
 from training_examples.evaluation.listening import open_listener
 from training_examples.evaluation.rows import EvaluationError, Listener, Run
 from training_examples.files import write_json
-from training_examples.study.arms import ARMS, setting_name
+from training_examples.study.arms import ARMS, FROM_THE_LEFT, setting_name
 from training_examples.study.counting import count
 from training_examples.study.lists import LISTS, SPLITS, choose_lists, hash_lists, list_path
 from training_examples.study.samples import read_samples
@@ -54,7 +54,8 @@ def measure(args: MeasureArguments, listeners: Sequence[Listener]) -> dict[str, 
         speaker = backend.with_generation(**setting)
         for list_name in choose_lists(args.data_dir, args.split, args.lists):
             kind = LISTS[list_name]
-            if name not in arm.ends and kind.task != "tts":
+            listened = kind.spoken if setting == FROM_THE_LEFT else kind.task == "tts"
+            if name not in arm.ends and not listened:
                 continue
             samples = read_samples(args.data_dir, args.split, list_name, args.limit)
             title = list_path(args.data_dir, args.split, list_name).stem

@@ -23,7 +23,7 @@ from training_examples.command_line import ScriptParser
 from training_examples.evaluation.figures import markdown_table
 from training_examples.evaluation.intervals import bootstrap_interval, ratio
 from training_examples.files import read_json, write_json, write_text
-from training_examples.study.arms import ARMS, REFERENCE
+from training_examples.study.arms import ARMS, FROM_THE_LEFT, REFERENCE, setting_name
 from training_examples.study.lists import SPLITS
 from training_examples.user_errors import run_command
 
@@ -237,6 +237,23 @@ def difference_table(figures: Figures, place: int) -> str:
     return markdown_table([f"less {ARMS[REFERENCE].title}", *(title for *_, title in COLUMNS[:-1])], lines)
 
 
+def order_table(figures: Figures) -> str:
+    """Return what the speech gains where codes are fixed from left to right, against one code a forward; "" if none."""
+    left, lines = setting_name(FROM_THE_LEFT), []
+    for arm in figures.runs:
+        cells: list[object] = [ARMS[arm].title]
+        for name in ("spoken_qa_seen", "tts"):
+            key, settings = "speech_wer *", (left, ARMS[arm].ends[1])
+            cells += [show(figures.figure(arm, setting, name, key), key) for setting in settings]
+            cells.append(show(figures.difference(arm, arm, settings, name, key), signed=True))
+            cells.append(show(figures.figure(arm, left, name, "codes_per_step"), "codes_per_step"))
+        if figures.counts(arm, left, "tts", "codes_per_step") is not None:
+            lines.append(cells)
+    columns = ("WER from left to right", "at one code a forward", "points", "codes a forward of speech, left to right")
+    titles = [f"{what}: {title}" for what in ("answers", "texts read aloud") for title in columns]
+    return markdown_table(["", *titles], lines) if lines else ""
+
+
 def settings_table(figures: Figures) -> str:
     """Return the speech of texts read aloud at every setting."""
     lines = []
@@ -323,8 +340,8 @@ def plot(path: Path, panels: int = 1) -> Iterator[list[Any]]:
 
 def plot_quality(figures: Figures, once: Mapping[str, Any] | None, path: Path) -> None:
     """
-    Draw word errors of the speech against codes a forward: a line an arm over its steps in blocks of 26, an open mark
-    for blocks of 8, a star for the autoregressive arm, with the intervals as bars.
+    Draw word errors of the speech against codes a forward: a line an arm over its steps in blocks of 26, open marks
+    for blocks of 8 and for codes from left to right, a star for the autoregressive arm, with the intervals as bars.
     """
     with plot(path) as (axes,):
         highest = 0.0
@@ -339,7 +356,8 @@ def plot_quality(figures: Figures, once: Mapping[str, Any] | None, path: Path) -
             if not points:
                 continue
             highest = max(highest, *(point[1] for point in points.values()))
-            line = sorted(point for setting, point in points.items() if not setting.startswith("8:"))
+            apart = {"8:8": "D", setting_name(FROM_THE_LEFT): "^"}
+            line = sorted(point for setting, point in points.items() if setting not in apart)
             single = arm == "ar"
             style = {"color": COLORS[arm], "elinewidth": 0.8, "lw": 2 if arm in ("ttt", "distilled") else 1.3}
             axes.errorbar(
@@ -347,8 +365,9 @@ def plot_quality(figures: Figures, once: Mapping[str, Any] | None, path: Path) -
             )
             if single:
                 axes.axhline(line[0][1], color="black", lw=0.8, ls="--", alpha=0.5)
-            if "8:8" in points:
-                axes.errorbar(*bars([points["8:8"]]), fmt="D", ms=5, mfc="white", **style)
+            for setting, marker in apart.items():
+                if setting in points:
+                    axes.errorbar(*bars([points[setting]]), fmt=marker, ms=6, mfc="white", **style)
         if once is not None and figures.judge is not None:
             for title, lists in once["recordings"].items():
                 if value := lists.get("tts", {}).get(f"speech_wer {figures.judge}"):
@@ -360,7 +379,9 @@ def plot_quality(figures: Figures, once: Mapping[str, Any] | None, path: Path) -
                         ha="right", va="bottom",
                     ).set_in_layout(False)  # fmt: skip
         axes.set(xscale="log", ylabel="word errors of the speech, %")
-        axes.set_xlabel("codes a forward of speech (open marks: blocks of 8 in 8 steps)")
+        axes.set_xlabel(
+            "codes a forward of speech (open marks: diamonds blocks of 8 in 8 steps, triangles from left to right)"
+        )
         axes.set_ylim(0, min(103, 1.15 * highest) if highest else 1)
         ticks = [0.5, 1, 2, 4, 8, 16]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -442,6 +463,8 @@ def main() -> None:
         for place, title in ((1, "At one code a forward"), (0, "In two steps a block of 26")):
             parts += [f"{title}, differences in points; bold where the interval leaves out 0:"]
             parts += [difference_table(figures, place)]
+    if from_the_left := order_table(figures):
+        parts += ["Codes from left to right, differences in points as above:", from_the_left]
     parts += ["Texts read aloud at every setting:", settings_table(figures)]
     parts += ["![word errors against codes a forward](quality.png)", "![losses of held-out examples](curves.png)"]
     if once is not None:
