@@ -134,7 +134,13 @@ test("settings are what session.update takes; empty fields are the model's defau
     instructions: "",
     output_modalities: ["audio"],
     audio: { input: { transcription: { model: "default" }, turn_detection: null } },
-    ttt: { task: null, audio_block_size: null, audio_steps_per_block: null, audio_confidence_threshold: null },
+    ttt: {
+      task: null,
+      audio_block_size: null,
+      audio_steps_per_block: null,
+      audio_confidence_threshold: null,
+      audio_prefix_probability: null,
+    },
   });
   const changed = session({ ...DEFAULTS, mode: "free", block: "8", threshold: "0.9", speak: false, silence: "700", task: "asr" });
   assert.deepEqual(changed.audio.input.turn_detection, { type: "server_vad", silence_duration_ms: 700 });
