@@ -73,8 +73,9 @@ class TttGenerationConfig(GenerationConfig):
             codes a second).
         audio_steps_per_block (`int`, default 2): denoising steps per block. The block's positions are split evenly
             over the steps, earlier steps taking the remainder. Steps beyond the block size change nothing. Not used
-            when `audio_confidence_threshold` or `audio_prefix_probability` is set; but steps that a call of `generate`
-            asks for go before a rule that the checkpoint alone sets.
+            when `audio_confidence_threshold` or `audio_prefix_probability` is set; but steps, or random remasking, that
+            a call of `generate` asks for go before a rule that the checkpoint alone sets. As a keyword, `None` for the
+            rule switches it off, too.
         audio_remasking (`str`, default "low_confidence"): which positions a step fixes. "low_confidence": those whose
             chosen token has the highest probability; "entropy": those whose distribution has the lowest entropy;
             "random": any.
@@ -109,7 +110,6 @@ class TttGenerationConfig(GenerationConfig):
     def __init__(self, **kwargs: Any):
         for name in AUDIO_OPTIONS:
             setattr(self, name, kwargs.pop(name, None))
-        refuse_two_rules(self.__dict__)
         super().__init__(**kwargs)
 
     @staticmethod
@@ -146,6 +146,15 @@ class TttGenerationConfig(GenerationConfig):
             upgraded._original_object_hash = hash(upgraded)
         return upgraded
 
+    def update(self, defaults_only: bool = False, allow_custom_entries: bool = False, **kwargs: Any) -> dict[str, Any]:
+        """
+        As any configuration. With `defaults_only`, where this one says how many positions a step fixes, a rule among
+        `kwargs` is not taken.
+        """
+        if defaults_only and asks_for_fixing(self.__dict__):
+            kwargs = {name: value for name, value in kwargs.items() if name not in SURE_RULES}
+        return super().update(defaults_only, allow_custom_entries, **kwargs)
+
     def to_diff_dict(self) -> dict[str, Any]:
         return {k: v for k, v in super().to_diff_dict().items() if k not in AUDIO_OPTIONS or v is not None}
 
@@ -178,6 +187,7 @@ class TttGenerationConfig(GenerationConfig):
             value = getattr(self, name)
             if value is not None and (not _is_number(value) or not 0 < value <= 1):
                 raise ValueError(f"`{name}` is {value!r}; use a number above 0 and at most 1, or None.")
+        refuse_two_rules(self.__dict__)
         for name in SURE_RULES:
             if getattr(self, name) is not None and self.audio_remasking == "random":
                 raise ValueError(
@@ -196,6 +206,15 @@ class TttGenerationConfig(GenerationConfig):
                 setattr(self, name, int(value) if isinstance(value, Integral) else float(value))
 
 
+def asks_for_fixing(options: Mapping[str, Any]) -> bool:
+    """
+    Return whether `options` ask for steps, for one of `SURE_RULES`, or for random remasking, which goes with neither of
+    these rules.
+    """
+    named = any(options.get(name) is not None for name in ("audio_steps_per_block", *SURE_RULES))
+    return named or options.get("audio_remasking") == "random"
+
+
 def refuse_two_rules(options: Mapping[str, Any]) -> None:
     """
     Check that `options` say in one way alone how many positions a step fixes.
@@ -205,7 +224,9 @@ def refuse_two_rules(options: Mapping[str, Any]) -> None:
     """
     rules = [f"`{name}` is {options[name]!r}" for name in SURE_RULES if options.get(name) is not None]
     if len(rules) > 1:
-        raise ValueError(f"{' and '.join(rules)}: they are two rules for the same choice. Leave one of them out.")
+        raise ValueError(
+            f"{' and '.join(rules)}: they are two rules for the same choice. Leave one of them out, or set it to None."
+        )
 
 
 def read_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,6 +272,7 @@ __all__ = [
     "AUDIO_REMASKING_RULES",
     "SURE_RULES",
     "TttGenerationConfig",
+    "asks_for_fixing",
     "read_options",
     "refuse_two_rules",
 ]

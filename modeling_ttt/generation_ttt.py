@@ -24,6 +24,7 @@ from .generation_config_ttt import (
     AUDIO_OPTIONS,
     SURE_RULES,
     TttGenerationConfig,
+    asks_for_fixing,
     read_options,
     refuse_two_rules,
 )
@@ -133,17 +134,28 @@ class TttGenerationMixin(GenerationMixin):
         # None asks for the default, as it does in a generation configuration.
         kwargs = {name: value for name, value in kwargs.items() if value is not None or name not in AUDIO_DEFAULTS}
         kwargs |= read_options(kwargs)
+        # What the call asks for, steps too, is not overruled by a rule that the checkpoint alone sets. A copy of the
+        # checkpoint's settings asks for nothing.
+        given = kwargs
+        names = ("audio_steps_per_block", "audio_remasking", *SURE_RULES)
+        own = vars(self.generation_config)
+        if generation_config is not None and any(getattr(generation_config, n) != own.get(n) for n in names):
+            given = {**vars(generation_config), **kwargs}
+        refuse_two_rules(given)
+        if asks_for_fixing(kwargs):
+            kwargs |= {name: given.get(name) for name in SURE_RULES}
         # The library checks this one without knowing that audio may be drawn where text is not.
         several = kwargs.pop("num_return_sequences", None) if self.config.audio_objective == "diffusion" else None
         prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         options = TttGenerationConfig.upgrade(prepared)
         if several is not None:
             options.update(num_return_sequences=several)
-        # What the call asks for, steps too, is not overruled by a rule that the checkpoint alone sets.
-        given = kwargs if generation_config is None else {**vars(generation_config), **kwargs}
-        refuse_two_rules(given)
-        if any(given.get(name) is not None for name in ("audio_steps_per_block", *SURE_RULES)):
-            options.update(**{name: given.get(name) for name in SURE_RULES})
+        rule = options.audio_prefix_probability
+        if rule is not None and given.get("audio_prefix_probability") is None and given.get("audio_order_bias"):
+            logger.warning_once(
+                f"`audio_order_bias` has no effect beside the checkpoint's `audio_prefix_probability` of {rule}: ask "
+                "for `audio_steps_per_block` as well."
+            )
         return options, model_kwargs
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:

@@ -11,6 +11,7 @@ import torch
 from builders import build_model, build_processor, tone
 from engine_models import build_varied_model
 
+from modeling_ttt.generation_config_ttt import SURE_RULES
 from modeling_ttt.ttt_codec.modeling_ttt_codec import TttCodecStreamingDecoder
 from pipelines.serving import (
     AudioDelta,
@@ -59,7 +60,7 @@ def draw_options(draw: random.Random) -> dict:
         ("do_sample", True),
         ("audio_temperature", 0.8),
         ("audio_remasking", "entropy"),
-        ("audio_confidence_threshold", 0.5),
+        (draw.choice(SURE_RULES), 0.5),
         ("audio_order_bias", 0.05),
         ("repetition_penalty", 1.3),
         ("max_audio_codes_per_span", 5),

@@ -1,11 +1,13 @@
 """Generation settings are validated, saved, loaded and upgraded."""
 
+import copy
 import json
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModel, GenerationConfig
+from transformers.utils import logging
 
 from modeling_ttt import TttForConditionalGeneration, TttGenerationConfig
 from modeling_ttt.generation_config_ttt import SURE_RULES
@@ -219,6 +221,71 @@ def test_a_rule_that_a_call_asks_for_goes_before_that_of_the_checkpoint(tiny_mod
     assert rules(**{rule: 0.5}) == rules(**{rule: 0.5, "audio_steps_per_block": 3}) == [0.5, None]
     assert rules(audio_steps_per_block=3) == rules(**{rule: None}) == [None, None]
     assert getattr(model.generation_config, rule) == 0.9
+
+
+@pytest.mark.parametrize("rule, other", [SURE_RULES, SURE_RULES[::-1]])
+def test_a_rule_that_a_copy_of_the_checkpoints_settings_has_is_not_asked_for(tiny_model, rule, other):
+    model = tiny_model()
+    model.generation_config.update(audio_steps_per_block=2, **{rule: 0.9})
+    copied = copy.deepcopy(model.generation_config)
+    copied.max_new_tokens = 7
+
+    def rules(**options) -> list[float | None]:
+        prepared = model._prepare_generation_config(copied, **options)[0]
+        return [getattr(prepared, name) for name in (rule, other)]
+
+    assert rules() == [0.9, None]
+    assert rules(audio_steps_per_block=3) == [None, None]
+    assert rules(**{other: 0.5}) == [None, 0.5]
+    copied.audio_steps_per_block = 4
+    assert rules() == [0.9, None]  # steps and a rule in one place
+
+
+@pytest.mark.parametrize("rule", SURE_RULES)
+def test_random_remasking_that_a_call_asks_for_goes_before_a_rule_of_the_checkpoint(tiny_model, rule):
+    model, prompt = tiny_model(), torch.tensor([[1, 2, 102]])
+    model.generation_config.update(**{rule: 0.9})
+    asked = {"audio_remasking": "random", "seed": 3, "max_new_tokens": 9}
+    expected = tiny_model().generate(prompt, **asked)
+    for options in (asked, asked | {"audio_steps_per_block": 2}):
+        assert torch.equal(model.generate(prompt, **options), expected)
+        assert torch.equal(model.generate(prompt, TttGenerationConfig(**options)), expected)
+    with pytest.raises(ValueError, match=f"{rule}.*random"):
+        model.generate(prompt, **asked, **{rule: 0.9})
+
+
+def test_two_rules_in_the_settings_of_a_checkpoint_are_refused_and_not_saved(tiny_model, tmp_path):
+    model = tiny_model()
+    both = "`audio_confidence_threshold` is 0.5 and `audio_prefix_probability` is 0.4"
+    with pytest.raises(ValueError, match=both):
+        model.generation_config.update(audio_confidence_threshold=0.5, audio_prefix_probability=0.4)
+    with pytest.raises(ValueError, match=both):
+        model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2)
+    with pytest.raises(ValueError, match=both):
+        model.generation_config.save_pretrained(tmp_path)
+    model.generation_config.update(audio_confidence_threshold=None)
+    model.generation_config.save_pretrained(tmp_path)
+    assert TttGenerationConfig.from_pretrained(tmp_path).audio_prefix_probability == 0.4
+
+
+def test_an_order_bias_without_effect_on_the_checkpoints_rule_is_said_to_have_none(tiny_model, caplog):
+    model = tiny_model()
+    model.generation_config.update(audio_steps_per_block=2, audio_prefix_probability=0.4)
+    logger = logging.get_logger("modeling_ttt.generation_ttt")
+    logger.addHandler(caplog.handler)
+
+    def warned(**options) -> bool:
+        caplog.clear()
+        type(logger).warning_once.cache_clear()  # which says nothing twice in one process
+        model._prepare_generation_config(None, **options)
+        return "beside the checkpoint's `audio_prefix_probability` of 0.4" in caplog.text
+
+    try:
+        assert warned(audio_order_bias=0.05)
+        assert not warned(audio_order_bias=0.05, audio_steps_per_block=3)
+        assert not warned(audio_order_bias=0.0) and not warned()
+    finally:
+        logger.removeHandler(caplog.handler)
 
 
 def test_none_as_a_keyword_asks_for_the_default(tiny_model):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from modeling_ttt.generation_config_ttt import SURE_RULES, refuse_two_rules
+from modeling_ttt.generation_config_ttt import SURE_RULES, asks_for_fixing, refuse_two_rules
 
 from .errors import ApiError
 from .schema import Wire
@@ -52,11 +52,11 @@ class TttOptions(Wire):
         return self.model_dump(exclude={"task", "seed"}, exclude_none=True)
 
     def updated(self, other: TttOptions | None) -> TttOptions:
-        """Return these options with those that another sets; its rule takes the place of another rule."""
+        """Return these options with those that another sets; its steps or rule take the place of a rule of these."""
         if other is None:
             return self
         update = other.model_dump(exclude_unset=True)
-        if any(update.get(name) is not None for name in SURE_RULES):
+        if asks_for_fixing(update):
             update = dict.fromkeys(SURE_RULES) | update
         return self.model_copy(update=update)
 
