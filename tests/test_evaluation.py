@@ -607,6 +607,9 @@ def test_an_option_that_is_none_takes_off_what_the_checkpoint_sets(folder):
     assert steps.forwards > 2 * sure.forwards  # sure of everything at once
     assert steps.speech_steps == 40 and sure.speech_steps == 10
     assert backend.pipe.model.generation_config.audio_confidence_threshold == 0.5
+    said = backend.with_generation(audio_block_size=8, audio_steps_per_block=3).decoding()
+    assert (said["audio_block_size"], said["audio_steps_per_block"], said["audio_confidence_threshold"]) == (8, 3, None)
+    assert backend.decoding()["audio_confidence_threshold"] == 0.5
 
 
 def test_samples_of_different_numbers_of_turns_are_not_one_batch(folder):

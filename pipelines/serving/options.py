@@ -18,6 +18,7 @@ VOICES = {
     "verse",
 }  # fmt: skip
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Rule = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
 class TttOptions(Wire):
@@ -34,8 +35,8 @@ class TttOptions(Wire):
     max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] | None = None
     audio_block_size: Annotated[int, Field(ge=1, le=10_000)] | None = None
     audio_steps_per_block: Annotated[int, Field(ge=1, le=1000)] | None = None
-    audio_confidence_threshold: Probability | None = None
-    audio_prefix_probability: Probability | None = None
+    audio_confidence_threshold: Rule | None = None
+    audio_prefix_probability: Rule | None = None
     audio_temperature: Annotated[float, Field(ge=0.0, le=10.0)] | None = None
     audio_top_k: Annotated[int, Field(ge=0)] | None = None
     audio_top_p: Probability | None = None

@@ -144,9 +144,10 @@ class TttBackend:
         """The model's [`TttProcessor`]."""
         return self.pipe.processor
 
-    def default_decoding(self) -> dict[str, Any]:
-        """Return how `generate` denoises when it is told nothing: block, steps, rules and order."""
-        config = self.pipe.model._prepare_generation_config(None)[0]
+    def decoding(self) -> dict[str, Any]:
+        """Return how `generate` denoises with these options: block, steps, rules and order."""
+        with _unset(self.pipe.model.generation_config, self.generation):
+            config = self.pipe.model._prepare_generation_config(None, **self.generation)[0]
         names = ("audio_block_size", "audio_steps_per_block", *SURE_RULES, "audio_order_bias")
         return {name: getattr(config, name) for name in names}
 

@@ -379,7 +379,7 @@ def run(args: Arguments) -> str:
         sections.append(Section(name, title, figures, settings=settings or {}))
         write(sections, args, evaluation)  # what is there can be read before the rest is
 
-    common: dict[str, Any] = {"folder": args.model, "decoding": settings_title(model.default_decoding())}
+    common: dict[str, Any] = {"folder": args.model, "decoding": settings_title(model.decoding())}
     common |= {**model.settings, "lists": evaluation.lists.fingerprint(*evaluation.present)}
     common |= {"device": args.device, "threads": torch.get_num_threads()}
     add("original", "The lists' own speech", evaluation.recordings(None))
