@@ -74,8 +74,8 @@ class TttGenerationConfig(GenerationConfig):
         audio_steps_per_block (`int`, default 2): denoising steps per block. The block's positions are split evenly
             over the steps, earlier steps taking the remainder. Steps beyond the block size change nothing. Not used
             when `audio_confidence_threshold` or `audio_prefix_probability` is set; but steps, or random remasking, that
-            a call of `generate` asks for go before a rule that the checkpoint alone sets. As a keyword, `None` for the
-            rule switches it off, too.
+            a call of `generate` asks for (as keywords, in a configuration, or changed in a copy of the checkpoint's) go
+            before a rule that the checkpoint alone sets. As a keyword, `None` for the rule switches it off, too.
         audio_remasking (`str`, default "low_confidence"): which positions a step fixes. "low_confidence": those whose
             chosen token has the highest probability; "entropy": those whose distribution has the lowest entropy;
             "random": any.

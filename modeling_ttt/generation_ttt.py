@@ -135,12 +135,11 @@ class TttGenerationMixin(GenerationMixin):
         kwargs = {name: value for name, value in kwargs.items() if value is not None or name not in AUDIO_DEFAULTS}
         kwargs |= read_options(kwargs)
         # What the call asks for, steps too, is not overruled by a rule that the checkpoint alone sets. A copy of the
-        # checkpoint's settings asks for nothing.
-        given = kwargs
-        names = ("audio_steps_per_block", "audio_remasking", *SURE_RULES)
+        # checkpoint's settings asks for what was changed in it.
+        names = ("audio_steps_per_block", "audio_remasking", "audio_order_bias", *SURE_RULES)
+        asked = {name: getattr(generation_config, name, None) for name in names}
         own = vars(self.generation_config)
-        if generation_config is not None and any(getattr(generation_config, n) != own.get(n) for n in names):
-            given = {**vars(generation_config), **kwargs}
+        given = {name: value for name, value in asked.items() if value != own.get(name)} | kwargs
         refuse_two_rules(given)
         if asks_for_fixing(kwargs):
             kwargs |= {name: given.get(name) for name in SURE_RULES}
@@ -148,6 +147,8 @@ class TttGenerationMixin(GenerationMixin):
         several = kwargs.pop("num_return_sequences", None) if self.config.audio_objective == "diffusion" else None
         prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         options = TttGenerationConfig.upgrade(prepared)
+        if asks_for_fixing(given):
+            options.update(**{name: given.get(name) for name in SURE_RULES})
         if several is not None:
             options.update(num_return_sequences=several)
         rule = options.audio_prefix_probability
