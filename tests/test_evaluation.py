@@ -536,7 +536,7 @@ def test_ttt_tinys_task_set_measures_model_and_twin_and_goes_on_where_it_stopped
     titles = [title for title in report.section_titles.values() if title.startswith("blocks of")]
     assert len(titles) == 2 * 2 + 1 and "blocks of 26, threshold 0.9, order 0.1" in titles
     assert values["sweep/blocks of 4, 2 steps", "tts/speech/deaf"].count == 1
-    assert values["sweep/blocks of 4, prefix 0.5", "tts/speech/deaf"].count == 1
+    assert values["sweep/blocks of 26, prefix 0.5", "tts/speech/deaf"].count == 1
     for part in (
         "at least",
         "| autoregressive twin |",
