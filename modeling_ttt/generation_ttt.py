@@ -148,7 +148,8 @@ class TttGenerationMixin(GenerationMixin):
         prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         options = TttGenerationConfig.upgrade(prepared)
         if asks_for_fixing(given):
-            options.update(**{name: given.get(name) for name in SURE_RULES})
+            for name in SURE_RULES:
+                setattr(options, name, given.get(name))
         if several is not None:
             options.update(num_return_sequences=several)
         rule = options.audio_prefix_probability
