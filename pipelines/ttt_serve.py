@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .ttt_talk import DTYPES, UsageError, load_pipeline, load_processor, locate_model
+from .ttt_talk import DTYPES, UsageError, limit_spinning, load_pipeline, load_processor, locate_model
 
 if TYPE_CHECKING:
     import uvicorn
@@ -65,6 +65,13 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--dtype", choices=DTYPES, help="of the model (default: float32 on cpu, else as saved)")
     model.add_argument("--trust_remote_code", action="store_true", help="let code in the model's folder run")
     load = parser.add_argument_group("load")
+    load.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="CPU threads of the model (default: one less than PyTorch chooses, since a core is kept busy by the audio "
+        "tokenizer and the callers)",
+    )
     load.add_argument("--max_rows", type=int, default=8, metavar="N", help="requests answered together (default: 8)")
     load.add_argument(
         "--max_queue",
@@ -131,6 +138,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         UsageError: if arguments do not go together.
     """
     least = {"max_rows": 1, "max_queue": 0, "max_sessions": 1, "session_memory": 0, "drain_seconds": 0, "port": 0}
+    if arguments.threads is not None:
+        least["threads"] = 1
     for name, value in least.items():
         if getattr(arguments, name) < value:
             raise UsageError(f"--{name} must be at least {value}, got {getattr(arguments, name)}")
@@ -201,7 +210,7 @@ def build_service(arguments: argparse.Namespace) -> Service:
     Raises:
         OSError, RuntimeError, ValueError: as `load_processor` and `load_pipeline` do.
     """
-    pipe = load_pipeline(arguments, load_processor(arguments))
+    pipe = load_pipeline(arguments, load_processor(arguments), spare_cores=1)
     from .serving.engine import Engine
     from .serving.limits import Limits
     from .serving.service import Service
@@ -331,6 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
+    limit_spinning()
     try:
         return run(arguments)
     except UsageError as error:

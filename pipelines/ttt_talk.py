@@ -32,6 +32,9 @@ HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 CONFIG_NAMES = ("config.json", "adapter_config.json")
 STANDARD = "-"  # standard input as a question, standard output as an answer
 DTYPES = ("float32", "bfloat16", "float16")
+# How often an idle thread of PyTorch looks for work before it gives up its core, where OpenMP is GNU's. Its default is
+# so high that threads hold each other up as soon as another process wants a core.
+SPIN_COUNT = "1000"
 SOFTWARE = "ttt-talk"  # written into every answer, so that only answers are overwritten
 PLAYERS = (["aplay", "-q"], ["paplay"], ["afplay"], ["ffplay", "-nodisp", "-autoexit", "-loglevel", "quiet"])
 
@@ -90,6 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output_dir", type=Path, help="write the answers here, under the questions' names")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the model (default: float32 on cpu, else as saved)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: as many as PyTorch chooses)")
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps per audio block: fewer are faster")
     parser.add_argument("--max_new_tokens", type=int, metavar="N", help="longest answer, text and codes together")
     parser.add_argument("--seed", type=int, help="of sampled answers, to hear the same one again")
@@ -119,7 +123,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     Raises:
         UsageError: if arguments do not go together.
     """
-    for name, least in (("steps", 1), ("max_new_tokens", 1), ("seed", 0)):
+    for name, least in (("threads", 1), ("steps", 1), ("max_new_tokens", 1), ("seed", 0)):
         if getattr(arguments, name) is not None and getattr(arguments, name) < least:
             raise UsageError(f"--{name} must be at least {least}, got {getattr(arguments, name)}")
     if arguments.live:
@@ -152,7 +156,7 @@ def check_live_arguments(arguments: argparse.Namespace) -> None:
         return
     if urlparse(arguments.url).scheme not in ("ws", "wss"):
         raise UsageError(f"--url is {arguments.url}; use one like ws://127.0.0.1:8000/v1/realtime")
-    for name in ("model", "processor", "device", "dtype", "trust_remote_code"):
+    for name in ("model", "processor", "device", "dtype", "threads", "trust_remote_code"):
         if getattr(arguments, name):
             raise UsageError(f"--{name} does not go with --url: the server has its own")
 
@@ -300,9 +304,43 @@ def load_processor(arguments: argparse.Namespace) -> TttProcessor:
         raise OSError(f"{path} has no processor that can be loaded; name one with --processor ({reason})") from error
 
 
-def load_pipeline(arguments: argparse.Namespace, processor: TttProcessor) -> TttAudioToAudioPipeline:
+def limit_spinning() -> None:
+    """
+    Have PyTorch's threads give up their cores soon when they wait for each other, unless the environment says how they
+    wait: otherwise an answer takes twice as long and more while another process keeps one of two cores busy
+    (tests/benchmarks/bench_threads.py). It has an effect only before PyTorch is loaded.
+    """
+    if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+
+
+def set_threads(threads: int | None, spare: int = 0) -> None:
+    """
+    Set the CPU threads of PyTorch.
+
+    Args:
+        threads (`int`, *optional*): how many; by default what `OMP_NUM_THREADS` says, or else PyTorch's own choice less
+            `spare`, and one at least.
+        spare (`int`, *optional*, defaults to 0): cores that other threads of this process keep busy.
+    """
+    import torch
+
+    if threads is None and "OMP_NUM_THREADS" not in os.environ:
+        threads = max(1, torch.get_num_threads() - spare)
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def load_pipeline(
+    arguments: argparse.Namespace, processor: TttProcessor, spare_cores: int = 0
+) -> TttAudioToAudioPipeline:
     """
     Load the model, with its adapter where --model is one, and put the pipeline together.
+
+    Args:
+        arguments (`argparse.Namespace`): the command line.
+        processor (`TttProcessor`): what `load_processor` returned.
+        spare_cores (`int`, *optional*, defaults to 0): see `set_threads`.
 
     Raises:
         OSError: if the model cannot be loaded.
@@ -315,6 +353,7 @@ def load_pipeline(arguments: argparse.Namespace, processor: TttProcessor) -> Ttt
 
     from .pipeline_ttt import TttAudioToAudioPipeline
 
+    set_threads(arguments.threads, spare_cores)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(1, device=device).item()
@@ -498,6 +537,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
+    limit_spinning()
     try:
         return run(arguments)
     except UsageError as error:

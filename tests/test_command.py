@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 from builders import build_model, build_processor, tone, write_wav
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -198,6 +199,48 @@ def test_a_player_is_used_where_one_is_installed(talk, question, tmp_path, monke
 
 
 @pytest.mark.parametrize(
+    ("variables", "expected"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_idle_threads_give_up_their_cores_unless_the_environment_says_how_they_wait(variables, expected):
+    kept = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    asked = (
+        "import os, sys; sys.argv = ['ttt-talk']; from pipelines import ttt_talk; ttt_talk.limit_spinning(); "
+        "print(os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", asked], env=kept | variables, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.strip() == expected
+
+
+def test_threads_are_those_asked_for_or_of_the_environment_or_leave_cores_to_others(monkeypatch):
+    chosen = []
+    monkeypatch.setattr("torch.get_num_threads", lambda: 8)
+    monkeypatch.setattr("torch.set_num_threads", chosen.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    ttt_talk.set_threads(None)
+    ttt_talk.set_threads(None, spare=1)
+    ttt_talk.set_threads(None, spare=8)
+    ttt_talk.set_threads(3, spare=1)
+    assert chosen == [8, 7, 1, 3]
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    ttt_talk.set_threads(None, spare=1)
+    assert chosen == [8, 7, 1, 3]  # PyTorch has read the variable itself
+    ttt_talk.set_threads(2)
+    assert chosen[-1] == 2
+
+
+def test_threads_of_the_command_line_are_those_that_compute(talk, question):
+    before = torch.get_num_threads()
+    try:
+        assert talk("--threads", "3", question)[0] == 0
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "nothing to answer"),
@@ -207,6 +250,7 @@ def test_a_player_is_used_where_one_is_installed(talk, question, tmp_path, monke
         (["--task", "tts", "a.wav"], "--task tts needs --text"),
         (["--task", "tts", "--text", " "], "--text is empty"),
         (["a.wav", "--steps", "0"], "--steps must be at least 1"),
+        (["a.wav", "--threads", "0"], "--threads must be at least 1, got 0"),
         (["a.wav", "--seed", "-1"], "--seed must be at least 0, got -1"),
         (["a.wav", "--dtype", "float"], "invalid choice: 'float'"),
         (["--text", "hi", "a.wav", "b.wav"], "--text takes one file at most"),

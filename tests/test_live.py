@@ -234,6 +234,7 @@ def test_threads_end_together_and_the_first_error_is_told():
         (["--live", "--steps", "0"], "--steps must be at least 1"),
         (["--live", "--url", "http://127.0.0.1:8000"], "ws://127.0.0.1:8000/v1/realtime"),
         (["--live", "--url", "ws://127.0.0.1/v1/realtime", "--model", "x"], "--model does not go with --url"),
+        (["--live", "--url", "ws://127.0.0.1/v1/realtime", "--threads", "2"], "--threads does not go with --url"),
         (["--url", "ws://127.0.0.1/v1/realtime", "question.wav"], "--url goes with --live"),
         (["--no_interruption", "question.wav"], "--no_interruption goes with --live"),
     ],

@@ -42,6 +42,7 @@ def test_help_has_examples_and_does_not_wait_for_torch():
     ("arguments", "message"),
     [
         (["--max_rows", "0"], "--max_rows must be at least 1"),
+        (["--threads", "0"], "--threads must be at least 1"),
         (["--max_audio_seconds", "nan"], "--max_audio_seconds must be more than 0"),
         (["--port", "70000"], "at most 65535"),
         (["--ssl_certfile", "x.pem"], "go together"),
