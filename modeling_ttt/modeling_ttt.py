@@ -187,11 +187,13 @@ class TttModel(TttPreTrainedModel):
                 with the same number see each other. Computed from `input_ids`, which must then be clean, if not given.
 
         Raises:
-            ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, or `span_ids` is missing and
-                cannot be computed, or has another length.
+            ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, `input_ids` have another number
+                of dimensions, or `span_ids` is missing and cannot be computed, or has another length.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        if input_ids is not None and input_ids.ndim != 2:
+            raise ValueError(f"`input_ids` has shape {tuple(input_ids.shape)}; use (batch, length).")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
@@ -334,8 +336,11 @@ class TttForConditionalGeneration(TttPreTrainedModel, TttGenerationMixin):
         if labels is not None:
             if input_ids is None or inputs_embeds is not None:
                 raise ValueError("The loss needs `input_ids`: noise is applied to tokens, not to `inputs_embeds`.")
-            if labels.shape != input_ids.shape:
-                raise ValueError(f"`labels` has shape {tuple(labels.shape)}, `input_ids` {tuple(input_ids.shape)}.")
+            if labels.shape != input_ids.shape or labels.ndim != 2:
+                raise ValueError(
+                    f"`labels` has shape {tuple(labels.shape)}, `input_ids` {tuple(input_ids.shape)}; both are "
+                    "(batch, length)."
+                )
             if past_key_values is not None:
                 raise ValueError(
                     "`past_key_values` came with `labels`: the loss takes several forwards over whole sequences, so "

@@ -137,7 +137,8 @@ def build_processor(tokenizer: PreTrainedTokenizerBase, audio_tokenizer: Path) -
         )
     extractor = load_feature_extractor(codec, [(audio_tokenizer, "")])
     processor = TttProcessor(extractor, tokenizer, codec)
-    processor.encode_audio(np.zeros(extractor.sampling_rate, dtype=np.float32))  # do they fit? a second of silence
+    rate = extractor.sampling_rate
+    processor.encode_audio(np.zeros(rate, dtype=np.float32), rate)  # do they fit? a second of silence
     tokenizer.chat_template = processor.chat_template
     return processor
 

@@ -43,7 +43,7 @@ examples:
   ttt-talk question.wav reply.wav              answer a spoken question
   ttt-talk question.wav                        the same, into question.reply.wav
   ttt-talk --task asr recording.wav            write down what was said, and say it again
-  ttt-talk --task tts --text "two and two" a.wav
+  ttt-talk --task tts --text "purple tiger garden" a.wav
   ttt-talk --text "what is two plus two"       ask in writing; the speech goes to reply.wav
   ttt-talk --output_dir replies *.wav          many questions
   ttt-talk --json question.wav | jq .text
@@ -328,6 +328,8 @@ def set_threads(threads: int | None, spare: int = 0) -> None:
     if threads is None and "OMP_NUM_THREADS" not in os.environ:
         threads = max(1, torch.get_num_threads() - spare)
     if threads is not None:
+        if threads > (os.cpu_count() or threads):
+            _note(f"{threads} threads share {os.cpu_count()} cores and will wait for each other")
         torch.set_num_threads(threads)
 
 

@@ -18,6 +18,9 @@ from urllib.parse import unquote, urlparse
 
 import numpy as np
 from transformers.audio_utils import load_audio
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 # Where a mapping has its audio, in this order, and the rate of its samples.
 AUDIO_KEYS = ("array", "raw", "waveform", "samples", "audio", "bytes", "file", "path", "url")
@@ -63,7 +66,8 @@ def load_waveform(audio: Any, sampling_rate: int, source_rate: float | None = No
             of `RATE_KEYS`. Files soundfile cannot read (m4a, webm, mp4) are decoded by ffmpeg or torchcodec where
             either is installed.
         sampling_rate (`int`): rate of the result, Hz.
-        source_rate (`float`, *optional*): rate of samples that bring none, Hz; `sampling_rate` where not given.
+        source_rate (`float`, *optional*): rate of samples that bring none, Hz; `sampling_rate`, with a warning,
+            where not given.
         name (`str`, *optional*, defaults to `"audio"`): how errors call the item.
 
     Returns:
@@ -126,6 +130,11 @@ def _load(audio: Any, target_rate: int, rate: Any, name: str) -> np.ndarray:
         raise ValueError(f"{name} is {audio!r}, not audio. Pass an array, a path, an address or a mapping.")
     waveform = _to_mono(_to_numpy(audio, name), name)
     _check_finite(waveform, name)  # before resampling, which spreads one bad sample over all
+    if rate is None:
+        logger.warning_once(
+            f"Samples came without a sampling rate; {target_rate:g} Hz is assumed. At another rate they are misheard: "
+            "pass `sampling_rate` (Hz) with them, or a tuple of samples and rate."
+        )
     return resample(waveform, _checked_rate(target_rate if rate is None else rate, name), target_rate)
 
 

@@ -159,6 +159,8 @@ class TttProcessor(ProcessorMixin):
         Raises:
             ValueError: if there is no such task.
         """
+        if not isinstance(name, str):
+            raise ValueError(f"`task` is {name!r}; it must be a string, the same for all of a batch.")
         if name not in self.system_prompts:
             raise ValueError(f"There is no task {name!r}; choose one of {', '.join(self.tasks)}.")
         default = default_tasks(self.text_chunk_size, self.audio_chunk_size).get(name)
@@ -735,8 +737,8 @@ class TttProcessor(ProcessorMixin):
                     seconds = len(array) / self.feature_extractor.sampling_rate
                     if seconds * codes_per_second > max_audio_codes:
                         raise ValueError(
-                            f"{name} lasts {seconds:.1f} s, which become more than {max_audio_codes} codes; pass at "
-                            f"most {max_audio_codes / codes_per_second:.0f} s."
+                            f"{name} lasts {seconds:.1f} s, which become more than {max_audio_codes} codes. Pass less "
+                            f"than {max_audio_codes / codes_per_second:.0f} s: prompt and answer take room, too."
                         )
             rows = encode_waveforms(audio_tokenizer, self.feature_extractor, arrays, batch_size, names)
             for position, row in zip(waveforms, rows, strict=True):

@@ -17,6 +17,7 @@ import torch
 from builders import build_processor, tone, write_wav
 from transformers.utils import is_torchcodec_available
 
+from processing import audio_input_ttt
 from processing.audio_input_ttt import is_single_audio, load_waveform, resample
 
 
@@ -234,6 +235,18 @@ def test_an_mp3_that_is_none_is_not_said_to_be_missing(decoder, tmp_path, monkey
             load_waveform(path, 16_000)
         for misleading in ("does not exist", "Invalid argument", "0x"):
             assert misleading not in str(error.value)
+
+
+def test_samples_of_unknown_rate_are_taken_for_the_models_with_a_warning(monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(audio_input_ttt.logger, "warning_once", said.append)
+    sound = tone(0.1)
+    for known in ({"array": sound, "sampling_rate": 8_000}, (sound, 8_000)):
+        load_waveform(known, 16_000)
+    load_waveform(sound, 16_000, 8_000)
+    assert said == []
+    np.testing.assert_array_equal(load_waveform(sound, 16_000), sound)
+    assert len(said) == 1 and "16000 Hz is assumed" in said[0] and "`sampling_rate`" in said[0]
 
 
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")

@@ -193,6 +193,9 @@ def test_embeddings_instead_of_ids_need_span_ids():
     torch.testing.assert_close(logits, model(IDS).logits)
     with pytest.raises(ValueError, match="exactly one"):
         model(IDS, inputs_embeds=embeddings)
+    for ids in (IDS[0], IDS[None]):
+        with pytest.raises(ValueError, match=r"`input_ids` has shape .*use \(batch, length\)"):
+            model(ids)
     with pytest.raises(ValueError, match="exactly one"):
         model()
 

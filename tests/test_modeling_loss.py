@@ -376,6 +376,8 @@ def test_bad_labels_are_refused(batch):
     model = make_model()
     with pytest.raises(ValueError, match="`labels` has shape"):
         model(batch["input_ids"], labels=batch["labels"][:, 1:])
+    with pytest.raises(ValueError, match="`labels` has shape .*batch, length"):
+        model(batch["input_ids"][0], labels=batch["labels"][0])
     with pytest.raises(ValueError, match="needs `input_ids`"):
         model(inputs_embeds=model.get_input_embeddings()(batch["input_ids"]), labels=batch["labels"])
 

@@ -223,6 +223,7 @@ def test_conversations_get_a_tasks_system_turn_only_where_they_have_none(text_on
 def test_input_that_does_not_fit_its_task_is_refused(processor):
     sound = tone(0.1)
     for options, message in [
+        ({"audio": [sound, sound], "task": ["asr", "asr"]}, "`task` is .*; it must be a string"),
         ({"audio": sound, "task": "sing"}, "There is no task 'sing'; choose one of spoken_chat"),
         ({"text": "hello", "task": "asr"}, "'asr' needs `audio`"),
         ({"audio": sound, "task": "tts"}, "'tts' needs `text`"),

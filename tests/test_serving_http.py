@@ -1,6 +1,7 @@
 """The HTTP endpoints with a small model: what is refused and how it is told, uploads within limits, who may come in."""
 
 import base64
+import http.client
 import io
 import json
 import re
@@ -57,6 +58,9 @@ def heard(content: bytes, **part) -> dict:
     return {**CHAT, "messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": audio}]}]}
 
 
+WEBM = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "webm"}}
+
+
 # ---- what is refused -----------------------------------------------------------------------------------------------
 
 
@@ -84,6 +88,20 @@ def heard(content: bytes, **part) -> dict:
         ("/v1/chat/completions", {**CHAT, "messages": CHAT["messages"] * 11}, "messages", "too_long"),
         ("/v1/chat/completions", {**CHAT, "messages": [{"role": "tool", "content": "x"}]}, "messages[0]", None),
         ("/v1/chat/completions", {**CHAT, "messages": [{"role": "user", "content": ""}]}, "messages[0].content", None),
+        *(
+            ("/v1/chat/completions", {**CHAT, "messages": [{"role": "user", "content": content}]}, param, code)
+            for content, param, code in (
+                ([{"type": "image_url", "image_url": {}}], "messages[0].content[0]", "invalid_value"),
+                ([{"text": "hi"}], "messages[0].content[0]", "invalid_value"),
+                (["hi"], "messages[0].content[0]", "invalid_value"),
+                ([{"type": "text", "text": 5}], "messages[0].content[0].text", "invalid_value"),
+                ([{"type": "text", "text": "hi", "zzz": 1}], "messages[0].content[0].zzz", "unknown_parameter"),
+                ([WEBM], "messages[0].content[0].input_audio.format", "invalid_value"),
+                (5, "messages[0].content", "invalid_value"),
+                (None, "messages[0].content", "invalid_value"),
+            )
+        ),
+        ("/v1/chat/completions", {**CHAT, "ttt": {"task": "asr"}}, "ttt.task", "invalid_value"),
         ("/v1/chat/completions", {**CHAT, "modalities": ["text", "audio"]}, "audio", "missing_required_parameter"),
         ("/v1/chat/completions", {**CHAT, "audio": {"voice": "a", "format": "wav"}}, "modalities", "invalid_value"),
         ("/v1/chat/completions", {**CHAT, "max_tokens": 3, "max_completion_tokens": 3}, "max_tokens", "invalid_value"),
@@ -103,6 +121,29 @@ def test_what_is_not_understood_is_refused_by_name(server, path, body, param, co
     status, error = server.error(path, body)
     assert status == 400 and error["type"] == "invalid_request_error"
     assert error["param"] == param and code in (None, error["code"])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"messages": [{"role": "user", "content": None}]}, "Input should be a text or a list of parts"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "'image_url' found using 'type'"),
+        ({"stop": "END"}, "this server has nothing of the kind; leave it out"),
+        ({"tools": [{}]}, "this server has nothing of the kind; leave it out"),
+        ({"ttt": {"task": "asr"}}, "The task 'asr' needs sound"),
+    ],
+)
+def test_what_is_refused_is_told_in_words_of_the_request(server, more, message):
+    assert message in server.error("/v1/chat/completions", {**CHAT, **more})[1]["message"]
+
+
+def test_a_reading_without_speech_is_an_error(server):
+    """No sound would pass for silence."""
+    body = {**SPEECH, "ttt": {"max_new_tokens": 1}}
+    events = server.request("/v1/audio/speech", {**body, "stream_format": "sse"})[2].decode()
+    assert "no_speech" in events and "speech.audio.done" not in events
+    with pytest.raises((http.client.HTTPException, OSError)):
+        server.request("/v1/audio/speech", body)
 
 
 @pytest.mark.parametrize(

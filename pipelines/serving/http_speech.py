@@ -55,21 +55,22 @@ def check_format(name: str, param: str) -> None:
 
 async def _file(service: Service, generation: Generation, file_format: str) -> AsyncIterator[bytes]:
     """Yield a sound file. Where the answer breaks off, so does the response, without its proper end."""
-    file = FileStream(WIRE_RATE, file_format)
+    file, is_silent = FileStream(WIRE_RATE, file_format), True
     resampler = Resampler(service.engine.sampling_rate, WIRE_RATE)
     async for event in service.events(generation):
         if isinstance(event, AudioDelta) and len(event.waveform):
+            is_silent = False
             if piece := file.push(resampler.push(event.waveform)):
                 yield piece
         elif isinstance(event, Finished):
-            if (error := failure(event)) is not None:
+            if (error := failure(event) or (without_speech() if is_silent else None)) is not None:
                 raise error
             yield file.push(resampler.push(SILENCE, last=True)) + file.flush()
 
 
 async def _events(service: Service, generation: Generation, file_format: str) -> AsyncIterator[bytes]:
     """Yield the same as server-sent events, and then what it took."""
-    file = FileStream(WIRE_RATE, file_format)
+    file, is_silent = FileStream(WIRE_RATE, file_format), True
     resampler = Resampler(service.engine.sampling_rate, WIRE_RATE)
 
     def delta(content: bytes) -> bytes:
@@ -77,13 +78,20 @@ async def _events(service: Service, generation: Generation, file_format: str) ->
 
     async for event in service.events(generation):
         if isinstance(event, AudioDelta) and len(event.waveform):
+            is_silent = False
             if piece := delta(file.push(resampler.push(event.waveform))):
                 yield piece
         elif isinstance(event, Finished):
-            if (error := failure(event)) is not None:
+            if (error := failure(event) or (without_speech() if is_silent else None)) is not None:
                 raise error
             yield delta(file.push(resampler.push(SILENCE, last=True)) + file.flush())
             yield sse({"type": "speech.audio.done", "usage": usage(event)})
+
+
+def without_speech() -> ApiError:
+    """Return what a client is told of an answer that has text alone."""
+    message = "The model gave no speech. Allow it more 'ttt.max_new_tokens', or change 'input'."
+    return ApiError(message, 500, "no_speech")
 
 
 def usage(finished: Finished) -> dict[str, int]:

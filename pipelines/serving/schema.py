@@ -3,7 +3,7 @@ objects of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -37,6 +37,18 @@ def parse_json(content: str | bytes) -> dict[str, Any]:
     return data
 
 
+def nothing(value: Any) -> Any:
+    """
+    Take an empty list: the value of a field that clients send by habit.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if value != []:
+        raise ValueError("this server has nothing of the kind; leave it out")
+    return value
+
+
 def validate(model: type[Model], data: Mapping[str, Any]) -> Model:
     """
     Return an object of a wire format.
@@ -47,7 +59,7 @@ def validate(model: type[Model], data: Mapping[str, Any]) -> Model:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise invalid(error.errors(include_url=False, include_input=False)[0], data) from None
+        raise invalid(_telling(error.errors(include_url=False, include_input=False), data), data) from None
 
 
 def invalid(problem: Mapping[str, Any], data: Any) -> ApiError:
@@ -61,6 +73,17 @@ def invalid(problem: Mapping[str, Any], data: Any) -> ApiError:
     return ApiError(f"Invalid value for '{param}': {shorten(reason, 400)}.", code="invalid_value", param=param)
 
 
+def _telling(problems: Sequence[Mapping[str, Any]], data: Any) -> Mapping[str, Any]:
+    """Return the first problem; of a text or parts, that of the one which was sent."""
+    first, place = problems[0], _path(problems[0]["loc"], data)
+    others = [problem for problem in problems[1:] if _path(problem["loc"], data).startswith(place)]
+    if first["type"] != "string_type" or not others:
+        return first
+    if any(problem["type"] != "list_type" for problem in others):
+        return next(problem for problem in others if problem["type"] != "list_type")
+    return {**first, "msg": "Input should be a text or a list of parts"}
+
+
 def shorten(text: str, length: int = LONGEST_QUOTE) -> str:
     """Return a text, or its beginning where it is longer than `length` characters, without its full stop."""
     text = text.rstrip(".")
@@ -69,13 +92,16 @@ def shorten(text: str, length: int = LONGEST_QUOTE) -> str:
 
 def _path(location: tuple[Any, ...], data: Any) -> str:
     """Return where a problem lies, as in `session.audio.input`, without pydantic's names for the branches of unions."""
-    path = ""
+    path, tagged = "", False
     for index, part in enumerate(location):
+        if not tagged and isinstance(data, Mapping) and data.get("type") == part and index + 1 < len(location):
+            tagged = True  # the branch that `type` has chosen, not the field of that name
+            continue
         if isinstance(data, Mapping) and part in data:
-            data = data[part]
+            data, tagged = data[part], False
         elif isinstance(data, list) and isinstance(part, int) and part < len(data):
             data = data[part]
-        elif index + 1 < len(location):
+        elif index + 1 < len(location) or not isinstance(data, Mapping):
             continue
         part = shorten(str(part)) if isinstance(part, str) else part
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part

@@ -73,12 +73,14 @@ class Service:
         Return the system turn of a conversation: the client's instructions, or else the task's prompt.
 
         Raises:
-            ApiError: if there is no such task.
+            ApiError: if there is no such task, or it is about sound and there is none.
         """
         try:
             settings = self.processor.get_task(task or ("spoken_chat" if has_audio else "text_chat"))
         except ValueError as error:
             raise ApiError(str(error), code="invalid_value", param="ttt.task") from None
+        if settings.needs_audio and not has_audio:
+            raise ApiError(f"The task '{task}' needs sound.", code="invalid_value", param="ttt.task")
         return instructions or settings.system_prompt
 
     async def prompt(self, messages: Sequence[dict[str, Any]]) -> list[int]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from .errors import ApiError
 from .options import TttOptions
-from .schema import Wire
+from .schema import Wire, nothing
 
 Text = Annotated[str, Field(max_length=1_000_000)]
 Name = Annotated[str, Field(max_length=256)]
@@ -18,7 +18,7 @@ Temperature = Annotated[float, Field(ge=0.0, le=2.0)]
 TopP = Annotated[float, Field(gt=0.0, le=1.0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Zero = Annotated[float, Field(ge=0.0, le=0.0)]
-EmptyList = Annotated[list[Any], Field(max_length=0)]
+EmptyList = Annotated[list[Any], BeforeValidator(nothing)]
 
 
 class SpeechRequest(Wire):

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from .conversation import Item, Part, Role, new_id
 from .errors import ApiError
 from .options import TttOptions, check_speed, check_voice
-from .schema import Wire
+from .schema import Wire, nothing
 from .sound import WIRE_RATE
 
 Id = Annotated[str, Field(min_length=1, max_length=64)]
@@ -18,7 +18,7 @@ Text = Annotated[str, Field(max_length=100_000)]
 Name = Annotated[str, Field(max_length=256)]
 Modalities = Annotated[list[Literal["audio", "text"]], Field(min_length=1, max_length=1)]
 MostTokens = Annotated[int, Field(ge=1, le=100_000)] | Literal["inf"] | None
-EmptyList = Annotated[list[Any], Field(max_length=0)] | None
+EmptyList = Annotated[list[Any], BeforeValidator(nothing)] | None
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
 ]

@@ -259,7 +259,7 @@ def build_processor(args: InitArguments, tokenizer: PreTrainedTokenizerBase, aud
         system_prompts=prompts,
     )
     tokenizer.chat_template = processor.chat_template
-    processor.encode_audio(np.zeros(extractor.sampling_rate, dtype=np.float32))
+    processor.encode_audio(np.zeros(extractor.sampling_rate, dtype=np.float32), extractor.sampling_rate)
     return processor
 
 
