@@ -105,6 +105,11 @@ def test_what_is_not_understood_is_refused_by_name_and_the_connection_stays(clie
     assert client.configure()["instructions"] == "x"
 
 
+def test_a_response_with_a_task_that_there_is_not_is_refused_before_it_is_one(client):
+    error = client.error("response.create", event_id="mine", response={"ttt": {"task": "sing"}})
+    assert error["param"] == "ttt.task" and error["event_id"] == "mine" and "spoken_chat" in error["message"]
+
+
 @pytest.mark.parametrize(
     "frame",
     [

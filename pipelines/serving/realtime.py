@@ -437,6 +437,8 @@ class RealtimeSession:
         if params.audio is not None and params.audio.input is not None:
             message = "Unknown parameter: 'response.audio.input'. It belongs to the session."
             raise ApiError(message, code="unknown_parameter", param="response.audio.input")
+        if params.ttt is not None:
+            self.service.system_prompt(params.ttt.task, None, True)  # refuses a task that there is not
         in_conversation = params.conversation != "none"
         if in_conversation and self.response is not None and self.response.cancelled is None:
             raise ApiError(
