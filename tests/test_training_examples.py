@@ -22,6 +22,7 @@ from training_examples.ttt_tiny import (
     build_speech,
     domain,
     other_sentences,
+    phonemes,
     speech,
     synthesis,
     train_codec,
@@ -280,7 +281,7 @@ def test_training_lowers_the_loss_and_goes_on_after_a_stop(tmp_path, monkeypatch
     assert trained.config.audio_objective == objective
 
 
-@pytest.mark.parametrize("stage", ["tokenizer", "vocoder", "decoder"])
+@pytest.mark.parametrize("stage", ["tokenizer", "vocoder", "decoder", "head"])
 def test_every_stage_of_the_codec_training_trains_what_it_says(tmp_path, stage, monkeypatch):
     speech = tmp_path / "speech"
     speech.mkdir()
@@ -290,7 +291,7 @@ def test_every_stage_of_the_codec_training_trains_what_it_says(tmp_path, stage, 
     for earlier in ("tokenizer", "vocoder"):
         TttCodecModel(small).save_pretrained(tmp_path / "codec" / earlier)
     before = TttCodecModel.from_pretrained(tmp_path / "codec" / "tokenizer").state_dict()
-    if stage != "decoder":
+    if stage in ("tokenizer", "vocoder"):
         before = TttCodecModel.from_pretrained(tmp_path / "codec" / stage).state_dict()
     options = f"--stage {stage} --speech_dir {speech} --output_dir {tmp_path / 'codec'} --max_steps 2 --batch_size 4"
     monkeypatch.setattr(sys, "argv", ["train_codec.py", *options.split()])
@@ -298,9 +299,32 @@ def test_every_stage_of_the_codec_training_trains_what_it_says(tmp_path, stage, 
     after = TttCodecModel.from_pretrained(tmp_path / "codec" / stage).state_dict()
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     trained = {"tokenizer": {"encoder", "decoder"}, "vocoder": {"vocoder"}, "decoder": {"decoder", "vocoder"}}
-    assert changed == trained[stage]
+    assert changed == trained.get(stage, set())
     state = torch.load(tmp_path / "codec" / stage / "training_state.pt", weights_only=True)
     assert state["step"] == 2
+    if stage == "head":
+        codec = TttCodecModel.from_pretrained(tmp_path / "codec" / "head")
+        head = phonemes.load_head(tmp_path / "codec" / "head", codec, phonemes.pronunciations()[1])
+        assert len(state["optimizer"]["state"]) == len(list(head.parameters()))
+
+
+def test_a_head_is_trained_for_an_audio_tokenizer_that_was_published_without_one(tmp_path, monkeypatch):
+    speech = tmp_path / "speech"
+    speech.mkdir()
+    for kind in ("assistant", "questions"):
+        write_shard(speech, kind, ["one two", "three", "say four"])
+    told = f"train_codec.py --stage head --speech_dir {speech} --output_dir {tmp_path / 'aligner'} --max_steps 2"
+    monkeypatch.setattr(sys, "argv", told.split())
+    with pytest.raises(ValueError, match="goes on from .*tokenizer, or from --model"):
+        train_codec.main()
+    published = TttCodecModel(
+        TttCodecConfig(hidden_size=16, vocoder_hidden_size=16, num_code_blocks=1, num_mel_blocks=1)
+    )
+    published.save_pretrained(tmp_path / "published")
+    monkeypatch.setattr(sys, "argv", [*told.split(), "--model", str(tmp_path / "published"), "--batch_size", "4"])
+    train_codec.main()
+    kept = TttCodecModel.from_pretrained(tmp_path / "aligner" / "head").state_dict()
+    assert all(torch.equal(value, kept[name]) for name, value in published.state_dict().items())
 
 
 def test_dataset_of_examples_has_what_the_trainer_groups_by():

@@ -47,7 +47,9 @@ SCORED_AT_ONCE = 256
 class BestArguments:
     model: str = field(metadata={"help": "Folder of the checkpoint that reads aloud."})
     dataset: str = field(metadata={"help": "Output of build_examples.py."})
-    aligner: Path = field(metadata={"help": "Folder of train_codec.py's stage `tokenizer`, with the phoneme head."})
+    aligner: Path = field(
+        metadata={"help": "Folder of train_codec.py's stage `tokenizer` or `head`, with the phoneme head."}
+    )
     output_dir: Path = field(metadata={"help": "Folder to write: a DatasetDict with the split `train`."})
     settings: list[str] = field(
         default_factory=lambda: ["8:8:0.03", "26:26:0.03", "13:13:0.03", "8:8:0"],

@@ -57,7 +57,9 @@ class ExampleArguments(MixtureArguments):
     splices: int = field(default=40, metadata={"help": "Dictations spliced of the words of each lone voice."})
     aligner: Path | None = field(
         default=None,
-        metadata={"help": "Folder of train_codec.py's stage `tokenizer`, by which words are cut out of sentences."},
+        metadata={
+            "help": "Folder of train_codec.py's stage `tokenizer` or `head`, by which words are cut out of sentences."
+        },
     )
     cut_splices: int = field(default=20_000, metadata={"help": "Dictations spliced of such words, with --aligner."})
     cut_questions: int = field(default=0, metadata={"help": "Questions spliced of such words, with --aligner."})

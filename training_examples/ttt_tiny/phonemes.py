@@ -67,14 +67,14 @@ def build_head(model: TttCodecModel, num_phonemes: int) -> PhonemeHead:
 
 def load_head(folder: Path, model: TttCodecModel, num_phonemes: int) -> PhonemeHead:
     """
-    Return the head that train_codec.py keeps beside the audio tokenizer of its stage `tokenizer`.
+    Return the head that train_codec.py keeps beside the audio tokenizer of its stages `tokenizer` and `head`.
 
     Raises:
         FileNotFoundError: If `folder` is of another stage, or was published without it.
     """
     path = folder / "training_state.pt"
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: name the folder of train_codec.py's stage `tokenizer`")
+        raise FileNotFoundError(f"{path} is missing: name the folder of train_codec.py's stage `tokenizer` or `head`")
     head = build_head(model, num_phonemes)
     head.load_state_dict(torch.load(path, weights_only=True)["head"])
     return head

@@ -1,12 +1,15 @@
-"""Train the audio tokenizer of ttt-tiny on the speech of build_speech.py, in three resumable stages.
+"""Train the audio tokenizer of ttt-tiny on the speech of build_speech.py, in three resumable stages and one more.
 
     python training_examples/ttt_tiny/train_codec.py --stage tokenizer  # encoder, codes and mel decoder
     python training_examples/ttt_tiny/train_codec.py --stage vocoder    # on real log-mels; may run beside the first
     python training_examples/ttt_tiny/train_codec.py --stage decoder    # and vocoder together on the frozen codes
+    python training_examples/ttt_tiny/train_codec.py --stage head --model model_cards/ttt-tiny/audio_tokenizer
 
 `tokenizer` joins a phoneme head (CTC on all voices: the codes must carry what is said) with a log-mel decoder that is
-trained on the assistant's voice only (so every voice comes back in that one). Held-out sentences are left out. Each
-stage writes OUTPUT/STAGE/ as a TttCodecModel folder plus its optimiser state, and goes on from there when run again.
+trained on the assistant's voice only (so every voice comes back in that one). `head` trains such a phoneme head alone,
+for an audio tokenizer that was published without one: build_examples.py and best_answers.py take its folder as
+--aligner. Held-out sentences are left out. Each stage writes OUTPUT/STAGE/ as a TttCodecModel folder plus its optimiser
+state, and goes on from there when run again.
 """
 
 import json
@@ -39,7 +42,10 @@ from training_examples.user_errors import run_command
 @dataclass
 class CodecArguments:
     stage: str = field(
-        metadata={"help": "tokenizer, vocoder or decoder.", "choices": ["tokenizer", "vocoder", "decoder"]}
+        metadata={
+            "help": "tokenizer, vocoder or decoder; or head, of a finished audio tokenizer.",
+            "choices": ["tokenizer", "vocoder", "decoder", "head"],
+        }
     )
     speech_dir: Path = field(default=Path("data/ttt_tiny/speech"), metadata={"help": "Shards of build_speech.py."})
     output_dir: Path = field(default=Path("runs/codec"), metadata={"help": "One folder per stage."})
@@ -146,15 +152,31 @@ def mel_loss(predicted: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) 
     return (error.abs() * weight).sum(), (error.diff(dim=1).abs() * weight[:, 1:]).sum()
 
 
+def draw_waveforms(sentences: list[tuple[str, np.ndarray]], hop: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return waveforms (batch, samples), half of which begin anywhere in their first code or after silence, and a mask
+    (batch, codes)."""
+    before = [
+        random.randrange(int(random.choice((1, 4)) * hop)) if random.random() < 0.5 else 0
+        for _ in range(len(sentences))
+    ]
+    clean, lengths = pad([wave for _, wave in sentences], hop, before)
+    return clean, (torch.arange(clean.shape[1] // hop) * hop < lengths[:, None]).long()
+
+
+def phoneme_losses(log_probs, mask: torch.Tensor, positions: int, sentences, words) -> list[torch.Tensor]:
+    """Return the CTC losses of what a head hears in the codes, and in the features before them."""
+    labels = [torch.tensor([p for word in text.split() for p in words[word]]) for text, _ in sentences]
+    label_lengths = torch.tensor([len(x) for x in labels])
+    return [
+        F.ctc_loss(x, torch.cat(labels), mask.sum(-1) * positions, label_lengths, zero_infinity=True) for x in log_probs
+    ]
+
+
 def tokenizer_step(
     model: TttCodecModel, head: PhonemeHead, questions, answers, words, phoneme_weight: float
 ) -> dict[str, torch.Tensor]:
-    count, said = len(answers) + len(questions), len(answers)
-    hop, frames = model.config.hop_length, model.config.frames_per_code
-    # Half of all speech begins anywhere in its first code, or after silence.
-    before = [random.randrange(int(random.choice((1, 4)) * hop)) if random.random() < 0.5 else 0 for _ in range(count)]
-    clean, lengths = pad([wave for _, wave in answers + questions], hop, before)
-    mask = (torch.arange(clean.shape[1] // hop) * hop < lengths[:, None]).long()
+    said, frames = len(answers), model.config.frames_per_code
+    clean, mask = draw_waveforms(answers + questions, model.config.hop_length)
     with torch.no_grad():
         noisy, target = model.log_mel(augment(clean, model.config.sampling_rate)), model.log_mel(clean[:said])
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -162,15 +184,21 @@ def tokenizer_step(
         grid = model.quantizer(model.encoder.project(features))
         log_probs = head(features, grid)
         mel = model.decoder(grid[:said], model.quantizer.to_codes(grid[:said].detach()), mask[:said])
-    labels = [torch.tensor([p for word in text.split() for p in words[word]]) for text, _ in answers + questions]
-    label_lengths = torch.tensor([len(x) for x in labels])
-    ctc, feature_ctc = (
-        F.ctc_loss(x, torch.cat(labels), mask.sum(-1) * head.positions, label_lengths, zero_infinity=True)
-        for x in log_probs
-    )
+    ctc, feature_ctc = phoneme_losses(log_probs, mask, head.positions, answers + questions, words)
     l1, delta = mel_loss(mel, target, mask[:said].repeat_interleave(frames, 1))
     loss = phoneme_weight * ctc + 0.5 * feature_ctc + 2 * l1 + delta
     return {"loss": loss, "ctc": ctc, "feature_ctc": feature_ctc, "mel": l1}
+
+
+def head_step(model: TttCodecModel, head: PhonemeHead, sentences, words) -> dict[str, torch.Tensor]:
+    clean, mask = draw_waveforms(sentences, model.config.hop_length)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.no_grad():
+            features = model.encoder.extract_features(model.log_mel(augment(clean, model.config.sampling_rate)), mask)
+            grid = model.quantizer(model.encoder.project(features))
+        log_probs = head(features, grid)
+    ctc, feature_ctc = phoneme_losses(log_probs, mask, head.positions, sentences, words)
+    return {"loss": ctc + feature_ctc, "ctc": ctc, "feature_ctc": feature_ctc}
 
 
 def vocoder_step(model: TttCodecModel, segments: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -273,9 +301,13 @@ def load_for_stage(args: CodecArguments, folder: Path) -> TttCodecModel:
         return TttCodecModel.from_pretrained(args.model, config=configure(args), ignore_mismatched_sizes=True)
     if args.model is not None:
         return TttCodecModel.from_pretrained(args.model)
-    if args.stage != "decoder":
+    if args.stage in ("tokenizer", "vocoder"):
         return TttCodecModel(configure(args))
+    if not (args.output_dir / "tokenizer" / "config.json").exists():
+        raise ValueError(f"the stage {args.stage} goes on from {args.output_dir / 'tokenizer'}, or from --model")
     model = TttCodecModel.from_pretrained(args.output_dir / "tokenizer")
+    if args.stage == "head":
+        return model
     vocoder = TttCodecModel.from_pretrained(args.output_dir / "vocoder").vocoder
     model.vocoder.load_state_dict(vocoder.state_dict())
     return model
@@ -295,6 +327,7 @@ def main() -> None:
         "tokenizer": [model.encoder, model.decoder, head],
         "vocoder": [model.vocoder],
         "decoder": [model.decoder, model.vocoder],
+        "head": [head],
     }
     parameters = [p for module in stages[args.stage] for p in module.parameters()]
     for p in model.parameters():
@@ -315,11 +348,11 @@ def main() -> None:
     rate = config.sampling_rate
     answers = Speech(args.speech_dir, "assistant", rate, args.seed + step, words)
     questions = Speech(args.speech_dir, "questions", rate, args.seed + step + 1, words)
-    answer_batches = answers.batches(args.batch_size // 2 if args.stage == "tokenizer" else args.batch_size)
+    answer_batches = answers.batches(args.batch_size // 2 if args.stage in ("tokenizer", "head") else args.batch_size)
     question_batches, segments = questions.batches(args.batch_size // 2), answers.segments(args.batch_size, rate)
 
     held_out = []
-    if args.eval_dir is not None and args.stage == "tokenizer":
+    if args.eval_dir is not None and args.stage in ("tokenizer", "head"):
         held_out = held_out_sentences(args.eval_dir, rate, words)
     progress, started = tqdm(total=args.max_steps, initial=step, desc=args.stage), time.time()
     running: dict[str, float] = {}
@@ -332,6 +365,8 @@ def main() -> None:
             losses = tokenizer_step(
                 model, head, next(question_batches), next(answer_batches), words, args.phoneme_weight
             )
+        elif args.stage == "head":
+            losses = head_step(model, head, next(question_batches) + next(answer_batches), words)
         elif args.stage == "vocoder":
             losses = vocoder_step(model, next(segments))
         else:
