@@ -43,7 +43,7 @@ examples:
   ttt-talk question.wav reply.wav              answer a spoken question
   ttt-talk question.wav                        the same, into question.reply.wav
   ttt-talk --task asr recording.wav            write down what was said, and say it again
-  ttt-talk --task tts --text "purple tiger garden" a.wav
+  ttt-talk --task tts --text "golden monkey river" a.wav
   ttt-talk --text "what is two plus two"       ask in writing; the speech goes to reply.wav
   ttt-talk --output_dir replies *.wav          many questions
   ttt-talk --json question.wav | jq .text
