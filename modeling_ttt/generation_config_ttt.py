@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -55,6 +55,7 @@ SWITCHES = (
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Rules by which a step fixes as many positions as it is sure of, instead of an even split.
 SURE_RULES = ("audio_confidence_threshold", "audio_prefix_probability")
+FIXING_OPTIONS = ("audio_steps_per_block", *SURE_RULES)
 AUDIO_OPTIONS = (*AUDIO_DEFAULTS, *SURE_RULES, "audio_top_k", "audio_top_p", "seed")
 
 
@@ -211,21 +212,28 @@ def asks_for_fixing(options: Mapping[str, Any]) -> bool:
     Return whether `options` ask for steps, for one of `SURE_RULES`, or for random remasking, which goes with neither of
     these rules.
     """
-    named = any(options.get(name) is not None for name in ("audio_steps_per_block", *SURE_RULES))
+    named = any(options.get(name) is not None for name in FIXING_OPTIONS)
     return named or options.get("audio_remasking") == "random"
 
 
-def refuse_two_rules(options: Mapping[str, Any]) -> None:
+def refuse_two_rules(options: Mapping[str, Any], names: Sequence[str] = SURE_RULES) -> None:
     """
     Check that `options` say in one way alone how many positions a step fixes.
 
+    Args:
+        options (`Mapping`): of generation.
+        names (`Sequence[str]`, *optional*, defaults to `SURE_RULES`):
+            Of these one may be set. In a configuration steps may stand beside a rule, for calls that switch it off;
+            where a client asks for both (`FIXING_OPTIONS`), it means one of them.
+
     Raises:
-        ValueError: if there are two of `SURE_RULES`.
+        ValueError: if two are.
     """
-    rules = [f"`{name}` is {options[name]!r}" for name in SURE_RULES if options.get(name) is not None]
+    rules = [f"`{name}` is {options[name]!r}" for name in names if options.get(name) is not None]
     if len(rules) > 1:
         raise ValueError(
-            f"{' and '.join(rules)}: they are two rules for the same choice. Leave one of them out, or set it to None."
+            f"{' and '.join(rules)}: they are {len(rules)} rules for the same choice. Leave all but one out, or set "
+            "them to None."
         )
 
 
@@ -270,6 +278,7 @@ __all__ = [
     "AUDIO_DEFAULTS",
     "AUDIO_OPTIONS",
     "AUDIO_REMASKING_RULES",
+    "FIXING_OPTIONS",
     "SURE_RULES",
     "TttGenerationConfig",
     "asks_for_fixing",

@@ -152,6 +152,9 @@ class TttGenerationMixin(GenerationMixin):
                 setattr(options, name, given.get(name))
         if several is not None:
             options.update(num_return_sequences=several)
+        asked_rule = next((name for name in SURE_RULES if kwargs.get(name) is not None), None)
+        if asked_rule is not None and kwargs.get("audio_steps_per_block") is not None:
+            logger.warning_once(f"`audio_steps_per_block` has no effect beside `{asked_rule}`: leave one of them out.")
         rule = options.audio_prefix_probability
         if rule is not None and given.get("audio_prefix_probability") is None and given.get("audio_order_bias"):
             logger.warning_once(

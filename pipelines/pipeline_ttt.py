@@ -265,6 +265,12 @@ class TttAudioToAudioPipeline(Pipeline):
                 raise ValueError("`text` goes with audio; put it into the conversation's messages.")
             return list(request)
         if isinstance(request, Mapping):
+            misplaced = [key for key in request if key in ARGUMENTS and key not in ("text", "sampling_rate")]
+            if misplaced:
+                raise ValueError(
+                    f"`{misplaced[0]}` is an option of the call, for all its requests, and no part of one: pass it as "
+                    f"pipe(..., {misplaced[0]}=...)."
+                )
             audio = {key: value for key, value in request.items() if value is not None}
             text, request = audio.pop("text", text), audio or None
         elif isinstance(request, str) and self._takes_text_alone(task):

@@ -353,14 +353,14 @@ class TttProcessor(ProcessorMixin):
         batched = len(conversation) > 0 and isinstance(conversation[0], (list, tuple))
         conversations = [list(messages) for messages in (conversation if batched else [conversation])]
         names = names or [f"conversation {index}" for index in range(len(conversations))]
+        template = self._resolve_chat_template(chat_template)
         for index, (messages, name) in enumerate(zip(conversations, names, strict=True)):
-            check_messages(
-                messages, name, allow_placeholders=not tokenize or bool(kwargs.get("sanitize_control_tokens"))
-            )
+            allow_placeholders = not tokenize or bool(kwargs.get("sanitize_control_tokens"))
+            check_messages(messages, name, template, allow_placeholders)
             if (task is not None or system_prompt is not None) and messages[0]["role"] != "system":
                 conversations[index] = [*self._system_turn(task or "spoken_chat", system_prompt), *messages]
         for name in ("tools", "documents"):
-            if kwargs.get(name) and name not in self._resolve_chat_template(chat_template):
+            if kwargs.get(name) and name not in template:
                 raise ValueError(f"`{name}` is given, but the chat template does not know it; leave it out.")
         if kwargs.get("load_audio_from_video"):
             raise ValueError("`load_audio_from_video` is True, but TttProcessor takes no video; pass it as audio.")

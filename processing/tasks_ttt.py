@@ -18,6 +18,7 @@ from .vocabulary_ttt import (
     START_OF_TURN,
 )
 
+ROLES = ("system", "user", "assistant")
 PART_KEYS = {"text": ("type", "text"), "audio": ("type", "audio_codes", *AUDIO_KEYS, *RATE_KEYS)}
 PROMPT_AUDIO = BEGIN_OF_AUDIO + AUDIO_PLACEHOLDER + END_OF_PROMPT_AUDIO
 RESPONSE_AUDIO = BEGIN_OF_LAST_AUDIO + AUDIO_PLACEHOLDER + END_OF_LAST_AUDIO
@@ -151,13 +152,16 @@ def resolve_task(name: str, settings: Any, default: TttTask | None = None) -> Tt
     return dataclasses.replace(default or TttTask(""), **given)
 
 
-def check_messages(messages: Sequence[Any], name: str, allow_placeholders: bool = True) -> None:
+def check_messages(
+    messages: Sequence[Any], name: str, template: str | None = None, allow_placeholders: bool = True
+) -> None:
     """
     Check that a conversation has the form of one.
 
     Args:
         messages (`Sequence`): mappings with `role` and `content`, a string or a list of parts.
         name (`str`): how errors call the conversation.
+        template (`str`, *optional*): the chat template; roles that it names may be used beside `ROLES`.
         allow_placeholders (`bool`, *optional*, defaults to `True`): whether a text may hold `<|audio|>`.
 
     Raises:
@@ -171,6 +175,11 @@ def check_messages(messages: Sequence[Any], name: str, allow_placeholders: bool 
             raise ValueError(f"{where} must be a mapping with `role` and `content`, got {shorten(message)}.")
         if not isinstance(message["role"], str):
             raise ValueError(f"{where} has `role` {shorten(message['role'])}; it must be a string, such as 'user'.")
+        if message["role"] not in ROLES and not _is_quoted(message["role"], template or ""):
+            raise ValueError(
+                f"{where} has `role` {shorten(message['role'])}; use {', '.join(map(repr, ROLES))}, or a chat template "
+                "that names it."
+            )
         content = message["content"]
         if not isinstance(content, (str, list, tuple)):
             raise ValueError(f"{where} has `content` {shorten(content)}; it must be a string or a list of parts.")
@@ -182,6 +191,10 @@ def check_messages(messages: Sequence[Any], name: str, allow_placeholders: bool 
         audio_positions = [index for index, part in enumerate(parts) if part["type"] == "audio"]
         if message["role"] == "assistant" and audio_positions not in ([], [len(parts) - 1]):
             raise ValueError(f"{where}: an assistant's turn holds its text and then at most one audio.")
+
+
+def _is_quoted(word: str, text: str) -> bool:
+    return any(f"{quote}{word}{quote}" in text for quote in "'\"")
 
 
 def _check_part(part: Any, where: str) -> None:

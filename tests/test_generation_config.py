@@ -268,7 +268,7 @@ def test_two_rules_in_the_settings_of_a_checkpoint_are_refused_and_not_saved(tin
     assert TttGenerationConfig.from_pretrained(tmp_path).audio_prefix_probability == 0.4
 
 
-def test_an_order_bias_without_effect_on_the_checkpoints_rule_is_said_to_have_none(tiny_model, caplog):
+def test_an_option_without_effect_beside_a_rule_is_said_to_have_none(tiny_model, caplog):
     model = tiny_model()
     model.generation_config.update(audio_steps_per_block=2, audio_prefix_probability=0.4)
     logger = logging.get_logger("modeling_ttt.generation_ttt")
@@ -278,11 +278,14 @@ def test_an_order_bias_without_effect_on_the_checkpoints_rule_is_said_to_have_no
         caplog.clear()
         type(logger).warning_once.cache_clear()  # which says nothing twice in one process
         model._prepare_generation_config(None, **options)
-        return "beside the checkpoint's `audio_prefix_probability` of 0.4" in caplog.text
+        told = "beside the checkpoint's `audio_prefix_probability` of 0.4", "beside `audio_confidence_threshold`"
+        return any(what in caplog.text for what in told)
 
     try:
         assert warned(audio_order_bias=0.05)
+        assert warned(audio_steps_per_block=3, audio_confidence_threshold=0.9)
         assert not warned(audio_order_bias=0.05, audio_steps_per_block=3)
+        assert not warned(audio_confidence_threshold=0.9)
         assert not warned(audio_order_bias=0.0) and not warned()
     finally:
         logger.removeHandler(caplog.handler)

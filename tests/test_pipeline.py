@@ -313,6 +313,7 @@ TURN = {"role": "user", "content": "hi"}
         ({"audio": None}, {}, "input 0: There is nothing in it"),
         ({"sound": [0.1]}, {}, "message 1 of input 0 has an audio part with `sound`"),
         ({"audio": "a.wav", "txt": "hi"}, {}, "message 1 of input 0 has an audio part with `txt`"),
+        ({"text": "hi", "task": "tts"}, {}, "`task` is an option of the call, for all its requests"),
         ({"text": 3}, {}, "message 1 of input 0 has a text part without a string"),
         ({"messages": []}, {}, "input 0: `messages` must be a list of mappings with `role`"),
         ({"messages": [TURN], "text": "hi"}, {}, "input 0: `messages` stands alone"),

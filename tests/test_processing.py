@@ -282,6 +282,7 @@ def test_conversations_with_too_many_or_too_few_audios_are_refused(processor):
         ),
         ([[{"role": "user", "content": [{"type": "video"}]}]], None, "message 0 of conversation 0 has a part of type"),
         ([[{"role": "user"}]], None, "message 0 of conversation 0 must be a mapping with `role` and `content`"),
+        ([[{"role": "asistant", "content": "a"}]], None, "`role` 'asistant'; use 'system', 'user', 'assistant', or a"),
         (
             [[{"role": "user", "content": [{**part, "audioo": sound}]}]],
             None,

@@ -82,6 +82,7 @@ def test_an_update_changes_what_it_names_and_nothing_else(client):
     [
         ({"colour": "blue"}, "session.colour"),
         ({"ttt": {"audio_confidence_threshold": 0.9, "audio_prefix_probability": 0.5}}, "session.ttt"),
+        ({"ttt": {"audio_confidence_threshold": 0.9, "audio_steps_per_block": 2}}, "session.ttt"),
         ({"ttt": {"audio_prefix_probability": 0}}, "session.ttt.audio_prefix_probability"),
         ({"audio": {"input": {"echo": True}}}, "session.audio.input.echo"),
         ({"audio": {"input": {"turn_detection": {"type": "server_vad", "threshold": 7}}}}, "threshold"),

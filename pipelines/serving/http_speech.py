@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from .conversation import check_texts
 from .engine_requests import AudioDelta, Finished, Generation
 from .errors import ApiError
-from .http_support import EVENT_STREAM, AnswerResponse, read_body, service_of, sse, sse_errors
+from .http_support import EVENT_STREAM, AnswerResponse, first_of, read_body, service_of, sse, sse_errors, until_gone
 from .options import check_speed, check_voice
 from .service import Service, failure
 from .sound import FORMATS_WRITTEN, SILENCE, WIRE_RATE, FileStream, Resampler, encode_base64
@@ -34,11 +34,15 @@ async def speech(request: Request) -> Response:
     messages = [{"role": "system", "content": system}] if system else []
     ids = await service.prompt([*messages, {"role": "user", "content": [{"type": "text", "text": body.input}]}])
     generation = service.submit(ids, body.ttt, param="input")
+    write = _events if body.stream_format == "sse" else _file
+    try:
+        pieces = await until_gone(request, first_of(write(service, generation, body.response_format)))
+    except BaseException:
+        generation.cancel()
+        raise
     if body.stream_format == "sse":
-        pieces, media_type = sse_errors(_events(service, generation, body.response_format)), EVENT_STREAM
-    else:
-        pieces, media_type = _file(service, generation, body.response_format), FORMATS_WRITTEN[body.response_format]
-    return AnswerResponse(pieces, generation, service.limits.send_seconds, media_type)
+        return AnswerResponse(sse_errors(pieces), generation, service.limits.send_seconds, EVENT_STREAM)
+    return AnswerResponse(pieces, generation, service.limits.send_seconds, FORMATS_WRITTEN[body.response_format])
 
 
 def check_format(name: str, param: str) -> None:
@@ -54,7 +58,7 @@ def check_format(name: str, param: str) -> None:
 
 
 async def _file(service: Service, generation: Generation, file_format: str) -> AsyncIterator[bytes]:
-    """Yield a sound file. Where the answer breaks off, so does the response, without its proper end."""
+    """Yield a sound file. Where the answer breaks off later, so does the response, without its proper end."""
     file, is_silent = FileStream(WIRE_RATE, file_format), True
     resampler = Resampler(service.engine.sampling_rate, WIRE_RATE)
     async for event in service.events(generation):
@@ -91,7 +95,7 @@ async def _events(service: Service, generation: Generation, file_format: str) ->
 def without_speech() -> ApiError:
     """Return what a client is told of an answer that has text alone."""
     message = "The model gave no speech. Allow it more 'ttt.max_new_tokens', or change 'input'."
-    return ApiError(message, 500, "no_speech")
+    return ApiError(message, 422, "no_speech", "input")
 
 
 def usage(finished: Finished) -> dict[str, int]:

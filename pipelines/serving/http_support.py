@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 class AnswerResponse(StreamingResponse):
     """
     An answer that is sent while it is generated. Whatever ends it (its end, an error, a client that leaves, or takes
-    nothing for `seconds`), its generation ends, too. An error comes too late for a status; the response then breaks
-    off without its proper end, which clients notice.
+    nothing for `seconds`), its generation ends, too. An error after the first piece (see `first_of`) comes too late for
+    a status; the response then breaks off without its proper end, which clients notice.
 
     Args:
         content (`AsyncIterator[bytes]`): pieces of the body.
@@ -103,6 +103,23 @@ async def until_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Res
         for other in (task, gone):
             other.cancel()
         await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def first_of(pieces: AsyncIterator[Result]) -> AsyncIterator[Result]:
+    """
+    Wait for the first of some pieces, so that an error before it has a status of its own; return all of them.
+
+    Raises:
+        Exception: whatever comes instead of the first piece.
+    """
+    first = await anext(pieces)
+
+    async def all_pieces() -> AsyncIterator[Result]:
+        yield first
+        async for piece in pieces:
+            yield piece
+
+    return all_pieces()
 
 
 async def _gone(request: Request) -> None:

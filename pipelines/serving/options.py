@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from modeling_ttt.generation_config_ttt import SURE_RULES, asks_for_fixing, refuse_two_rules
+from modeling_ttt.generation_config_ttt import FIXING_OPTIONS, asks_for_fixing, refuse_two_rules
 
 from .errors import ApiError
 from .schema import Wire
@@ -45,7 +45,7 @@ class TttOptions(Wire):
 
     @model_validator(mode="after")
     def _has_one_rule(self) -> Self:
-        refuse_two_rules(self.__dict__)
+        refuse_two_rules(self.__dict__, FIXING_OPTIONS)
         return self
 
     def generate_options(self) -> dict[str, Any]:
@@ -53,12 +53,12 @@ class TttOptions(Wire):
         return self.model_dump(exclude={"task", "seed"}, exclude_none=True)
 
     def updated(self, other: TttOptions | None) -> TttOptions:
-        """Return these options with those that another sets; its steps or rule take the place of a rule of these."""
+        """Return these options with those that another sets; its steps or rule take the place of those of these."""
         if other is None:
             return self
         update = other.model_dump(exclude_unset=True)
         if asks_for_fixing(update):
-            update = dict.fromkeys(SURE_RULES) | update
+            update = dict.fromkeys(FIXING_OPTIONS) | update
         return self.model_copy(update=update)
 
 
