@@ -1,6 +1,7 @@
 """The generation settings of TtT: what GenerationConfig has, plus how audio spans are denoised."""
 
 import copy
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
@@ -167,6 +168,11 @@ class TttGenerationConfig(GenerationConfig):
             ValueError: naming the option, its value and what to use instead.
         """
         self.__dict__.update(read_options(self.__dict__))
+        for name in self.__dict__:
+            if name.removeprefix("max_").startswith("audio_") and name not in AUDIO_OPTIONS:
+                close = difflib.get_close_matches(name, AUDIO_OPTIONS, 1)
+                meant = f"; did you mean `{close[0]}`?" if close else f"; there are {', '.join(AUDIO_OPTIONS)}."
+                raise ValueError(f"There is no option `{name}`{meant}")
         several: Any = getattr(self, "num_return_sequences", None)
         if self.audio_temperature or self.audio_remasking == "random":
             self.num_return_sequences = None  # the library wants `do_sample` for it, but audio is drawn without

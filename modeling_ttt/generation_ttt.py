@@ -60,6 +60,9 @@ REFUSED_OPTIONS = (
     ),
 )
 
+# Options that name tokens, of text alone: processors never see the probabilities of audio.
+TEXT_TOKEN_OPTIONS = ("bad_words_ids", "begin_suppress_tokens", "sequence_bias", "suppress_tokens")
+
 # Arguments of GenerationMixin and of forwards that do nothing here.
 REFUSED_ARGUMENTS = (
     "assistant_model",
@@ -104,6 +107,7 @@ class TttGenerateOutput(GenerateDecoderOnlyOutput):
 class TttGenerationMixin(GenerationMixin):
     """Generation of interleaved text and audio. The model's class sets `generation_config_class` to ours."""
 
+    input_modalities = ("text", "audio")
     output_modalities = ("text", "audio")
 
     def adjust_generation_fn(
@@ -152,6 +156,8 @@ class TttGenerationMixin(GenerationMixin):
                 setattr(options, name, given.get(name))
         if several is not None:
             options.update(num_return_sequences=several)
+        if kwargs.get("max_new_tokens") is not None and kwargs.get("max_length") is None and generation_config is None:
+            options.max_length = None  # the checkpoint's, which gives way; the library would warn of both
         asked_rule = next((name for name in SURE_RULES if kwargs.get(name) is not None), None)
         if asked_rule is not None and kwargs.get("audio_steps_per_block") is not None:
             logger.warning_once(f"`audio_steps_per_block` has no effect beside `{asked_rule}`: leave one of them out.")
@@ -294,12 +300,36 @@ class TttGenerationMixin(GenerationMixin):
             ignored = sorted(name for name in (*AUDIO_OPTIONS, "generator") if kwargs.get(name) is not None)
             if ignored and kwargs.get("custom_generate") is None:
                 logger.warning_once(f"{ignored} have no effect: the audio is not written by block diffusion.")
-            return super().generate(
-                inputs, generation_config, logits_processor, stopping_criteria, streamer=streamer, **kwargs
-            )
+            kwargs |= {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
+            if kwargs.get("labels") is not None and kwargs.get("custom_generate") is None:
+                return self._write_before_labels(inputs, generation_config, streamer=streamer, **kwargs)
+            kwargs.pop("labels", None)
+            return super().generate(inputs, generation_config, streamer=streamer, **kwargs)
 
         call = self.prepare_call(inputs, generation_config, logits_processor, stopping_criteria, streamer, **kwargs)
         return self._write(call, past_key_values)
+
+    def _write_before_labels(
+        self,
+        inputs: torch.Tensor | None,
+        generation_config: GenerationConfig | None,
+        labels: Any,
+        attention_mask: Any = None,
+        **kwargs: Any,
+    ) -> TttGenerateOutput | torch.Tensor:
+        """Have the ordinary `generate` answer what stands before the labels, and return rows that begin as given."""
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        _refuse_ids(input_ids)
+        _refuse_shapes(input_ids, {"attention_mask": attention_mask, "labels": labels})
+        is_prompt = _prompt_mask(input_ids, attention_mask, labels)
+        order = is_prompt.sort(dim=1, stable=True).indices  # the library wants padding on the left
+        output = super().generate(
+            input_ids.gather(1, order), generation_config, attention_mask=is_prompt.gather(1, order).long(), **kwargs
+        )
+        sequences = getattr(output, "sequences", output)
+        rows = input_ids.repeat_interleave(len(sequences) // len(input_ids), dim=0)
+        sequences[:, : input_ids.shape[1]] = rows.to(sequences.device)
+        return output
 
     def prepare_call(
         self,
@@ -333,17 +363,15 @@ class TttGenerationMixin(GenerationMixin):
             generation_config, **{k: v for k, v in kwargs.items() if k in self.generation_config.__dict__}
         )[0]
         lists = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
+        if inputs is not None and kwargs.get("input_ids") is not None:
+            raise ValueError("`inputs` and `input_ids` are the same argument; leave one of them out.")
         self._refuse_calls(input_ids, options, streamer, {**kwargs, **lists})
-        shared.pop("input_ids", None)
+        for name in ("input_ids", "generation_mode"):
+            shared.pop(name, None)
         input_ids = input_ids.to(self.device)
-        mask = shared.pop("attention_mask", None)
-        mask = None if mask is None else mask.to(self.device)
-        labels = shared.pop("labels", None)
-        if labels is not None:
-            before_labels = (labels.to(self.device) >= 0).cumsum(dim=1) == 0
-            mask = before_labels.long() if mask is None else mask * before_labels
-        if mask is not None and not mask.bool().any(dim=1).all():
-            raise ValueError("`attention_mask`, or `labels`, leaves a row without any token; give every row a prompt.")
+        mask, labels = shared.pop("attention_mask", None), shared.pop("labels", None)
+        if mask is not None or labels is not None:
+            mask = _prompt_mask(input_ids, mask, labels).long()
         shared["attention_mask"] = mask
         longest = input_ids.shape[1] if mask is None else int(mask.sum(dim=1).max())
         default = self._default_max_new_tokens(options, generation_config, kwargs, input_ids.shape[1], longest)
@@ -465,16 +493,14 @@ class TttGenerationMixin(GenerationMixin):
                 "The model's weights are on the 'meta' device, which holds no values: load it with `device_map='cpu'` "
                 "or that of an accelerator."
             )
-        if input_ids is None:
-            raise ValueError("`inputs` is missing: pass the prompts' token ids (`inputs_embeds` hide what is audio).")
-        if not torch.is_tensor(input_ids):
-            raise ValueError(f"`inputs` is a {type(input_ids).__name__}; pass a tensor (batch, length) of token ids.")
-        if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
-            raise ValueError(f"`inputs` is of type {input_ids.dtype}; pass token ids, which are integers.")
-        if input_ids.ndim != 2 or input_ids.numel() == 0:
-            raise ValueError(
-                f"`inputs` has shape {tuple(input_ids.shape)}; use (batch, length), with a row and a token or more."
-            )
+        _refuse_ids(input_ids)
+        for name in TEXT_TOKEN_OPTIONS:
+            audio = [token for token in _flat_ids(getattr(options, name, None)) if self.config.is_audio(token)]
+            if audio:
+                raise ValueError(
+                    f"`{name}` has {audio[0]}, which is audio, but acts on text alone: leave it out. Audio is drawn by "
+                    "`audio_temperature`, `audio_top_k` and `audio_top_p`."
+                )
         for name, is_asked, what, remedy in REFUSED_OPTIONS:
             value = getattr(options, name, None)
             if is_asked(value):
@@ -486,15 +512,11 @@ class TttGenerationMixin(GenerationMixin):
             raise ValueError("`generator` is not used by TtT generation, which draws by `seed`; give that instead.")
         if kwargs.get("synced_gpus"):
             raise ValueError("`synced_gpus=True` is not supported: gather the model on each device to generate.")
-        for name in ("attention_mask", "labels"):
-            value = kwargs.get(name)
-            if value is not None and not torch.is_tensor(value):
-                raise ValueError(f"`{name}` is a {type(value).__name__}; pass a tensor of the shape of `inputs`.")
-            if value is not None and tuple(value.shape) != tuple(input_ids.shape):
-                raise ValueError(
-                    f"`{name}` has shape {tuple(value.shape)}, `inputs` {tuple(input_ids.shape)}: pass the whole "
-                    "conversation, not only its new part, and what belongs to it."
-                )
+        if kwargs.get("generation_mode") not in (None, "audio"):
+            raise ValueError(
+                f"`generation_mode` is {kwargs['generation_mode']!r}, but an answer is text with speech: leave it out."
+            )
+        _refuse_shapes(input_ids, {name: kwargs.get(name) for name in ("attention_mask", "labels")})
         for name in ("logits_processor", "stopping_criteria"):
             value = kwargs.get(name)
             if value is not None and not (isinstance(value, list | tuple) and all(map(callable, value))):
@@ -522,6 +544,58 @@ class TttGenerationMixin(GenerationMixin):
                 f"The backbone's attention is limited ({', '.join(kinds)}), which TtT generation does not support: use "
                 "one with full attention, or a window as long as its context."
             )
+
+
+def _refuse_ids(input_ids: Any) -> None:
+    """Raise a ValueError for what is no batch of token ids."""
+    if input_ids is None:
+        raise ValueError("`inputs` is missing: pass the prompts' token ids (`inputs_embeds` hide what is audio).")
+    if not torch.is_tensor(input_ids):
+        raise ValueError(f"`inputs` is a {type(input_ids).__name__}; pass a tensor (batch, length) of token ids.")
+    if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
+        raise ValueError(f"`inputs` is of type {input_ids.dtype}; pass token ids, which are integers.")
+    if input_ids.ndim != 2 or input_ids.numel() == 0:
+        raise ValueError(
+            f"`inputs` has shape {tuple(input_ids.shape)}; use (batch, length), with a row and a token or more."
+        )
+
+
+def _refuse_shapes(input_ids: Any, tensors: dict[str, Any]) -> None:
+    """Raise a ValueError for tensors that do not have the shape of the prompts, and for masks of other than 0 and 1."""
+    for name, value in tensors.items():
+        if value is not None and not torch.is_tensor(value):
+            raise ValueError(f"`{name}` is a {type(value).__name__}; pass a tensor of the shape of `inputs`.")
+        if value is not None and tuple(value.shape) != tuple(input_ids.shape):
+            raise ValueError(
+                f"`{name}` has shape {tuple(value.shape)}, `inputs` {tuple(input_ids.shape)}: pass the whole "
+                "conversation, not only its new part, and what belongs to it."
+            )
+    mask = tensors.get("attention_mask")
+    if mask is not None and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("`attention_mask` has values other than 0 (padding) and 1 (a token); pass those alone.")
+
+
+def _prompt_mask(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, labels: torch.Tensor | None
+) -> torch.Tensor:
+    """Which tokens are the prompts': neither padding nor, where there are labels, from the first of them on."""
+    is_prompt = torch.ones_like(input_ids, dtype=torch.bool)
+    if attention_mask is not None:
+        is_prompt &= attention_mask.to(input_ids.device).bool()
+    if labels is not None:
+        is_prompt &= (labels.to(input_ids.device) >= 0).cumsum(dim=1) == 0
+    if not is_prompt.any(dim=1).all():
+        raise ValueError("`attention_mask`, or `labels`, leaves a row without any token; give every row a prompt.")
+    return is_prompt
+
+
+def _flat_ids(option: Any) -> list[int]:
+    """Return the token ids of an option that has them in lists, or as keys of a mapping."""
+    if isinstance(option, dict):
+        return [token for key in option for token in key]
+    if isinstance(option, list | tuple):
+        return [token for item in option for token in _flat_ids(item)]
+    return [option] if isinstance(option, int) and not isinstance(option, bool) else []
 
 
 def _partial_attention(config: Any) -> list[str]:

@@ -586,10 +586,13 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, targets):
-        ctx.save_for_backward(logits, targets)
+    def forward(logits, targets):
         pieces = zip(logits.split(CROSS_ENTROPY_ROWS), targets.split(CROSS_ENTROPY_ROWS), strict=True)
         return torch.cat([F.cross_entropy(rows.float(), target, reduction="none") for rows, target in pieces])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, grad_losses):
@@ -598,8 +601,8 @@ class _CrossEntropy(torch.autograd.Function):
         for first in range(0, len(logits), CROSS_ENTROPY_ROWS):
             piece = slice(first, first + CROSS_ENTROPY_ROWS)
             rows = logits[piece].float().softmax(-1)
-            rows.scatter_add_(1, targets[piece, None], -torch.ones_like(rows[:, :1]))
-            gradient[piece] = rows.mul_(grad_losses[piece, None])
+            rows = rows.scatter_add(1, targets[piece, None], -torch.ones_like(rows[:, :1]))
+            gradient[piece] = rows * grad_losses[piece, None]
         return gradient, None
 
 

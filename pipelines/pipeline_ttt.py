@@ -55,7 +55,14 @@ class TttAudioToAudioPipeline(Pipeline):
                     f"`{name}` is {kwargs[name]!r}, but the pipeline takes the processor's own: leave it out, and pass "
                     "`processor` where it is to be another than the model's."
                 )
+        model = kwargs.get("model", args[0] if args else None)
+        if not hasattr(model, "prepare_call"):
+            raise ValueError(
+                f"`model` is a {type(model).__name__}, which writes no answers; pass a TttForConditionalGeneration."
+            )
         super().__init__(*args, **kwargs)
+        self._check_batch_size(self._batch_size)
+        self._check_options({})
         if getattr(self.processor, "audio_tokenizer", None) is None:
             raise ValueError(
                 "The pipeline needs a processor with an audio tokenizer. Leave `processor` out to have the model's own "
@@ -115,16 +122,15 @@ class TttAudioToAudioPipeline(Pipeline):
                 one by one, so that an iterator yields all answers before it, and the error of a list has them in its
                 attribute `results`. Or if options make no sense: a `batch_size` below 1, several answers to a request.
         """
-        _check_types(text=text, task=task, stream=stream, batch_size=batch_size, num_workers=num_workers)
+        _check_types(text=text, task=task, stream=stream, num_workers=num_workers)
         preprocess_params, forward_params, postprocess_params = self._sanitize_parameters(**kwargs)
         params = (
             {**self._preprocess_params, **preprocess_params, "task": task, "text": text},
             {**self._forward_params, **forward_params},
             {**self._postprocess_params, **postprocess_params},
         )
-        batch_size = batch_size if batch_size is not None else self._batch_size or 1
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` is {batch_size}; use 1 or more.")
+        self._check_batch_size(batch_size)
+        batch_size = batch_size or self._batch_size or 1
         options = self._get_set_generation_params(self._prepare_generate_kwargs(params[1]))
         if (options.get("num_return_sequences") or 1) > 1:
             raise ValueError(
@@ -158,14 +164,22 @@ class TttAudioToAudioPipeline(Pipeline):
         **unknown: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         for name in unknown:
+            if name in ARGUMENTS:
+                raise TypeError(f"`{name}` belongs to a request: give it where the pipeline is called.")
             raise TypeError(f"There is no argument `{name}`; options of `generate` go into `generate_kwargs`.")
         _check_types(system_prompt=system_prompt, sampling_rate=sampling_rate, generate_kwargs=generate_kwargs)
         given = {"system_prompt": system_prompt, "sampling_rate": sampling_rate}
         preprocess_params = {name: value for name, value in given.items() if value is not None}
         return preprocess_params, dict(generate_kwargs or {}), {}
 
+    def _check_batch_size(self, batch_size: int | None) -> None:
+        _check_types(batch_size=batch_size)
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"`batch_size` is {batch_size}; use 1 or more.")
+
     def _check_options(self, generate_kwargs: Mapping[str, Any]) -> None:
         """Refuse options that `generate` would refuse whatever the request, so that no request is blamed for them."""
+        generate_kwargs = self._prepare_generate_kwargs(dict(generate_kwargs))
         for name in ("inputs", "input_ids", "attention_mask", "labels"):
             if generate_kwargs.get(name) is not None:
                 raise ValueError(f"`generate_kwargs` has `{name}`, which the request becomes; leave it out.")

@@ -41,7 +41,7 @@ from .tasks_ttt import (
     replace_audio_parts,
     resolve_task,
 )
-from .vocabulary_ttt import AUDIO_PLACEHOLDER, TttTokenIds, to_list
+from .vocabulary_ttt import AUDIO_PLACEHOLDER, START_OF_TURN, TttTokenIds, to_list
 
 
 class TttProcessor(ProcessorMixin):
@@ -556,6 +556,38 @@ class TttProcessor(ProcessorMixin):
             for answer, waveform in zip(answers, waveforms, strict=True):
                 answer["audio"] = waveform
         return [{**answer, "sampling_rate": self.sampling_rate} for answer in answers]
+
+    def post_process_multimodal_output(
+        self,
+        generated_outputs: Any,
+        skip_special_tokens: bool = True,
+        generation_mode: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Return text or speech of what `generate` gave, as `pipeline("any-to-any")` wants it; `post_process` gives both.
+
+        Args:
+            generated_outputs (`torch.Tensor` of shape `(batch, length)`): prompt first.
+            skip_special_tokens (`bool`, *optional*, defaults to `True`): of the text.
+            generation_mode (`str`, *optional*):
+                "text", the default, gives texts, prompts included; "audio" the speech of each row's last turn.
+            kwargs: passed to the tokenizer's `decode`, for text.
+
+        Returns:
+            `list[str]`, or `list[np.ndarray]`, each of shape `(samples,)`, float32, at `sampling_rate`.
+
+        Raises:
+            ValueError: if `generation_mode` is another.
+        """
+        if generation_mode != "audio":
+            return super().post_process_multimodal_output(
+                generated_outputs, skip_special_tokens, generation_mode=generation_mode, **kwargs
+            )
+        start = self.tokenizer.convert_tokens_to_ids(START_OF_TURN)
+        rows = [to_list(row) for row in generated_outputs]
+        answers = [row[len(row) - row[::-1].index(start) :] if start in row else row for row in rows]
+        return [answer["audio"] for answer in self.post_process(answers)]
 
     def streamer(self, timeout: float | None = None) -> TttStreamer:
         """Return a streamer for `generate(streamer=...)`, which yields pieces of text and waveform: `TttStreamer`."""

@@ -273,9 +273,9 @@ def test_the_sequence_to_sequence_trainer_predicts_with_generate(tiny_model, obj
     for _ in range(2):  # it sets defaults of the library in the model's settings
         prediction = trainer.predict(Prompts())
         assert prediction.predictions.shape == (3, 20) and np.isfinite(prediction.metrics["test_loss"])
-        if objective == "diffusion":
-            expected = [answer_of(model, [1, 2, 3], max_new_tokens=10, eos_token_id=[109])] * 3
-            assert prediction.predictions[:, 6:16].tolist() == expected
+        expected = model.generate(torch.tensor([[1, 2, 3]] * 3), max_new_tokens=10, eos_token_id=[109])
+        assert prediction.predictions[:, 6:16].tolist() == expected[:, 3:].tolist()
+        assert prediction.predictions[:, :6].tolist() == [Prompts()[index]["input_ids"].tolist() for index in range(3)]
 
 
 class Padding:
@@ -385,11 +385,43 @@ def test_a_backbone_that_sees_a_window_only_is_refused_however_its_configuration
         ("inputs_embeds", torch.zeros(1, 3, 32)),
         ("synced_gpus", True),
         ("stop_strings", "stop"),
+        ("input_ids", torch.tensor([[1]])),
+        ("generation_mode", "text"),
+        ("attention_mask", torch.tensor([[-1e9, 0.0, 0.0]])),
+        ("suppress_tokens", [111]),
+        ("begin_suppress_tokens", [1, 111]),
+        ("bad_words_ids", [[1], [1, 111]]),
+        ("sequence_bias", {(1, 111): 1.0}),
     ],
 )
 def test_modes_without_meaning_are_refused_by_name(tiny_model, name, value):
     with pytest.raises(ValueError, match=f"`{name}"):
         tiny_model().generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["audio_step_per_block", "max_audio_codes_per_spans"])
+def test_a_misspelled_option_of_audio_is_refused_wherever_it_stands(tiny_model, name):
+    model, prompt = tiny_model(), torch.tensor([[1, 2, 3]])
+    with pytest.raises(
+        ValueError, match=f"no option `{name}`; did you mean `{name.rstrip('s').replace('_step_', '_steps_')}"
+    ):
+        TttGenerationConfig(**{name: 3})
+    setattr(model.generation_config, name, 3)
+    with pytest.raises(ValueError, match=f"no option `{name}`"):
+        model.generate(prompt, max_new_tokens=3)
+
+
+def test_a_limit_that_the_checkpoint_alone_sets_is_no_reason_for_a_warning(tiny_model, caplog):
+    model = tiny_model()
+    model.generation_config.max_length = 7
+    logger = logging.getLogger("transformers.generation.utils")
+    logger.addHandler(caplog.handler)
+    try:
+        assert model.generate(torch.tensor([[1, 2, 3]]), eos_token_id=[109]).shape == (1, 7)
+        assert model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, eos_token_id=[109]).shape == (1, 5)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "seem to have been set" not in caplog.text
 
 
 def test_refusals_also_come_from_the_models_own_settings_and_a_passed_config(tiny_model):

@@ -255,6 +255,19 @@ def test_cross_entropy_and_its_gradient_are_those_of_pytorch(number):
         torch.testing.assert_close(actual, expected)
 
 
+def test_the_gradient_of_cross_entropy_is_differentiable_and_works_under_torch_func():
+    logits, targets = torch.randn(5, 7, requires_grad=True), torch.randint(7, (5,))
+    results = []
+    for loss in (
+        lambda rows: cross_entropy(rows, targets).sum(),
+        lambda rows: torch.nn.functional.cross_entropy(rows, targets, reduction="sum"),
+    ):
+        (gradient,) = torch.autograd.grad(loss(logits), logits, create_graph=True)
+        results.append((torch.func.grad(loss)(logits), torch.autograd.grad(gradient.square().sum(), logits)[0]))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
 def test_cross_entropy_of_bfloat16_logits_is_taken_in_float32():
     logits = torch.randn(9, 11, dtype=torch.bfloat16, requires_grad=True)
     targets = torch.randint(11, (9,))

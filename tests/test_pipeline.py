@@ -363,6 +363,34 @@ def test_a_wrong_option_is_not_blamed_on_a_request(pipe, options, message):
             pipe(request, generate_kwargs=options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "^`batch_size` is 0; use 1 or more"),
+        ({"batch_size": "2"}, "^`batch_size` is '2'; it must be an integer"),
+        ({"num_beams": 2}, "^`num_beams=2` asks for beam search"),
+        ({"stream": True}, "^`stream` belongs to a request"),
+    ],
+)
+def test_a_wrong_option_is_refused_where_the_pipeline_is_made(pipe, options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        TttAudioToAudioPipeline(pipe.model, processor=pipe.processor, **options)
+
+
+def test_a_model_that_writes_no_answers_is_refused(pipe):
+    with pytest.raises(ValueError, match="^`model` is a TttModel, which writes no answers"):
+        TttAudioToAudioPipeline(model=pipe.model.model, processor=pipe.processor)
+
+
+def test_the_any_to_any_pipeline_speaks(pipe):
+    other = pipeline("any-to-any", model=pipe.model, processor=pipe.processor)
+    request = [{"role": "user", "content": [{"type": "audio", "audio": tone(0.3)}]}]
+    answer = other(request, generation_mode="audio", max_new_tokens=30)[0]["generated_audio"]
+    expected = pipe(request, generate_kwargs={"max_new_tokens": 30})
+    assert np.array_equal(answer, expected["audio"]) and len(answer)
+    assert other(request, return_full_text=False, max_new_tokens=30)[0]["generated_text"] == expected["text"]
+
+
 def test_a_stream_has_one_streamer(pipe):
     with pytest.raises(ValueError, match="^`generate_kwargs` has a `streamer`, but `stream=True` brings its own"):
         pipe(tone(0.1), stream=True, generate_kwargs={"streamer": pipe.processor.streamer()})
