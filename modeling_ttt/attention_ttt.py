@@ -67,6 +67,10 @@ def compute_span_ids(
     # Mark, per run, whether its last token is followed by the closing token; column 0 takes what is in no run.
     closes = torch.zeros_like(is_audio)
     closes[:, :-1] = is_audio[:, :-1] & (input_ids[:, 1:] == end_of_prompt_audio_token_id)
+    if attention_mask is not None:
+        closes[:, :-1] &= attention_mask[:, 1:].bool()
+    if position_ids is not None:  # what stands at the start of the next packed sequence closes nothing
+        closes[:, :-1] &= position_ids[:, 1:] - position_ids[:, :-1] == 1
     is_prompt_run = torch.zeros(input_ids.shape[0], input_ids.shape[1] + 1, dtype=torch.long, device=input_ids.device)
     is_prompt_run.scatter_add_(1, span_ids + 1, closes.long())
     in_prompt_run = is_prompt_run.gather(1, span_ids + 1) > 0

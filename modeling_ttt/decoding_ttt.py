@@ -188,6 +188,15 @@ def own_errors(rows: Sequence[Row]) -> Iterator[None]:
                 row.reason = row.reason or "failed"
 
 
+def refuse_nan(row: Row, logits: torch.Tensor) -> None:
+    """Raise a ValueError where the model gave a row no numbers."""
+    if logits.isnan().any():
+        raise ValueError(
+            f"The model's logits for row {row.index} are NaN after {row.new_tokens} new tokens: its weights hold NaN, "
+            "or its dtype overflows. Load it with `dtype=torch.float32` or `torch.bfloat16`."
+        )
+
+
 def _settings(processors: LogitsProcessorList, options: Any) -> tuple[Any, ...]:
     """What processors of scores do, and whether tokens are drawn, as a key."""
     each = [(type(processor), *sorted((k, float(v)) for k, v in vars(processor).items())) for processor in processors]
@@ -235,6 +244,13 @@ class TttDecoder:
         outside_codes = {*range(self.first_candidate, codes.start), *range(codes.stop, self.last_candidate + 1)}
         self.forbidden_in_span = [token - self.first_candidate for token in sorted(outside_codes - self.end_tokens)]
 
+        # Where attention tells a user's audio from a response's by its closing token, no response may write that one.
+        self.never_after_audio: int | None = None
+        if config.is_block_causal or config.causal_prompt_audio:
+            closing = config.end_of_prompt_audio_token_id
+            self.never_after_audio = (
+                closing if closing < self.audio_start else closing - self.audio_end + self.audio_start
+            )
         self.max_positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         self.trained_block_length = config.block_lengths[0] if config.is_block_causal else None
         self.cache = cache
@@ -412,6 +428,8 @@ class TttDecoder:
         logits = self.runner.project(hidden, 0, self.audio_start)  # (rows, text vocab)
         if self.audio_end < self.vocab_size:  # text tokens that were added above the audio side
             logits = torch.cat([logits, self.runner.project(hidden, self.audio_end, self.vocab_size)], dim=1)
+        if self.never_after_audio is not None:
+            logits[[self.is_audio(row.ids[-1]) for row in rows], self.never_after_audio] = -torch.inf
         groups = group_rows(rows, lambda row: row.call.text_key)
         for positions in groups:
             of_group = [rows[i] for i in positions]
@@ -430,8 +448,18 @@ class TttDecoder:
             noise = torch.stack([exponential(scores.shape[1:], row.generator) for row in rows])
             scores = scores.log_softmax(dim=-1)
         tokens = draw(scores, noise)
+        chosen = scores.gather(1, tokens[:, None]).squeeze(1).tolist()
         tokens = torch.where(tokens < self.audio_start, tokens, tokens + self.audio_end - self.audio_start)
-        for row, token in zip(rows, tokens.tolist(), strict=True):
+        for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+            if not chosen[i] > -torch.inf:
+                with own_errors([row]):
+                    refuse_nan(row, logits[i])
+                    raise ValueError(
+                        f"No text token is left to choose for row {row.index} after {row.new_tokens} new tokens. Let "
+                        "`logits_processor`, `prefix_allowed_tokens_fn` and forced tokens allow one, and without NaN: "
+                        "codes and the ends of spans are not chosen with them."
+                    )
+                continue
             row.ids.append(token)
             if token in self.end_of:
                 row.span_start = len(row.ids)
@@ -447,7 +475,8 @@ class TttDecoder:
 
         Processors see the whole vocabulary (audio at -inf) and the whole batch, as they would in ordinary generation;
         rows that have written differently much are shown one length after the other. Left padding is shown as the row's
-        first token, so that penalties and lengths come out as they would for the row alone.
+        first token, so that penalties and lengths come out as they would for the row alone, and n-grams do that hold
+        more than that token.
         """
         call = rows[0].call
         if call.logits is not None:
@@ -465,13 +494,6 @@ class TttDecoder:
                 scores[index] = self._widen(logits[of_length])
                 scores = call.processors(call.shown_ids(length), scores)
                 processed[of_length] = self._narrow(scores[index]).to(processed.dtype)
-            for row, best in zip(rows, processed.amax(dim=1).tolist(), strict=True):
-                if not best > -torch.inf:
-                    raise ValueError(
-                        f"No text token is left to choose for row {row.index} after {row.new_tokens} new tokens. Let "
-                        "`logits_processor`, `prefix_allowed_tokens_fn` and forced tokens allow one, and without NaN: "
-                        "codes and the ends of spans are not chosen with them."
-                    )
             logits = processed
         if call.scores is not None:
             call.scores.append(self._widen(logits))
@@ -546,6 +568,9 @@ class TttDecoder:
         options, sizes = rows[0].call.options, [len(row.block) for row in rows]
         unconditional = self._unconditional(rows, logits.shape[1]) if options.audio_guidance_scale else None
 
+        is_nan = logits.isnan() if unconditional is None else logits.isnan() | unconditional.isnan()
+        broken = is_nan.flatten(1).any(dim=1).tolist()
+
         # 3c and 3d. A token for every position; the most confident of the undecided ones stay.
         tokens, fixed = denoise(
             logits,
@@ -558,7 +583,11 @@ class TttDecoder:
             unconditional,
         )
         chosen = torch.where(fixed, tokens + self.first_candidate, UNDECIDED).tolist()
-        for row, tokens_of_row in zip(rows, chosen, strict=True):
+        for i, (row, tokens_of_row) in enumerate(zip(rows, chosen, strict=True)):
+            if broken[i]:
+                with own_errors([row]):
+                    refuse_nan(row, logits[i] if unconditional is None else logits[i] + unconditional[i])
+                continue
             row.step += 1
             row.block = [new if old == UNDECIDED else old for old, new in zip(row.block, tokens_of_row, strict=False)]
             self._finish_block(row)
@@ -664,7 +693,7 @@ class TttDecoder:
     def _prompt_span_ids(self, call: Call) -> torch.Tensor:
         """Span ids of the prompts without their padding, (rows, longest prompt), -1 outside spans."""
         longest = max(row.prompt_length for row in call.rows)
-        ids = torch.tensor([row.ids + [0] * (longest - len(row.ids)) for row in call.rows], device=self.device)
+        ids = torch.tensor([row.ids + [-1] * (longest - len(row.ids)) for row in call.rows], device=self.device)
         lengths = torch.tensor([row.prompt_length for row in call.rows], device=self.device)
         is_real = torch.arange(longest, device=self.device) < lengths[:, None]
         span_ids = self.get_span_ids(ids, is_real.long(), block_length=call.block_length)

@@ -181,7 +181,8 @@ def choose_positions(
         `torch.BoolTensor` of shape `(rows, block)`.
     """
     places = torch.arange(confidence.shape[-1], device=confidence.device).expand_as(confidence)
-    preference = (confidence - order_bias * places).masked_fill(~undecided, -torch.inf)
+    bias = min(order_bias, 2.0)  # confidences differ by less than 1, so that from there on it is the order alone
+    preference = (confidence - bias * places).masked_fill(~undecided, -torch.inf)
     order = preference.argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(-1, order, places)
     chosen = rank < count[:, None]

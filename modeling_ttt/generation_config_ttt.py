@@ -180,7 +180,8 @@ class TttGenerationConfig(GenerationConfig):
             super().validate(*args, **kwargs)
         finally:
             self.num_return_sequences = several
-        for name in ("audio_block_size", "audio_steps_per_block", "max_audio_codes_per_span", "audio_top_k"):
+        positive = ("audio_block_size", "audio_steps_per_block", "max_audio_codes_per_span", "audio_top_k")
+        for name in (*positive, "num_return_sequences"):
             value = getattr(self, name)
             if value is not None and (not _is_int(value) or value < 1):
                 raise ValueError(f"`{name}` is {value!r}; use an integer of at least 1.")

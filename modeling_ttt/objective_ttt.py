@@ -33,6 +33,7 @@ from .samples_ttt import (
     draw_block_lengths,
     draw_uniform,
     find_blocks,
+    number_blocks,
 )
 
 EVAL_NOISE_SEED = 0
@@ -83,12 +84,13 @@ def draw_noise(batch: Batch, config: TttConfig, generator: torch.Generator | Non
     samples, device = batch.samples, batch.input_ids.device
     if config.is_block_causal:
         lengths = draw_block_lengths(config.block_lengths, samples.count, generator, device)
-        blocks = _find_blocks(batch, lengths, config)
+        numbers = _number_as_attended(batch, lengths, config)
+        blocks = _find_blocks(batch, numbers, lengths, config)
         levels = draw_noise_levels(
             max(blocks.count, 1), config.noise_epsilon, config.stratified_noise, generator, device
         )
         levels = mask_fully(levels, config.full_block_probability, generator)
-        return _copy_noisily(batch, blocks, lengths, levels, config, generator)
+        return _copy_noisily(batch, numbers, blocks, levels, config, generator)
 
     maskable, importance = batch.diffused, None
     if config.text_objective == "autoregressive":
@@ -100,7 +102,7 @@ def draw_noise(batch: Batch, config: TttConfig, generator: torch.Generator | Non
         maskable = preserved
     else:
         lengths = draw_block_lengths(config.block_lengths, samples.count, generator, device)
-        blocks = _find_blocks(batch, lengths, config)
+        blocks = _find_blocks(batch, number_blocks(batch.diffused, samples, lengths), lengths, config)
         chosen = choose_blocks(blocks, samples, config.block_masking_probability, generator) & maskable
         is_cut = samples.total(chosen) > 0  # (samples,)
         levels = torch.where(is_cut, mask_fully(levels, config.full_block_probability, generator), levels)
@@ -129,10 +131,11 @@ def noise_grid(batch: Batch, config: TttConfig) -> list[Noise]:
     batch = replace(batch, labels=batch.labels.masked_fill(~batch.diffused, IGNORE_INDEX))
     if config.is_block_causal:
         lengths = torch.full((samples.count,), config.block_lengths[0], device=device)
-        blocks = _find_blocks(batch, lengths, config)
+        numbers = _number_as_attended(batch, lengths, config)
+        blocks = _find_blocks(batch, numbers, lengths, config)
         for index, level in enumerate(grid):
             levels = torch.full((max(blocks.count, 1),), level, device=device)
-            noise = _copy_noisily(batch, blocks, lengths, levels, config, fixed_draws=(index, len(grid)))
+            noise = _copy_noisily(batch, numbers, blocks, levels, config, fixed_draws=(index, len(grid)))
             forwards.append(replace(noise, num_forwards=len(grid)))
         return forwards
     for level, draws in zip(grid, fixed_noise(batch.diffused, samples, len(grid)), strict=True):
@@ -210,47 +213,22 @@ def lay_out(batch: Batch, layout: Layout, pad_token_id: int) -> Batch:
     )
 
 
-def _find_blocks(batch: Batch, lengths: torch.Tensor, config: TttConfig) -> Blocks:
+def _find_blocks(batch: Batch, numbers: torch.Tensor, lengths: torch.Tensor, config: TttConfig) -> Blocks:
     ends = [config.end_of_audio_token_id, config.end_of_last_audio_token_id]
-    return find_blocks(batch.input_ids, batch.diffused, batch.samples, lengths, ends)
+    return find_blocks(batch.input_ids, numbers, batch.diffused, lengths[batch.samples.ids], ends)
 
 
-def _copy_noisily(
-    batch: Batch,
-    blocks: Blocks,
-    lengths: torch.Tensor,
-    levels: torch.Tensor,
-    config: TttConfig,
-    generator: torch.Generator | None = None,
-    fixed_draws: tuple[int, int] | None = None,
-) -> Noise:
+def _number_as_attended(batch: Batch, lengths: torch.Tensor, config: TttConfig) -> torch.Tensor:
     """
-    Return the noise of block-causal spans: clean tokens, where text is scored, and behind them noisy copies of all
-    blocks, filled up, where audio is (BD3-LM, arXiv 2503.09573).
+    Number the blocks of block-causal spans as attention sees them, from the start of each span, scored or not.
 
     Args:
         lengths (`torch.LongTensor` of shape `(samples,)`): tokens of a block, for each sample.
-        levels (`torch.FloatTensor` of shape `(blocks,)`): λ of each block.
-        fixed_draws (`tuple`, *optional*): which draws of how many of `fixed_noise` to use instead of new ones.
-    """
-    layout, samples = copy_blocks(blocks), batch.samples
-    copied = lay_out(replace(batch, attention_mask=None), layout, config.pad_token_id or 0)
-    block_ids = layout.take(blocks.ids, 0)  # (batch, copies)
-    draws = None
-    if fixed_draws is not None:
-        draws = fixed_noise(layout.is_token, copied.samples, fixed_draws[1])[fixed_draws[0]]
-    copied_levels = levels[block_ids]
-    noisy_ids, masked = mask_tokens(
-        copied.input_ids, layout.is_token, copied_levels, config.mask_token_id, generator, draws
-    )
 
-    # Who sees whom: clean tokens as always, copies what is clean before their block, and each other.
-    column = torch.arange(batch.input_ids.shape[1] + block_ids.shape[1], device=block_ids.device)
-    column = column.expand(len(block_ids), -1)
-    clean, behind = column.split([batch.input_ids.shape[1], block_ids.shape[1]], 1)
-    first = torch.zeros(max(blocks.count, 1), dtype=torch.long, device=block_ids.device)
-    first[blocks.ids[blocks.starts]] = clean[blocks.starts]
-    clean_numbers = compute_span_ids(
+    Returns:
+        `torch.LongTensor` of shape `(batch, length)`: -1 outside spans, and in what truncation has cut off.
+    """
+    numbers = compute_span_ids(
         batch.input_ids,
         config.audio_token_id_start,
         config.audio_token_id_end,
@@ -258,11 +236,48 @@ def _copy_noisily(
         batch.position_ids,
         config.end_of_prompt_audio_token_id,
         config.causal_prompt_audio,
-        lengths[samples.ids],
+        lengths[batch.samples.ids],
     )
     assert batch.span_ids is not None
-    clean_numbers = clean_numbers.masked_fill(batch.span_ids == NO_SPAN, NO_SPAN)  # what truncation has cut off
-    numbers = torch.where(layout.is_token, block_ids + clean.shape[1], NO_SPAN)
+    return numbers.masked_fill(batch.span_ids == NO_SPAN, NO_SPAN)
+
+
+def _copy_noisily(
+    batch: Batch,
+    numbers: torch.Tensor,
+    blocks: Blocks,
+    levels: torch.Tensor,
+    config: TttConfig,
+    generator: torch.Generator | None = None,
+    fixed_draws: tuple[int, int] | None = None,
+) -> Noise:
+    """
+    Return the noise of block-causal spans: clean tokens, where text is scored, and behind them noisy copies of all
+    blocks, filled up, where audio is (BD3-LM, arXiv 2503.09573). What a block holds that is not scored, the codes of a
+    span that the prompt begins, stays clean in its copy, as it does when `generate` goes on with such a prompt.
+
+    Args:
+        numbers (`torch.LongTensor` of shape `(batch, length)`): of the blocks, as attention sees them.
+        levels (`torch.FloatTensor` of shape `(blocks,)`): λ of each block.
+        fixed_draws (`tuple`, *optional*): which draws of how many of `fixed_noise` to use instead of new ones.
+    """
+    layout, samples = copy_blocks(blocks), batch.samples
+    copied = lay_out(replace(batch, attention_mask=None), layout, config.pad_token_id or 0)
+    block_ids = layout.take(blocks.ids, 0)  # (batch, copies)
+    maskable = layout.is_token & copied.diffused
+    draws = None
+    if fixed_draws is not None:
+        draws = fixed_noise(maskable, copied.samples, fixed_draws[1])[fixed_draws[0]]
+    copied_levels = levels[block_ids]
+    noisy_ids, masked = mask_tokens(copied.input_ids, maskable, copied_levels, config.mask_token_id, generator, draws)
+
+    # Who sees whom: clean tokens as always, copies what is clean before their block, and each other.
+    column = torch.arange(batch.input_ids.shape[1] + block_ids.shape[1], device=block_ids.device)
+    column = column.expand(len(block_ids), -1)
+    clean, behind = column.split([batch.input_ids.shape[1], block_ids.shape[1]], 1)
+    first = torch.zeros(max(blocks.count, 1), dtype=torch.long, device=block_ids.device)
+    first[blocks.ids[blocks.starts]] = clean[blocks.starts]
+    copied_numbers = torch.where(layout.is_token, block_ids + clean.shape[1], NO_SPAN)
     positions = clean if batch.position_ids is None else batch.position_ids
 
     def join(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -277,13 +292,13 @@ def _copy_noisily(
         samples=Samples(join(samples.ids, copied.samples.ids), samples.count),
         pieces=join(batch.pieces, copied.pieces),
         position_ids=join(positions, layout.take(positions, 0) + layout.copies),
-        span_ids=join(clean_numbers, numbers),
+        span_ids=join(numbers, copied_numbers),
         limits=join(clean + 1, torch.where(layout.is_token, first[block_ids], behind + 1)),
     )
     return Noise(
         joined,
         input_ids=join(batch.input_ids, noisy_ids),
-        maskable=join(nowhere, layout.is_token),
+        maskable=join(nowhere, maskable),
         masked=join(nowhere, masked),
         levels=join(torch.ones_like(clean, dtype=torch.float32), copied_levels),
         importance=join(

@@ -121,7 +121,7 @@ class Batch:
 @dataclass(frozen=True)
 class Blocks:
     """
-    The blocks of the spans that are diffused.
+    The blocks that are diffused, or of which a part is.
 
     Args:
         ids (`torch.LongTensor` of shape `(batch, length)`): number of each token's block, counted through the batch; -1
@@ -138,49 +138,69 @@ class Blocks:
     count: int
 
 
+def number_blocks(diffused: torch.Tensor, samples: Samples, lengths: torch.Tensor) -> torch.Tensor:
+    """
+    Number the blocks of what is diffused, counted from the start of each maximal run of it in one sample.
+
+    Args:
+        diffused (`torch.BoolTensor` of shape `(batch, length)`).
+        lengths (`torch.LongTensor` of shape `(samples,)`): tokens of a block, for each sample.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch, length)`: 0, 1, ... in the blocks of a row, -1 outside.
+    """
+    first = diffused.clone()
+    first[:, 1:] &= ~(diffused[:, :-1] & (samples.ids[:, 1:] == samples.ids[:, :-1]))
+    starts = diffused & (_count_from(first) % lengths[samples.ids] == 0)
+    return (starts.long().cumsum(-1) - 1).masked_fill(~diffused, NO_SPAN)
+
+
 def find_blocks(
     input_ids: torch.Tensor,
+    numbers: torch.Tensor,
     diffused: torch.Tensor,
-    samples: Samples,
     lengths: torch.Tensor,
     end_token_ids: Sequence[int],
 ) -> Blocks:
     """
-    Cut the diffused spans into blocks, counted from the start of each span.
+    Find the blocks that hold something diffused. What else stands in such a block, as the codes of a span that the
+    prompt begins, belongs to it.
 
     Args:
         input_ids (`torch.LongTensor` of shape `(batch, length)`): clean ids.
-        diffused (`torch.BoolTensor` of shape `(batch, length)`): a span is a maximal run of these in one sample.
-        lengths (`torch.LongTensor` of shape `(samples,)`): tokens of a block, for each sample.
+        numbers (`torch.LongTensor` of shape `(batch, length)`): of the blocks of each row, -1 outside.
+        diffused (`torch.BoolTensor` of shape `(batch, length)`).
+        lengths (`torch.LongTensor` of shape `(batch, length)`): tokens of a block, where each token stands.
         end_token_ids (`list[int]`): the tokens that end a span.
 
     Returns:
         [`Blocks`].
     """
-    same_sample = samples.ids[:, 1:] == samples.ids[:, :-1]
-    first, last = diffused.clone(), diffused.clone()  # tokens of their spans
-    first[:, 1:] &= ~(diffused[:, :-1] & same_sample)
-    last[:, :-1] &= ~(diffused[:, 1:] & same_sample)
-    index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-    place = index - (index * first).cummax(-1).values  # in the span
-    length = lengths[samples.ids]
-    place = place % length  # in the block
-
-    starts = diffused & (place == 0)
+    inside = numbers >= 0
+    starts, last = inside.clone(), inside.clone()  # tokens of their blocks
+    starts[:, 1:] &= numbers[:, 1:] != numbers[:, :-1]
+    last[:, :-1] &= numbers[:, 1:] != numbers[:, :-1]
+    place = _count_from(starts)  # in the block
     ends = last & torch.isin(input_ids, torch.tensor(end_token_ids, device=input_ids.device))
-    number = (starts.flatten().long().cumsum(0) - 1).view_as(input_ids).clamp(min=0)
-    num_starts = int(starts.sum())
-    closed = torch.zeros(max(num_starts, 1), dtype=torch.bool, device=input_ids.device)
-    closed[number[diffused & (ends | (place == length - 1))]] = True  # is full, or will be filled
+    number = (starts.flatten().long().cumsum(0) - 1).view_as(input_ids).clamp(min=0)  # in the batch
+    closed, wanted = torch.zeros(2, max(int(starts.sum()), 1), dtype=torch.bool, device=input_ids.device)
+    closed[number[inside & (ends | (place == lengths - 1))]] = True  # is full, or will be filled
+    wanted[number[inside & diffused]] = True
+    kept = closed & wanted
 
-    inside = diffused & closed[number]
-    renumbered = closed.long().cumsum(0) - 1
+    inside = inside & kept[number]
     return Blocks(
-        ids=torch.where(inside, renumbered[number], NO_SPAN),
+        ids=torch.where(inside, (kept.long().cumsum(0) - 1)[number], NO_SPAN),
         starts=starts & inside,
-        fillings=torch.where(ends & inside, length - 1 - place, 0),
-        count=int(closed.sum()),
+        fillings=torch.where(ends & inside, (lengths - 1 - place).clamp(min=0), 0),
+        count=int(kept.sum()),
     )
+
+
+def _count_from(starts: torch.Tensor) -> torch.Tensor:
+    """How many tokens each one stands behind the last start up to it, (batch, length)."""
+    index = torch.arange(starts.shape[1], device=starts.device).expand(starts.shape)
+    return index - (index * starts).cummax(-1).values
 
 
 @dataclass(frozen=True)
@@ -274,4 +294,5 @@ __all__ = [
     "draw_uniform",
     "find_blocks",
     "find_sample_starts",
+    "number_blocks",
 ]

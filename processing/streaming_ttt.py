@@ -129,8 +129,8 @@ class TttStreamer(BaseStreamer):
 
 
 class TextDecoder:
-    """Text ids to text, held back while a character is incomplete, for four ids at most: a character has at most four
-    bytes and every id at least one."""
+    """Text ids to text, however many come at once, held back while a character is incomplete, for four ids at most: a
+    character has at most four bytes and every id at least one."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
@@ -139,11 +139,12 @@ class TextDecoder:
         self.printed = ""
 
     def push(self, ids: list[int]) -> str:
-        if not ids:
-            return ""
-        self.ids += ids
+        return "".join(map(self._push, ids))
+
+    def _push(self, token_id: int) -> str:
+        self.ids.append(token_id)
         text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        self.held += len(ids)
+        self.held += 1
         return "" if text.endswith("\ufffd") and self.held < 4 else self._emit(text)
 
     def flush(self) -> str:

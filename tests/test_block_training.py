@@ -203,6 +203,34 @@ def test_a_code_sees_the_blocks_before_its_own_and_its_own():
     assert differs == [False] * 7 + [True] * 6
 
 
+@pytest.mark.parametrize("seen", [0, 2, 3])
+def test_a_span_that_the_prompt_begins_is_scored_behind_what_it_holds(seen, monkeypatch):
+    """Blocks of 3 on the span's own grid, as `generate` goes on: no copy sees what it is to predict."""
+    model = make_model(**{**CAUSAL, "block_lengths": (3,)}, full_block_probability=1.0).train()
+    drawn = draws_of(monkeypatch)
+    prompt, answer = [1, 2, 102, 120, 121, 122][: 3 + seen], [130, 131, 132, 133, LAST, 104]
+
+    def states_of(answer: list[int]) -> torch.Tensor:
+        model(**collate([(prompt, answer)]), generator=seeded())
+        noise = drawn.pop()
+        hidden = model.model(**model._inputs_of(noise)).last_hidden_state[0]
+        return hidden[noise.masked[0]]
+
+    before = states_of(answer)
+    for place in range(4):
+        changed = [*answer[:place], 150, *answer[place + 1 :]]
+        differs = (states_of(changed) - before).abs().amax(-1) > 1e-6
+        later = [(seen + index) // 3 > (seen + place) // 3 for index in range(len(before))]  # in a block behind it
+        assert differs.tolist() == later
+
+
+def test_what_starts_the_next_packed_sequence_closes_no_span():
+    model = make_model(**{**CAUSAL, "block_lengths": (2,)})
+    ids, positions = torch.tensor([[1, 102, 120, 121, 122, 101, 2]]), torch.tensor([[0, 1, 2, 3, 4, 0, 1]])
+    assert model.model.get_span_ids(ids, position_ids=positions).tolist() == [[-1, -1, 0, 0, 1, -1, -1]]
+    assert model.model.get_span_ids(ids).tolist() == [[-1, -1, 0, 0, 0, -1, -1]]
+
+
 def test_a_users_audio_stays_whole_or_causal_as_the_configuration_says():
     ids = torch.tensor([[1, 100, 111, 112, 113, 114, 101, 2, 102, 120, 121, 122]])
     for causal, numbers in ((False, [-1, -1, 0, 0, 0, 0, -1, -1, -1, 1, 1, 2]), (True, [-1] * 9 + [1, 1, 2])):

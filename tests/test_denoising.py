@@ -125,3 +125,10 @@ def test_rows_with_shorter_blocks_draw_what_they_draw_alone():
 def test_a_list_of_seeds_has_one_for_each_row():
     with pytest.raises(ValueError, match="`seed` names 2 seeds for 3 rows"):
         make_generators(options_of(seed=[1, 2]), 3, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("bias", [2.0, 1e39])
+def test_a_large_order_bias_is_the_order_alone(bias):
+    confidence, undecided = torch.tensor([[0.5, 0.6, 0.7]]), torch.tensor([[False, True, True]])
+    chosen = choose_positions(confidence, undecided, torch.tensor([1]), None, bias)
+    assert chosen.tolist() == [[False, True, False]]

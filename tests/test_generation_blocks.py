@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from conftest import no_compilation
+from conftest import make_model, no_compilation
 from reference_sampler import Trace, golden_prompts, load_published, reference_generate
 from test_generation import assert_batch_equals_one_by_one, common_prefix_holds, pad_left
 from test_generation_cache import PutBack, second_turn
+from transformers import LogitsProcessor
 
 from modeling_ttt import TttConfig, TttForConditionalGeneration
 
@@ -175,3 +176,22 @@ def test_a_saved_model_keeps_its_blocks(tmp_path):
     assert isinstance(loaded.config, TttConfig) and loaded.config.is_block_causal
     prompt, options = torch.tensor([golden_prompts("c")[0]]), {"max_new_tokens": 40, "audio_block_size": BLOCK}
     assert torch.equal(loaded.generate(prompt, **options), model.generate(prompt, **options))
+
+
+class Prefer(LogitsProcessor):
+    def __init__(self, token: int):
+        self.token = token
+
+    def __call__(self, input_ids, scores):
+        scores = scores.clone()
+        scores[:, self.token] += 1e4
+        return scores
+
+
+def test_a_response_never_closes_a_span_as_a_user_does():
+    """The span would be a user's when it is read again, and numbered otherwise than it was written."""
+    model, closing = make_model(span_attention="block_causal", block_lengths=(BLOCK,)), 101
+    options = {"max_new_tokens": 20, "max_audio_codes_per_span": 3, "eos_token_id": [109]}
+    answer = model.generate(torch.tensor([[1, 2, 100]]), logits_processor=[Prefer(closing)], **options)[0, 3:].tolist()
+    assert closing in answer
+    assert all(before < 110 for before, token in zip(answer, answer[1:], strict=False) if token == closing)

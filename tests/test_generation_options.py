@@ -127,6 +127,16 @@ def test_where_no_text_token_is_left_none_is_made_up(tiny_model, options, do_sam
         tiny_model().generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3, do_sample=do_sample, **options)
 
 
+@pytest.mark.parametrize("prompt", [[1, 2, 3], [1, 2, 100]])
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "audio_temperature": 1.0}, {"audio_guidance_scale": 0.5}])
+def test_a_model_that_gives_no_numbers_is_refused(tiny_model, prompt, options):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.language_model.norm.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="logits for row 0 are NaN after 0 new tokens: its weights hold NaN, or"):
+        model.generate(torch.tensor([prompt]), max_new_tokens=6, **options)
+
+
 def test_sampling_text_follows_top_k():
     model, prompt = model_of("c"), golden_prompts("c")[0]
     greedy = answer_of(model, prompt, max_new_tokens=20)

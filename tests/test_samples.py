@@ -13,6 +13,7 @@ from modeling_ttt.samples_ttt import (
     draw_block_lengths,
     find_blocks,
     find_sample_starts,
+    number_blocks,
 )
 
 END, LAST = 90, 91  # end tokens of spans; what is below 50 is text
@@ -32,7 +33,9 @@ PACKED = torch.cat([PADDED[:1], PADDED[1:, :7]], 1)
 def parts(ids: torch.Tensor, position_ids: torch.Tensor | None = None, lengths=(4, 4)) -> tuple[Blocks, Samples]:
     labels = torch.where(ids > 0, ids, -100)
     samples = Samples.from_starts(find_sample_starts(labels, position_ids), labels)
-    return find_blocks(ids, ids >= 50, samples, torch.tensor(lengths), [END, LAST]), samples
+    lengths, diffused = torch.tensor(lengths), ids >= 50
+    numbers = number_blocks(diffused, samples, lengths)
+    return find_blocks(ids, numbers, diffused, lengths[samples.ids], [END, LAST]), samples
 
 
 def test_blocks_are_counted_from_the_start_of_each_span_and_filled_where_it_ends():

@@ -61,6 +61,16 @@ def test_a_character_is_held_back_until_it_is_complete(processor):
     assert [piece["text"] for piece in streamer] == ["☃", "é"]
 
 
+@pytest.mark.parametrize("size", [2, 4, 5, 26])
+def test_the_text_does_not_depend_on_how_many_ids_come_at_once(processor, size):
+    text = "ab\U0001f642 sch\u00f6n \u4f60\u597d und mehr"
+    ids, streamer = processor.build_response(text), processor.streamer()
+    for piece in ([1], *(ids[start : start + size] for start in range(0, len(ids), size))):
+        streamer.put(torch.tensor(piece))
+    streamer.end()
+    assert "".join(piece["text"] for piece in streamer) == text
+
+
 def test_bytes_that_are_no_character_do_not_hold_the_stream_back(processor):
     broken = processor.tokenizer("☃")["input_ids"][1]  # a continuation byte
     streamer = processor.streamer(timeout=10)
