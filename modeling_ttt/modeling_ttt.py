@@ -481,8 +481,9 @@ def _make_importable(cls: type) -> None:
 
 for model_class in (TttModel, TttForConditionalGeneration):  # so that their code goes along
     model_class.register_for_auto_class("AutoModel")
-AutoConfig.register("ttt", TttConfig, exist_ok=True)
-for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM):
-    auto_class.register(TttConfig, TttForConditionalGeneration, exist_ok=True)
+if not __name__.startswith("transformers_modules."):  # code from a model's folder serves that folder alone
+    AutoConfig.register("ttt", TttConfig, exist_ok=True)
+    for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM):
+        auto_class.register(TttConfig, TttForConditionalGeneration, exist_ok=True)
 
 __all__ = ["TttCausalLMOutputWithPast", "TttForConditionalGeneration", "TttModel", "TttPreTrainedModel"]

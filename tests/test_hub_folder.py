@@ -100,6 +100,26 @@ def test_every_folder_talks_alone_and_so_does_what_is_saved_from_it(parts, tmp_p
     assert run_without_packages(TALK, *folders, cwd=tmp_path) == answers
 
 
+CODE_OF = """
+from transformers import AutoModel, pipeline
+
+for folder in sys.argv[1:]:
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    pipe = pipeline("audio-to-audio", model=folder, trust_remote_code=True, device="cpu")
+    for part in (model, pipe, pipe.model, pipe.processor, pipe.processor.audio_tokenizer):
+        print(getattr(sys.modules[type(part).__module__], "CODE_OF", None))
+"""
+
+
+def test_folders_in_one_process_run_their_own_code_each(parts, tmp_path):
+    folders = [tmp_path / name for name in ("old", "new")]
+    for folder in folders:
+        save_repository(*parts, folder)
+        for path in folder.glob("*.py"):
+            path.write_text(f"{path.read_text()}\nCODE_OF = {folder.name!r}\n")
+    assert run_without_packages(CODE_OF, *folders, cwd=tmp_path) == ["old"] * 5 + ["new"] * 5
+
+
 def test_a_pipeline_that_is_not_there_is_not_named(parts, tmp_path, caplog):
     model = copy.deepcopy(parts[0])
     theirs = {"text-to-speech": {"impl": "their_pipeline.Theirs", "pt": ["AutoModel"], "type": "multimodal"}}

@@ -551,8 +551,9 @@ def _check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> Non
 
 
 Glm4VoiceModel.register_for_auto_class("AutoModelForAudioTokenization")
-AutoConfig.register("glm4_voice", Glm4VoiceConfig, exist_ok=True)
-AutoModel.register(Glm4VoiceConfig, Glm4VoiceModel, exist_ok=True)
-AutoModelForAudioTokenization.register(Glm4VoiceConfig, Glm4VoiceModel, exist_ok=True)
+if not __name__.startswith("transformers_modules."):  # code from a model's folder serves that folder alone
+    AutoConfig.register("glm4_voice", Glm4VoiceConfig, exist_ok=True)
+    AutoModel.register(Glm4VoiceConfig, Glm4VoiceModel, exist_ok=True)
+    AutoModelForAudioTokenization.register(Glm4VoiceConfig, Glm4VoiceModel, exist_ok=True)
 
 __all__ = ["Glm4VoiceModel", "Glm4VoicePreTrainedModel", "Glm4VoiceStreamingDecoder"]

@@ -611,8 +611,9 @@ class _JoinedStreams:
 
 
 TttCodecModel.register_for_auto_class("AutoModelForAudioTokenization")
-AutoConfig.register("ttt_codec", TttCodecConfig, exist_ok=True)
-AutoModel.register(TttCodecConfig, TttCodecModel, exist_ok=True)
-AutoModelForAudioTokenization.register(TttCodecConfig, TttCodecModel, exist_ok=True)
+if not __name__.startswith("transformers_modules."):  # code from a model's folder serves that folder alone
+    AutoConfig.register("ttt_codec", TttCodecConfig, exist_ok=True)
+    AutoModel.register(TttCodecConfig, TttCodecModel, exist_ok=True)
+    AutoModelForAudioTokenization.register(TttCodecConfig, TttCodecModel, exist_ok=True)
 
 __all__ = ["TttCodecModel", "TttCodecPreTrainedModel", "TttCodecStreamingDecoder"]
