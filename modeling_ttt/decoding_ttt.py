@@ -428,8 +428,9 @@ class TttDecoder:
         logits = self.runner.project(hidden, 0, self.audio_start)  # (rows, text vocab)
         if self.audio_end < self.vocab_size:  # text tokens that were added above the audio side
             logits = torch.cat([logits, self.runner.project(hidden, self.audio_end, self.vocab_size)], dim=1)
-        if self.never_after_audio is not None:
-            logits[[self.is_audio(row.ids[-1]) for row in rows], self.never_after_audio] = -torch.inf
+        behind_audio = [i for i, row in enumerate(rows) if self.is_audio(row.ids[-1])]
+        if self.never_after_audio is not None and behind_audio:
+            logits[behind_audio, self.never_after_audio] = -torch.inf
         groups = group_rows(rows, lambda row: row.call.text_key)
         for positions in groups:
             of_group = [rows[i] for i in positions]
