@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from .serving.service import Service
 
+GOODBYE_SECONDS = 3.0  # for clients to be told that their answer is cut off
+FLUSH_TICKS = 50  # of 0.1 s, between two looks at connections that are closing
 EXAMPLES = """\
 examples:
   ttt-serve                                    ttt-tiny at http://127.0.0.1:8000: the page, and all endpoints under /v1
@@ -146,6 +148,9 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     for name in ("max_audio_seconds", "idle_seconds"):
         if not getattr(arguments, name) > 0:
             raise UsageError(f"--{name} must be more than 0, got {getattr(arguments, name):g}")
+    for name in ("max_audio_seconds", "idle_seconds", "drain_seconds"):
+        if not math.isfinite(getattr(arguments, name)):
+            raise UsageError(f"--{name} must be a number of seconds, got {getattr(arguments, name):g}")
     if arguments.port > 65535:
         raise UsageError(f"--port must be at most 65535, got {arguments.port}")
     for name in arguments.allowed_host:
@@ -259,9 +264,11 @@ def make_server(service: Service, arguments: argparse.Namespace, keys: Sequence[
     """Return the server, which drains the service before it stops."""
     import uvicorn
 
-    from .serving.app import create_app, drain
+    from .serving.app import create_app
 
     class Server(uvicorn.Server):
+        closing: frozenset[Any] = frozenset()  # connections that were, when last looked at
+
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)
             if self.started:
@@ -273,15 +280,29 @@ def make_server(service: Service, arguments: argparse.Namespace, keys: Sequence[
         async def shutdown(self, sockets: Any = None) -> None:
             for server in self.servers:
                 server.close()  # no new connections while the open ones are finished
-            clock = asyncio.get_running_loop().time
+            service.drain()
+            clock, tasks = asyncio.get_running_loop().time, self.server_state.tasks
             ends = clock() + service.limits.drain_seconds
-            draining = asyncio.create_task(drain(service, service.limits.drain_seconds))
-            while not draining.done() and not self.force_exit:  # a second Ctrl-C
-                await asyncio.wait([draining], timeout=0.1)
-            draining.cancel()
-            left = 0.0 if self.force_exit else ends - clock()
-            self.config.timeout_graceful_shutdown = max(1, math.ceil(left))
+            while tasks and clock() < ends and not self.force_exit:  # a second Ctrl-C
+                await asyncio.sleep(0.1)
+            # What is not finished ends as cancelled, which its client is told in the form of the protocol.
+            closing = asyncio.create_task(asyncio.to_thread(service.engine.close, drain=False, timeout=GOODBYE_SECONDS))
+            ends = clock() + GOODBYE_SECONDS
+            while (tasks or not closing.done()) and clock() < ends:
+                await asyncio.sleep(0.02)
             await super().shutdown(sockets)
+
+        async def on_tick(self, counter: int) -> bool:
+            if counter % FLUSH_TICKS == 0:
+                self.abort_unflushed()
+            return await super().on_tick(counter)
+
+        def abort_unflushed(self) -> None:
+            """Free connections that were closing before: their clients do not take what was sent to them."""
+            closing = {connection for connection in self.server_state.connections if connection.transport.is_closing()}
+            for connection in closing & self.closing:
+                connection.transport.abort()
+            self.closing = frozenset(closing)
 
     limits = service.limits
     config = uvicorn.Config(
@@ -299,6 +320,7 @@ def make_server(service: Service, arguments: argparse.Namespace, keys: Sequence[
         access_log=arguments.log_level == "debug",
         server_header=False,
         timeout_keep_alive=30,
+        timeout_graceful_shutdown=1,
         limit_concurrency=1024,
         ssl_certfile=arguments.ssl_certfile,
         ssl_keyfile=arguments.ssl_keyfile,

@@ -1,5 +1,6 @@
 """ttt-serve as users start it: its help, its arguments, and how it stops."""
 
+import json
 import logging
 import os
 import signal
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 from builders import build_model, build_processor
-from serving import ROOT, SECONDS, RealtimeClient, RunningServer, closing, serve, spoken_pcm
+from serving import ROOT, SECONDS, RealtimeClient, RunningServer, closing, serve, spoken_pcm, wait_until
 from test_serving_realtime import LONG
 
 from pipelines import save_repository, ttt_serve
@@ -44,6 +45,10 @@ def test_help_has_examples_and_does_not_wait_for_torch():
         (["--max_rows", "0"], "--max_rows must be at least 1"),
         (["--threads", "0"], "--threads must be at least 1"),
         (["--max_audio_seconds", "nan"], "--max_audio_seconds must be more than 0"),
+        (["--max_audio_seconds", "inf"], "--max_audio_seconds must be a number of seconds, got inf"),
+        (["--idle_seconds", "inf"], "--idle_seconds must be a number of seconds, got inf"),
+        (["--drain_seconds", "inf"], "--drain_seconds must be a number of seconds, got inf"),
+        (["--drain_seconds", "nan"], "--drain_seconds must be a number of seconds, got nan"),
         (["--port", "70000"], "at most 65535"),
         (["--ssl_certfile", "x.pem"], "go together"),
         (["--api_key_file", "/nowhere/keys"], "there is no file /nowhere/keys"),
@@ -146,17 +151,41 @@ def test_a_client_that_is_slowed_has_the_time_to_answer_a_ping():
     assert config.ws_ping_timeout > 2 * limits.seconds_held_back > 60
 
 
-def test_who_presses_ctrl_c_twice_does_not_wait_for_answers():
+def test_who_presses_ctrl_c_twice_does_not_wait_for_answers_and_clients_are_told(caplog):
     processor = build_processor()
     limits = Limits(drain_seconds=SECONDS)
+    chat = {"model": "ttt-tiny", "messages": [{"role": "user", "content": "hi"}], "ttt": LONG}
+    chat |= {"modalities": ["text", "audio"], "audio": {"voice": "alloy", "format": "pcm16"}}
+    answers: dict[str, tuple] = {}
+
+    def ask(name: str, body: dict) -> None:
+        answers[name] = running.request("/v1/chat/completions", body)
+
     with serve(build_model(processor), processor, limits=limits) as running, RealtimeClient(running) as client:
         client.configure(instructions="x", ttt=LONG)
         client.send("response.create")
         client.until("response.output_audio.delta")
+        bodies = {"whole": chat, "stream": {**chat, "stream": True}}
+        threads = [threading.Thread(target=ask, args=pair) for pair in bodies.items()]
+        logging.getLogger("uvicorn").addHandler(caplog.handler)
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: running.service.engine.stats().rows == 3, "the answers")
         for _ in range(2):
             running.server.handle_exit(signal.SIGINT, None)
         code, said = closing(client)
-        assert code == 1012 and "response.done" not in [event["type"] for event in said]
+        for thread in threads:
+            thread.join(SECONDS)
+    logging.getLogger("uvicorn").removeHandler(caplog.handler)
+    done = next(event["response"] for event in said if event["type"] == "response.done")
+    assert done["status"] == "failed" and done["status_details"]["error"]["code"] == "server_shutting_down"
+    assert code == 1001 and said[-1]["error"]["code"] == "server_shutting_down"
+    status, headers, body = answers["whole"]
+    assert status == 503 and json.loads(body)["error"]["code"] == "server_shutting_down" and headers["retry-after"]
+    status, _, body = answers["stream"]
+    last = json.loads(body.decode().strip().rpartition("data: ")[2])
+    assert status == 200 and last["error"]["code"] == "server_shutting_down"
+    assert "Exception in ASGI application" not in caplog.text
 
 
 def test_logs_tell_what_goes_wrong_and_neither_keys_nor_what_is_said():

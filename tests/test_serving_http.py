@@ -308,6 +308,30 @@ def test_forms_that_are_wrong_are_refused(server, fields, files, param):
     assert status == 400 and error["param"] == param
 
 
+@pytest.mark.parametrize("charset", ["punycode", '"idna"', "undefined", "latin-1", "utf-7"])
+def test_a_form_names_no_encoding_but_utf8(server, charset):
+    body, headers = form({"model": "a" * 200_000}, {})
+    headers["Content-Type"] += f"; charset={charset}"
+    status, error = server.error("/v1/audio/transcriptions", body, headers=headers)
+    assert status == 415 and error["code"] == "unsupported_content_type" and "send UTF-8" in error["message"]
+    body, headers = form({"model": "ttt-tiny", "prompt": "grün"}, {"file": wav(tone(0.5))})
+    headers["Content-Type"] += "; charset=UTF-8"
+    assert server.request("/v1/audio/transcriptions", body, headers=headers)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("fields", "files", "param"),
+    [
+        ({f"f{number}": "a" for number in range(20)}, {}, None),
+        ({}, {"file": b"a", "other": b"b"}, "file"),
+    ],
+)
+def test_a_form_that_has_too_much_is_refused_with_a_code(server, fields, files, param):
+    body, headers = form(fields, files)
+    status, error = server.error("/v1/audio/transcriptions", body, headers=headers)
+    assert status == 400 and error["code"] == "invalid_form" and error["param"] == param
+
+
 def test_bodies_have_a_size(server):
     large = {**SPEECH, "input": "a" * 700_000}
     status, error = server.error("/v1/audio/speech", large)

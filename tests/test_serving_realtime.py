@@ -22,6 +22,7 @@ from serving import (
 from starlette.websockets import WebSocketDisconnect
 from websockets.exceptions import InvalidStatus
 
+from pipelines import ttt_serve
 from pipelines.serving.limits import Limits
 from pipelines.serving.realtime import RealtimeSession, realtime
 from pipelines.serving.wire_realtime import ServerVad
@@ -192,6 +193,35 @@ def test_a_second_response_waits_for_the_first_and_is_told_so(client):
     assert client.error("response.cancel")["code"] == "response_cancel_not_active"
     client.configure(ttt={**LONG, "max_audio_codes_per_span": 5})
     assert client.ask("response.create", "response.done")["response"]["status"] == "completed"
+
+
+def test_a_cancelled_response_ends_though_its_item_is_deleted_at_once(server):
+    async def main() -> list[dict]:
+        client = Waiting({"type": "session.update", "session": {"instructions": "x", "ttt": LONG}})
+        client.events.append({"type": "response.create"})
+        session = RealtimeSession(server.service, client)
+        running = asyncio.create_task(session.run())
+        while session.response is None or not session.response.is_open:
+            await asyncio.sleep(0.01)
+        first = session.response
+        for event in (
+            {"type": "response.cancel"},
+            {"type": "response.create"},
+            {"type": "conversation.item.delete", "item_id": first.item.id},
+        ):
+            await session._handle(json.dumps(event))
+        await first.done.wait()
+        await session.outbox.empty()
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        return [event for event in client.came if first.id in (event.get("response_id"), done_id(event))]
+
+    def done_id(event: dict) -> str | None:
+        return event["response"]["id"] if event["type"] == "response.done" else None
+
+    events = asyncio.run(asyncio.wait_for(main(), SECONDS))
+    assert events[-1]["type"] == "response.done" and events[-1]["response"]["status"] == "cancelled"
+    wait_until(lambda: is_at_rest(server), "rest")
 
 
 def test_what_was_not_sent_of_a_cancelled_answer_is_not_in_the_conversation(client):
@@ -533,11 +563,10 @@ def test_handshakes_at_the_same_time_are_counted_and_one_that_fails_is_not_waite
         await asyncio.sleep(0)
         await realtime(second)
         assert second.denied and not first.denied and len(service.sessions) == 1
-        leaving = [asyncio.create_task(session.drain()) for session in service.sessions]
+        service.drain()
         first.opened.set()
         with pytest.raises(WebSocketDisconnect):
             await opening
-        await asyncio.gather(*leaving)
         assert not service.sessions
 
     with limited(sessions=1) as server:
@@ -550,7 +579,8 @@ def test_a_message_that_is_too_large_ends_the_connection():
         assert closing(client)[0] == 1009
 
 
-def test_a_client_that_does_not_read_is_held_back_and_then_left():
+def test_a_client_that_does_not_read_is_held_back_and_then_left(monkeypatch):
+    monkeypatch.setattr(ttt_serve, "FLUSH_TICKS", 1)
     most = 2_000_000
     with limited(send_seconds=0.5, outbox_bytes=most) as server:
         client = RealtimeClient(server)
@@ -565,6 +595,7 @@ def test_a_client_that_does_not_read_is_held_back_and_then_left():
             largest = max(largest, session.outbox._bytes)
         wait_until(lambda: is_at_rest(server), "the end of the session")
         assert largest <= most
+        wait_until(lambda: not server.server.server_state.connections, "the end of the connection")
         client.abort()
 
 

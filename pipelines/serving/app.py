@@ -3,7 +3,6 @@ ttt_serve.py; anything that runs ASGI applications can run it."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -56,22 +55,6 @@ def create_app(service: Service, api_keys: Iterable[str] = (), allowed_hosts: It
     app.add_middleware(Guard, keys=KeyRing(api_keys), limits=service.limits, allowed_hosts=allowed_hosts)
     app.add_middleware(Counting, service=service)  # around the guard: what that refuses is counted, too
     return app
-
-
-async def drain(service: Service, seconds: float) -> None:
-    """
-    Let what is being answered be finished, and take in nothing more. Realtime sessions are told and closed.
-
-    Args:
-        service (`Service`): that stops.
-        seconds (`float`): what is not finished by then is cut off.
-    """
-    service.is_draining = True
-    if service.sessions:
-        leaving = [asyncio.create_task(session.drain()) for session in list(service.sessions)]
-        _, late = await asyncio.wait(leaving, timeout=seconds)
-        for task in late:
-            task.cancel()
 
 
 class Counting:

@@ -9,14 +9,16 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
 
 from .conversation import check_texts
 from .engine_requests import Finished, Generation, TextDelta
 from .errors import ApiError
 from .http_support import EVENT_STREAM, AnswerResponse, service_of, sse, sse_errors, until_gone
 from .options import TttOptions, sampling
-from .schema import validate
+from .schema import shorten, validate
 from .service import Service, failure
 from .sound import decode_file
 from .wire_http import TranscriptionFields
@@ -30,10 +32,7 @@ logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of eve
 async def transcriptions(request: Request) -> Response:
     """Write down what is said."""
     service = service_of(request)
-    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        raise ApiError("Send the file as multipart/form-data.", 415, "unsupported_content_type")
-    async with request.form(max_files=1, max_fields=MOST_FIELDS) as form:
-        fields, content = await _read(list(form.multi_items()))
+    fields, content = await _read_form(request)
     service.check_model(fields.model)
     check_texts([("prompt", fields.prompt)], service.limits.text_length)
     samples, rate = await asyncio.to_thread(decode_file, content, service.limits, "file")
@@ -60,6 +59,22 @@ async def transcriptions(request: Request) -> Response:
     if fields.response_format == "text":
         return PlainTextResponse(f"{text}\n")
     return JSONResponse({"text": text, "usage": _usage(seconds)})
+
+
+async def _read_form(request: Request) -> tuple[TranscriptionFields, bytes]:
+    """Return the fields of a form, and its file. Its encoding is checked first: Python has some that take minutes."""
+    kind, options = parse_options_header(request.headers.get("content-type"))
+    if kind != b"multipart/form-data":
+        raise ApiError("Send the file as multipart/form-data.", 415, "unsupported_content_type")
+    if (charset := options.get(b"charset", b"utf-8").decode("latin-1")).lower() not in ("utf-8", "utf8"):
+        message = f"Forms in '{shorten(charset)}' are not read; send UTF-8."
+        raise ApiError(message, 415, "unsupported_content_type")
+    try:
+        async with request.form(max_files=1, max_fields=MOST_FIELDS) as form:
+            return await _read(list(form.multi_items()))
+    except HTTPException as error:  # how Starlette tells of a form that is malformed or has too much
+        param = "file" if "files" in error.detail else None
+        raise ApiError(f"The form cannot be read: {shorten(error.detail)}.", code="invalid_form", param=param) from None
 
 
 async def _read(items: list[tuple[str, Any]]) -> tuple[TranscriptionFields, bytes]:

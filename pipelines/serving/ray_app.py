@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import signal
 import sys
@@ -102,6 +103,9 @@ def check(arguments: argparse.Namespace) -> list[str]:
     check_arguments(arguments)
     if not 1 <= arguments.replicas <= arguments.max_replicas:
         raise UsageError(f"--replicas must be 1 or more, and --max_replicas no less; got {arguments.replicas}")
+    for name in ("cpus", "gpus"):
+        if not 0 <= getattr(arguments, name) < math.inf:
+            raise UsageError(f"--{name} must be a number of 0 or more, got {getattr(arguments, name):g}")
     return api_keys(arguments)
 
 

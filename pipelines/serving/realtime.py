@@ -71,7 +71,6 @@ async def realtime(socket: WebSocket) -> None:
         await socket.accept(subprotocol=SUBPROTOCOL if SUBPROTOCOL in socket.scope.get("subprotocols", []) else None)
         await session.run()
     finally:
-        session.has_ended.set()  # where it has not begun, too
         service.sessions.discard(session)
         service.metrics.open_sessions.set(len(service.sessions))
 
@@ -96,7 +95,7 @@ class RealtimeSession:
         self.buffer = InputBuffer(limits.audio_seconds, VAD_THREADS, silero_probability)
         self.buffer.configure(self.settings.vad)
         self.response: Response | None = None  # the one in the conversation that is being written
-        self._is_leaving, self.has_ended = asyncio.Event(), asyncio.Event()  # to end; nothing of it is left
+        self._is_leaving = asyncio.Event()
         self._aside: list[Response] = []
         self._tasks: set[asyncio.Task[Any]] = set()
         self._encodings: dict[str, asyncio.Task[None]] = {}  # by item
@@ -223,10 +222,9 @@ class RealtimeSession:
         if error is not None and not isinstance(error, (SlowReader, ApiError)):  # who waits for it reads an ApiError
             logger.error("session %s: a task failed", self.id, exc_info=error)
 
-    async def drain(self) -> None:
+    def leave(self) -> None:
         """Take no more requests, finish the answer that is being written, and say goodbye."""
         self._is_leaving.set()
-        await self.has_ended.wait()
 
     async def _leave(self) -> tuple[int, str]:
         """Wait until the session is to end and nothing is being written; return why, as `_read` does."""
@@ -393,7 +391,8 @@ class RealtimeSession:
         return item
 
     def _delete_item(self, event: ItemEvent) -> None:
-        if self.response is not None and event.item_id == self.response.item.id:
+        response = self.response
+        if response is not None and response.cancelled is None and event.item_id == response.item.id:
             message = "The item is being written. Cancel its response first."
             raise ApiError(message, code="item_in_progress", param="item_id")
         self.conversation.delete(event.item_id)

@@ -189,7 +189,7 @@ class Response:
             part = {"type": "text", "text": text}
         self._send(self._of_part("response.content_part.done", part=part))
         self._send(self._of_response("response.output_item.done", output_index=0, item=self.item.wire()))
-        if self.in_conversation:
+        if self.in_conversation and self.item in self.session.conversation.items:  # the client may have deleted it
             before = self.session.conversation.before(self.item.id)
             self._send({"type": "conversation.item.done", "previous_item_id": before, "item": self.item.wire()})
 

@@ -57,6 +57,12 @@ class Service:
         self.engine.decode_audio(codes[:1]).result()
         SpeechDetector(silero_probability()).push(np.zeros(4 * WINDOW, np.float32))
 
+    def drain(self) -> None:
+        """Take in no more requests. What is being answered is finished; Realtime sessions then say goodbye."""
+        self.is_draining = True
+        for session in self.sessions:
+            session.leave()
+
     def check_model(self, name: str) -> None:
         """
         Refuse a model that is not served.
