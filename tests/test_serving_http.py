@@ -75,6 +75,9 @@ WEBM = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "webm"}
         ("/v1/audio/speech", {**SPEECH, "speed": 2.0}, "speed", "invalid_value"),
         ("/v1/audio/speech", {**SPEECH, "voice": "my aunt"}, "voice", "invalid_value"),
         ("/v1/audio/speech", {**SPEECH, "voice": {"id": "x"}}, "voice", "invalid_value"),
+        ("/v1/audio/speech", {**SPEECH, "voice": None}, "voice", "invalid_value"),
+        ("/v1/audio/speech", {**SPEECH, "ttt": {"audio_top_k": 0}}, "ttt.audio_top_k", "invalid_value"),
+        ("/v1/audio/speech", {**SPEECH, "ttt": {"audio_top_p": 0}}, "ttt.audio_top_p", "invalid_value"),
         ("/v1/audio/speech", {**SPEECH, "instructions": "be glad"}, "instructions", "unknown_parameter"),
         ("/v1/audio/speech", {**SPEECH, "ttt": {"custom_generate": "x"}}, "ttt.custom_generate", "unknown_parameter"),
         ("/v1/audio/speech", {**SPEECH, "ttt": {"audio_block_size": 0}}, "ttt.audio_block_size", "invalid_value"),
@@ -83,6 +86,7 @@ WEBM = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "webm"}
         ("/v1/chat/completions", {**CHAT, "presence_penalty": 0.5}, "presence_penalty", "invalid_value"),
         ("/v1/chat/completions", {**CHAT, "response_format": {"type": "json_object"}}, "response_format.type", None),
         ("/v1/chat/completions", {**CHAT, "n": 2}, "n", "invalid_value"),
+        ("/v1/chat/completions", {**CHAT, "n": True}, "n", "invalid_value"),
         ("/v1/chat/completions", {**CHAT, "messages": []}, "messages", "invalid_value"),
         ("/v1/chat/completions", {**CHAT, "messages": CHAT["messages"] * 11}, "messages", "too_long"),
         ("/v1/chat/completions", {**CHAT, "messages": [{"role": "tool", "content": "x"}]}, "messages[0]", None),
@@ -102,7 +106,7 @@ WEBM = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "webm"}
         ),
         ("/v1/chat/completions", {**CHAT, "ttt": {"task": "asr"}}, "ttt.task", "invalid_value"),
         ("/v1/chat/completions", {**CHAT, "modalities": ["text", "audio"]}, "audio", "missing_required_parameter"),
-        ("/v1/chat/completions", {**CHAT, "audio": {"voice": "a", "format": "wav"}}, "modalities", "invalid_value"),
+        ("/v1/chat/completions", {**CHAT, "audio": {"voice": "ash", "format": "wav"}}, "modalities", "invalid_value"),
         ("/v1/chat/completions", {**CHAT, "max_tokens": 3, "max_completion_tokens": 3}, "max_tokens", "invalid_value"),
         ("/v1/chat/completions", {**CHAT, "stream_options": {}}, "stream_options", "invalid_value"),
         ("/v1/chat/completions", {**CHAT, "temperature": -1}, "temperature", "invalid_value"),
@@ -130,6 +134,10 @@ def test_what_is_not_understood_is_refused_by_name(server, path, body, param, co
         ({"stop": "END"}, "this server has nothing of the kind; leave it out"),
         ({"tools": [{}]}, "this server has nothing of the kind; leave it out"),
         ({"ttt": {"task": "asr"}}, "The task 'asr' needs sound"),
+        (
+            {"modalities": ["text", "audio"], "audio": {"voice": None, "format": "wav"}},
+            "Input should be 'default', 'al",
+        ),
     ],
 )
 def test_what_is_refused_is_told_in_words_of_the_request(server, more, message):
@@ -235,6 +243,7 @@ def test_paths_and_models_that_there_are_not(server):
         (b"", "invalid_audio"),
         (b"RIFF" + bytes(40), "invalid_audio"),
         (wav(tone(0.5))[:60], None),
+        (wav(tone(0.5)[:1599]), "audio_too_short"),
         (wav(np.zeros((800, 9))), "too_many_channels"),
         (wav(np.zeros(16_000 * 3600), file_format="FLAC"), "audio_too_long"),  # an hour of silence in few bytes
         (wav(np.zeros(200_000), rate=192_001), "invalid_audio"),
@@ -242,7 +251,7 @@ def test_paths_and_models_that_there_are_not(server):
         (b"#EXTM3U\nhttp://127.0.0.1:1/a.wav\n", "invalid_audio"),
         (b"ffconcat version 1.0\nfile /etc/passwd\n", "invalid_audio"),
     ],
-    ids=["empty", "header", "cut", "channels", "hour", "rate", "slow", "playlist", "concat"],
+    ids=["empty", "header", "cut", "short", "channels", "hour", "rate", "slow", "playlist", "concat"],
 )
 def test_sound_that_cannot_be_used_is_refused_before_it_is_heard(server, content, code):
     assert len(content) < LIMITS.body_bytes * 3 // 4

@@ -95,7 +95,10 @@ def test_an_update_changes_what_it_names_and_nothing_else(client):
         ({"output_modalities": ["audio", "text"]}, "session.output_modalities"),
         ({"type": "transcription"}, "session.type"),
         ({"instructions": "y" * 301}, "session.instructions"),
-        ({"ttt": {"task": "sing"}}, "ttt.task"),
+        ({"ttt": {"task": "sing"}}, "session.ttt.task"),
+        ({"ttt": {"audio_top_k": 0}}, "session.ttt.audio_top_k"),
+        ({"ttt": {"audio_top_p": 0}}, "session.ttt.audio_top_p"),
+        ({"max_output_tokens": True}, "session.max_output_tokens"),
         ({"ttt": {"audio_block_size": True}}, "session.ttt.audio_block_size"),
     ],
 )
@@ -109,7 +112,22 @@ def test_what_is_not_understood_is_refused_by_name_and_the_connection_stays(clie
 
 def test_a_response_with_a_task_that_there_is_not_is_refused_before_it_is_one(client):
     error = client.error("response.create", event_id="mine", response={"ttt": {"task": "sing"}})
-    assert error["param"] == "ttt.task" and error["event_id"] == "mine" and "spoken_chat" in error["message"]
+    assert error["param"] == "response.ttt.task" and error["event_id"] == "mine" and "spoken_chat" in error["message"]
+    error = client.error("response.create", event_id="mine", response={"instructions": "y" * 301})
+    assert error["param"] == "response.instructions" and error["event_id"] == "mine"
+
+
+def test_a_bound_that_is_no_number_is_told_the_word_for_none(client):
+    error = client.error("session.update", session={"max_output_tokens": "lots"})
+    assert error["param"] == "session.max_output_tokens" and '"inf"' in error["message"]
+
+
+@pytest.mark.parametrize("query", ["intent=transcription", "call_id=1&model=ttt-tiny"])
+def test_what_an_address_asks_for_and_there_is_not_is_refused_by_name(server, query):
+    with pytest.raises(InvalidStatus) as refused:
+        RealtimeClient(server, f"/v1/realtime?{query}")
+    error = json.loads(refused.value.response.body)["error"]
+    assert refused.value.response.status_code == 400 and error["param"] == query.partition("=")[0]
 
 
 @pytest.mark.parametrize(
@@ -150,6 +168,9 @@ def test_a_written_turn_is_answered_in_speech(client):
     assert added["previous_item_id"] == asked and added["item"]["id"] == done["output"][0]["id"]
     assert {event["response_id"] for event in events if "response_id" in event} == {done["id"]}
     assert done["usage"]["output_token_details"]["audio_tokens"] == CODES
+    params = {"audio": {"output": {"voice": "alloy"}}, "output_modalities": ["text"]}
+    done = client.ask("response.create", "response.done", response=params)["response"]
+    assert done["audio"]["output"]["voice"] == "alloy"
 
 
 def test_a_response_may_be_text_alone_and_shorter(client):
@@ -331,6 +352,44 @@ def test_who_is_silent_after_an_answer_is_spoken_to(client):
     assert client.until("response.done")[-1]["response"]["status"] == "completed"
 
 
+def test_who_commits_turns_by_hand_from_now_on_is_not_spoken_to(server, client):
+    vad = {"type": "server_vad", "idle_timeout_ms": 600_000}
+    client.configure(ttt={"max_audio_codes_per_span": 5}, audio={"input": {"turn_detection": vad}})
+    client.say("hello")
+    client.ask("response.create", "response.done")
+    (session,) = server.service.sessions
+    client.configure(max_output_tokens=2000)
+    assert session._idle is not None
+    client.configure(audio={"input": {"turn_detection": None}})
+    assert session._idle is None
+
+
+def test_settings_that_change_while_the_user_speaks_lose_nothing_of_it(client):
+    vad = {"type": "server_vad", "create_response": False}
+    client.configure(audio={"input": {"turn_detection": vad}})
+    pcm = question_pcm()
+    half = len(pcm) // 4 * 2
+    client.append(silence_pcm(0.5) + pcm[:half])
+    started = client.until("input_audio_buffer.speech_started")[-1]
+    client.configure(audio={"input": {"turn_detection": {**vad, "silence_duration_ms": 400}}})
+    client.append(pcm[half:] + silence_pcm(1.0))
+    events = client.until("input_audio_buffer.committed")
+    assert "input_audio_buffer.speech_started" not in [event["type"] for event in events]
+    assert events[-1]["item_id"] == started["item_id"]
+    item = client.ask("conversation.item.retrieve", "conversation.item.retrieved", item_id=started["item_id"])["item"]
+    assert len(base64.b64decode(item["content"][0]["audio"])) > len(pcm)
+
+
+def test_a_turn_that_is_committed_by_hand_has_the_id_that_was_announced(client):
+    client.configure(audio={"input": {"turn_detection": {"type": "server_vad", "create_response": False}}})
+    client.append(silence_pcm(0.5) + question_pcm())
+    started = client.until("input_audio_buffer.speech_started")[-1]
+    committed = client.ask("input_audio_buffer.commit", "input_audio_buffer.committed")
+    assert committed["item_id"] == started["item_id"]
+    client.append(silence_pcm(1.0))
+    assert client.ask("input_audio_buffer.commit", "input_audio_buffer.committed")["item_id"] != started["item_id"]
+
+
 def test_who_speaks_is_not_taken_for_silent(server):
     async def main() -> list[dict]:
         client = Waiting()
@@ -435,10 +494,41 @@ def test_items_are_put_where_they_are_told(client):
             "item.content[0].type",
         ),
         ({"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a" * 301}]}, "item.content"),
+        (
+            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a", "audio": "AAAA"}]},
+            "item.content[0].audio",
+        ),
+        (
+            {"type": "message", "role": "user", "content": [{"type": "input_audio", "audio": "AAAA"}]},
+            "item.content[0].audio",
+        ),
+        (
+            {
+                "type": "message",
+                "role": "assistant",
+                "content": [{"type": "output_audio", "transcript": "a", "audio": "!"}],
+            },
+            "item.content[0].audio",
+        ),
+        (
+            {
+                "type": "message",
+                "role": "user",
+                "status": "in_progress",
+                "content": [{"type": "input_text", "text": "a"}],
+            },
+            "item.status",
+        ),
     ],
 )
 def test_items_that_are_none_are_refused(client, item, param):
     assert client.error("conversation.item.create", item=item)["param"].endswith(param)
+
+
+def test_an_item_has_the_status_that_its_client_gives_it(client):
+    item = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "a"}]}
+    added = client.ask("conversation.item.create", "conversation.item.added", item={**item, "status": "incomplete"})
+    assert added["item"]["status"] == "incomplete"
 
 
 def test_an_answer_is_cut_to_what_was_heard_and_its_text_alike(client):

@@ -17,14 +17,13 @@ from .conversation import check_texts, new_id
 from .engine_requests import AudioDelta, Finished, Generation, TextDelta
 from .errors import ApiError
 from .http_support import EVENT_STREAM, AnswerResponse, read_body, service_of, sse, sse_errors, until_gone
-from .options import check_voice, sampling
+from .options import sampling
 from .service import Service, failure
 from .sound import SILENCE, WIRE_RATE, Resampler, decode_base64, decode_file, encode_base64, encode_file, float_to_pcm
-from .wire_http import AssistantMessage, AudioPart, ChatRequest, TextPart, UserMessage
+from .wire_http import SPOKEN_FORMATS, AssistantMessage, AudioPart, ChatRequest, TextPart, UserMessage
 
 router = APIRouter()
 FINISH_REASONS = {"stop": "stop", "length": "length"}
-SPOKEN_FORMATS = ("wav", "flac", "pcm16")  # OpenAI's name for bare PCM is another one here than in speech
 
 
 @router.post("/v1/chat/completions")
@@ -39,7 +38,6 @@ async def chat(request: Request) -> Response:
     if body.messages[-1].role != "user":
         raise ApiError("The last of 'messages' must be the user's.", code="invalid_value", param="messages")
     if body.audio is not None:
-        check_voice(body.audio.voice, "audio.voice")
         check_audio_format(body.audio.format, bool(body.stream))
     answer = Answering(service, body)
     generation = await until_gone(request, answer.submit())

@@ -10,7 +10,6 @@ from .conversation import check_texts
 from .engine_requests import AudioDelta, Finished, Generation
 from .errors import ApiError
 from .http_support import EVENT_STREAM, AnswerResponse, first_of, read_body, service_of, sse, sse_errors, until_gone
-from .options import check_speed, check_voice
 from .service import Service, failure
 from .sound import FORMATS_WRITTEN, SILENCE, WIRE_RATE, FileStream, Resampler, encode_base64
 from .wire_http import SpeechRequest
@@ -23,8 +22,6 @@ async def speech(request: Request) -> Response:
     """Read a text aloud."""
     service, body = service_of(request), await read_body(request, SpeechRequest)
     service.check_model(body.model)
-    check_voice(body.voice, "voice")
-    check_speed(body.speed, "speed")
     check_format(body.response_format, "response_format")
     check_texts([("input", body.input)], service.limits.text_length)
     if not body.input.strip():

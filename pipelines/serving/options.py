@@ -3,22 +3,34 @@ own fields mean to `generate`."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from modeling_ttt.generation_config_ttt import FIXING_OPTIONS, asks_for_fixing, refuse_two_rules
 
-from .errors import ApiError
 from .schema import Wire
 
+
+def own_pace(speed: float) -> float:
+    """
+    Take the one pace that there is.
+
+    Raises:
+        ValueError: for any other.
+    """
+    if speed != 1.0:
+        raise ValueError("the pace is the model's own, 1.0")
+    return speed
+
+
 # The model has one voice of its own; clients must name one, and most send one of these.
-VOICES = {
+Voice = Literal[
     "default", "alloy", "ash", "ballad", "cedar", "coral", "echo", "fable", "marin", "nova", "onyx", "sage", "shimmer",
     "verse",
-}  # fmt: skip
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-Rule = Annotated[float, Field(gt=0.0, le=1.0)]
+]  # fmt: skip
+Speed = Annotated[float, AfterValidator(own_pace), Field(json_schema_extra={"const": 1.0})]
+Probability = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
 class TttOptions(Wire):
@@ -35,10 +47,10 @@ class TttOptions(Wire):
     max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] | None = None
     audio_block_size: Annotated[int, Field(ge=1, le=10_000)] | None = None
     audio_steps_per_block: Annotated[int, Field(ge=1, le=1000)] | None = None
-    audio_confidence_threshold: Rule | None = None
-    audio_prefix_probability: Rule | None = None
+    audio_confidence_threshold: Probability | None = None
+    audio_prefix_probability: Probability | None = None
     audio_temperature: Annotated[float, Field(ge=0.0, le=10.0)] | None = None
-    audio_top_k: Annotated[int, Field(ge=0)] | None = None
+    audio_top_k: Annotated[int, Field(ge=1)] | None = None
     audio_top_p: Probability | None = None
     audio_order_bias: Annotated[float, Field(ge=0.0, le=100.0)] | None = None
     max_audio_codes_per_span: Annotated[int, Field(ge=1, le=100_000)] | None = None
@@ -70,32 +82,3 @@ def sampling(temperature: float | None, top_p: float | None) -> dict[str, Any]:
         return {"do_sample": False}
     options: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_p": top_p}
     return {name: value for name, value in options.items() if value is not None}
-
-
-def check_voice(voice: Any, param: str) -> None:
-    """
-    Refuse a voice that clients do not send by habit.
-
-    Raises:
-        ApiError: if it is none of `VOICES`.
-    """
-    if voice is not None and (not isinstance(voice, str) or voice not in VOICES):
-        names = ", ".join(sorted(VOICES))
-        raise ApiError(
-            f"Invalid value for '{param}': the model has one voice, which goes by any of these names: {names}.",
-            code="invalid_value",
-            param=param,
-        )
-
-
-def check_speed(speed: float | None, param: str) -> None:
-    """
-    Refuse any pace but the model's own.
-
-    Raises:
-        ApiError: if it is not 1.
-    """
-    if speed is not None and speed != 1.0:
-        raise ApiError(
-            f"Invalid value for '{param}': the pace is the model's own, 1.0.", code="invalid_value", param=param
-        )

@@ -12,7 +12,7 @@ from typing import Any
 
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 
-from .conversation import Conversation, Item, Part, check_texts, messages, new_id
+from .conversation import MILLISECONDS_SPARE, Conversation, Item, Part, check_texts, messages, new_id
 from .engine_requests import Finished, TextDelta
 from .errors import ApiError, draining
 from .limits import RateLimit
@@ -23,7 +23,7 @@ from .realtime_response import Response
 from .schema import parse_json, shorten, validate
 from .security import deny
 from .service import Service, failure
-from .sound import SAMPLE_BYTES, WIRE_RATE, decode_base64, pcm_to_float
+from .sound import SAMPLE_BYTES, SHORTEST_MS, WIRE_RATE, check_length, decode_base64, pcm_to_float
 from .vad import silero_probability
 from .wire_realtime import (
     CLIENT_EVENTS,
@@ -44,7 +44,6 @@ from .wire_realtime import (
 router = APIRouter()
 logger = logging.getLogger(__name__)
 SUBPROTOCOL = "realtime"  # what browsers ask for
-SHORTEST_TURN_MS = 100  # of a commit
 CLOSE_SECONDS = 2.0
 MOST_ASIDE = 4  # responses outside the conversation at once
 VAD_THREADS = ThreadPoolExecutor(2, thread_name_prefix="vad")
@@ -57,6 +56,11 @@ async def realtime(socket: WebSocket) -> None:
     try:
         if service.is_draining:
             raise draining()
+        for name in socket.query_params:
+            if name != "model":
+                name = shorten(name)
+                message = f"Unknown parameter: '{name}'. The address takes 'model' alone."
+                raise ApiError(message, code="unknown_parameter", param=name)
         if (model := socket.query_params.get("model")) is not None:
             service.check_model(model)
         if len(service.sessions) >= service.limits.sessions:
@@ -99,7 +103,7 @@ class RealtimeSession:
         self._aside: list[Response] = []
         self._tasks: set[asyncio.Task[Any]] = set()
         self._encodings: dict[str, asyncio.Task[None]] = {}  # by item
-        self._turn_item = ""  # the id that the turn being spoken will have
+        self._turn_item: str | None = None  # the id that was announced for what is in the buffer
         self._idle: asyncio.TimerHandle | None = None
         self._messages = RateLimit(limits.messages_per_second, limits.messages_per_second)
         self._seconds = RateLimit(limits.audio_rate, 2 * limits.audio_seconds)
@@ -240,9 +244,14 @@ class RealtimeSession:
         changes = event.session
         check_texts([("session.instructions", changes.instructions)], self.service.limits.text_length)
         if changes.ttt is not None:
-            self.service.system_prompt(changes.ttt.task, None, True)  # refuses a task that there is not
+            self.service.system_prompt(
+                changes.ttt.task, None, True, "session.ttt.task"
+            )  # refuses one that there is not
+        idle_before = self._idle_ms
         self.settings.update(changes)
         self.buffer.configure(self.settings.vad)
+        if self._idle_ms != idle_before:
+            self._stop_idling()
         self.outbox.put({"type": "session.updated", "session": self.settings.wire(self.id, self.expires_at)})
 
     # ---- what the user says ------------------------------------------------------------------------------------------
@@ -270,29 +279,35 @@ class RealtimeSession:
 
     def _turn_began(self, turn: Turn) -> None:
         vad = self.settings.vad
-        self._turn_item = new_id("item")
+        self._turn_item = item_id = new_id("item")
         self._stop_idling()
-        started = {"audio_start_ms": turn.milliseconds, "item_id": self._turn_item}
+        started = {"audio_start_ms": turn.milliseconds, "item_id": item_id}
         self.outbox.put({"type": "input_audio_buffer.speech_started", **started})
         if vad is not None and vad.interrupt_response and self.response is not None:
             self.response.cancel("turn_detected")
 
     async def _turn_ended(self, turn: Turn) -> None:
         vad = self.settings.vad
-        stopped = {"audio_end_ms": turn.milliseconds, "item_id": self._turn_item}
+        item_id = self._take_turn_item()
+        stopped = {"audio_end_ms": turn.milliseconds, "item_id": item_id}
         self.outbox.put({"type": "input_audio_buffer.speech_stopped", **stopped})
-        self._commit_turn(turn.pcm, self._turn_item)
+        self._commit_turn(turn.pcm, item_id)
         if vad is not None and vad.create_response:
             await self._respond(ResponseParams())
 
     def _commit(self, event: PlainEvent) -> None:
-        if self.buffer.milliseconds < SHORTEST_TURN_MS:
+        if self.buffer.milliseconds < SHORTEST_MS:
             raise ApiError(
                 f"The input buffer holds {self.buffer.milliseconds:.0f} ms of audio; a commit takes "
-                f"{SHORTEST_TURN_MS} ms or more.",
+                f"{SHORTEST_MS} ms or more.",
                 code="input_audio_buffer_commit_empty",
             )
-        self._commit_turn(self.buffer.take(), new_id("item"))
+        self._commit_turn(self.buffer.take(), self._take_turn_item())
+
+    def _take_turn_item(self) -> str:
+        """Return the id that was announced for what is in the buffer, once; a new one where none was."""
+        item_id, self._turn_item = self._turn_item, None
+        return item_id or new_id("item")
 
     def _commit_turn(self, pcm: bytes, item_id: str) -> None:
         item = Item("user", [Part("input_audio", None, None, pcm)], "completed", item_id)
@@ -306,6 +321,7 @@ class RealtimeSession:
 
     def _clear(self, event: PlainEvent) -> None:
         self.buffer.clear()
+        self._turn_item = None
         self.outbox.put({"type": "input_audio_buffer.cleared"})
 
     def _encode(self, item: Item) -> asyncio.Task[None]:
@@ -386,8 +402,9 @@ class RealtimeSession:
             if part.kind == "input_audio":
                 where = f"{param}.content[{index}].audio"
                 part.pcm = decode_base64(content.audio, where, int(limits.audio_seconds * WIRE_RATE) * SAMPLE_BYTES)
-                if not part.pcm or len(part.pcm) % SAMPLE_BYTES:
+                if len(part.pcm) % SAMPLE_BYTES:
                     raise ApiError(f"'{where}' is no PCM16.", code="invalid_audio", param=where)
+                check_length(len(part.pcm) // SAMPLE_BYTES, WIRE_RATE, where)
         return item
 
     def _delete_item(self, event: ItemEvent) -> None:
@@ -408,7 +425,7 @@ class RealtimeSession:
         response = self.response
         if response is not None and item is response.item:  # it is cut once it is complete
             self.service.rhythm.check(item, event.content_index)
-            if event.audio_end_ms > response.sent_ms + SHORTEST_TURN_MS:
+            if event.audio_end_ms > response.sent_ms + MILLISECONDS_SPARE:
                 message = f"{response.sent_ms:.0f} ms of the audio have been sent; it cannot be cut beyond."
                 raise ApiError(message, code="invalid_value", param="audio_end_ms")
             response.heard_ms = event.audio_end_ms
@@ -431,13 +448,14 @@ class RealtimeSession:
         """Have a response written."""
         if self._is_leaving.is_set():
             raise draining()
-        if params.audio is not None and params.audio.output is not None:
-            params.audio.output.check("response.audio.output")
+        check_texts([("response.instructions", params.instructions)], self.service.limits.text_length)
         if params.audio is not None and params.audio.input is not None:
             message = "Unknown parameter: 'response.audio.input'. It belongs to the session."
             raise ApiError(message, code="unknown_parameter", param="response.audio.input")
         if params.ttt is not None:
-            self.service.system_prompt(params.ttt.task, None, True)  # refuses a task that there is not
+            self.service.system_prompt(
+                params.ttt.task, None, True, "response.ttt.task"
+            )  # refuses one that there is not
         in_conversation = params.conversation != "none"
         if in_conversation and self.response is not None and self.response.cancelled is None:
             raise ApiError(
@@ -494,12 +512,16 @@ class RealtimeSession:
 
     # ---- a user who says nothing -------------------------------------------------------------------------------------
 
+    @property
+    def _idle_ms(self) -> int | None:
+        vad = self.settings.vad
+        return None if vad is None else vad.idle_timeout_ms
+
     def _start_idling(self, response: Response) -> None:
         """Speak first where the user is silent for as long as the session says, counted from the answer's end."""
-        vad = self.settings.vad
-        if vad is None or vad.idle_timeout_ms is None or response.cancelled is not None:
+        if self._idle_ms is None or response.cancelled is not None:
             return
-        seconds = (vad.idle_timeout_ms + response.sent_ms) / 1000
+        seconds = (self._idle_ms + response.sent_ms) / 1000
         self._idle = asyncio.get_running_loop().call_later(seconds, lambda: self._spawn(self._idled()))
 
     def _stop_idling(self) -> None:
@@ -516,7 +538,7 @@ class RealtimeSession:
         where = {"audio_start_ms": start, "audio_end_ms": end, "item_id": item_id}
         self.outbox.put({"type": "input_audio_buffer.timeout_triggered", **where})
         try:
-            if self.buffer.milliseconds >= SHORTEST_TURN_MS:
+            if self.buffer.milliseconds >= SHORTEST_MS:
                 self._commit_turn(self.buffer.take(), item_id)
             await self._respond(ResponseParams())
         except ApiError as error:

@@ -77,9 +77,12 @@ class InputBuffer:
         return self._first + len(self._pcm) // SAMPLE_BYTES
 
     def configure(self, vad: ServerVad | None) -> None:
-        """Find turns by other settings from here on, or none."""
-        if vad != self.vad:
-            self.vad, self._detector, self._speech = vad, None, None
+        """Find turns by other settings from here on, or none. Speech that goes on does so where turns are found."""
+        self.vad = vad
+        if vad is None:
+            self._detector, self._speech = None, None
+        elif self._detector is not None:
+            self._detector.configure(vad.threshold, vad.silence_duration_ms)
 
     def has_room(self, pcm: bytes) -> bool:
         """Whether it can hold as much more. With a detector it can: what is no speech is forgotten."""

@@ -8,7 +8,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .conversation import Item, Part, check_texts, messages, new_id
+from .conversation import Item, Part, messages, new_id
 from .engine_requests import AudioDelta, Finished, Generation, TextDelta
 from .errors import ApiError
 from .options import TttOptions
@@ -47,6 +47,8 @@ class Response:
         self.modalities = list(self.params.output_modalities or settings.output_modalities)
         self.speaks = "audio" in self.modalities
         self.most_tokens = self.params.max_output_tokens or settings.max_output_tokens
+        output = self.params.audio.output if self.params.audio is not None else None
+        self.voice = (output.voice if output is not None else None) or settings.voice
         self.options: TttOptions = settings.ttt.updated(self.params.ttt)
         self.codes: list[int] = []  # of its part, the same list until it is cut
         self.part = Part("output_audio" if self.speaks else "output_text", "", self.codes if self.speaks else None)
@@ -135,7 +137,6 @@ class Response:
         """Return the ids of what it answers; where they are too many, the oldest items are left out."""
         service, settings = self.session.service, self.session.settings
         items = list(self.context)
-        check_texts([("response.instructions", self.params.instructions)], service.limits.text_length)
         has_audio = any(part.kind == "input_audio" for item in items for part in item.parts)
         instructions = settings.instructions if self.params.instructions is None else self.params.instructions
         system: str | None = service.system_prompt(self.options.task, instructions, has_audio)
@@ -212,9 +213,7 @@ class Response:
             "conversation_id": self.session.conversation.id if self.in_conversation else None,
             "output_modalities": self.modalities,
             "max_output_tokens": self.most_tokens,
-            "audio": {
-                "output": {"format": {"type": "audio/pcm", "rate": WIRE_RATE}, "voice": self.session.settings.voice}
-            },
+            "audio": {"output": {"format": {"type": "audio/pcm", "rate": WIRE_RATE}, "voice": self.voice}},
             "usage": self._usage(),
             "metadata": self.params.metadata,
         }

@@ -74,9 +74,17 @@ class Service:
             message = f"The model '{name[:100]}' does not exist; this server has '{self.model_name}'."
             raise ApiError(message, 404, "model_not_found", "model")
 
-    def system_prompt(self, task: str | None, instructions: str | None, has_audio: bool) -> str:
+    def system_prompt(
+        self, task: str | None, instructions: str | None, has_audio: bool, param: str = "ttt.task"
+    ) -> str:
         """
         Return the system turn of a conversation: the client's instructions, or else the task's prompt.
+
+        Args:
+            task (`str`, *optional*): one of the processor's; by default a conversation, spoken or typed.
+            instructions (`str`, *optional*): the client's.
+            has_audio (`bool`): whether there is sound in the conversation.
+            param (`str`, *optional*): how errors call the task.
 
         Raises:
             ApiError: if there is no such task, or it is about sound and there is none.
@@ -84,9 +92,9 @@ class Service:
         try:
             settings = self.processor.get_task(task or ("spoken_chat" if has_audio else "text_chat"))
         except ValueError as error:
-            raise ApiError(str(error), code="invalid_value", param="ttt.task") from None
+            raise ApiError(str(error), code="invalid_value", param=param) from None
         if settings.needs_audio and not has_audio:
-            raise ApiError(f"The task '{task}' needs sound.", code="invalid_value", param="ttt.task")
+            raise ApiError(f"The task '{task}' needs sound.", code="invalid_value", param=param)
         return instructions or settings.system_prompt
 
     async def prompt(self, messages: Sequence[dict[str, Any]]) -> list[int]:

@@ -22,6 +22,7 @@ PIECE_SAMPLES = WIRE_RATE // 5  # 0.2 s
 FORMATS_READ = {"WAV", "WAVEX", "FLAC", "OGG", "MPEG", "MP3", "AIFF"}  # soundfile's names of what is decoded
 FORMATS_WRITTEN = {"wav": "audio/wav", "flac": "audio/flac", "pcm": "audio/pcm"}
 RATES_READ = range(1000, 192_001)  # Hz
+SHORTEST_MS = 100  # of what is to be understood
 BLOCK_FRAMES = 65_536
 SILENCE = np.zeros(0, dtype=np.float32)  # no samples: what is pushed to end a stream
 UNKNOWN_LENGTH = 0xFFFFFFFF  # in the header of a WAV file whose end is not known yet
@@ -45,6 +46,23 @@ def decode_base64(text: str, param: str, most_bytes: int) -> bytes:
 def encode_base64(content: bytes) -> str:
     """Return bytes as base64."""
     return base64.b64encode(content).decode("ascii")
+
+
+def check_length(num_samples: int, rate: int, param: str) -> None:
+    """
+    Refuse sound that is too short to be understood.
+
+    Args:
+        num_samples (`int`): of one channel.
+        rate (`int`): Hz.
+        param (`str`): how errors call it.
+
+    Raises:
+        ApiError: if it is shorter than `SHORTEST_MS`.
+    """
+    if num_samples * 1000 < SHORTEST_MS * rate:
+        message = f"'{param}' lasts {num_samples * 1000 / rate:.0f} ms; send {SHORTEST_MS} ms or more."
+        raise ApiError(message, code="audio_too_short", param=param)
 
 
 def pcm_to_float(pcm: bytes | bytearray | memoryview) -> np.ndarray:
@@ -87,7 +105,7 @@ def decode_file(content: bytes, limits: Limits, param: str) -> tuple[np.ndarray,
         `tuple[np.ndarray, int]`: float32 samples of shape `(samples,)`, channels averaged; their rate, Hz.
 
     Raises:
-        ApiError: if it cannot be read, is empty, or beyond a limit.
+        ApiError: if it cannot be read, is too short, or beyond a limit.
     """
     if not content:
         raise ApiError(f"'{param}' is empty (0 bytes).", code="invalid_audio", param=param)
@@ -122,8 +140,7 @@ def _read(file: soundfile.SoundFile, limits: Limits, param: str) -> np.ndarray:
         message = f"'{param}' lasts longer than {limits.audio_seconds:g} seconds. Send less."
         raise ApiError(message, 413, "audio_too_long", param)
     samples = np.concatenate(blocks) if blocks else np.zeros(0, dtype=np.float32)
-    if not len(samples):
-        raise ApiError(f"'{param}' has no samples.", code="invalid_audio", param=param)
+    check_length(len(samples), file.samplerate, param)
     if not np.isfinite(samples).all():
         raise ApiError(f"'{param}' holds samples that are no numbers.", code="invalid_audio", param=param)
     return samples.clip(-1.0, 1.0)

@@ -39,13 +39,17 @@ class SpeechDetector:
 
     def __init__(self, probability: Callable[[np.ndarray], float], threshold: float = 0.5, silence_ms: float = 500.0):
         self.probability = probability
-        self.threshold = threshold
-        self.silence_windows = max(1, round(silence_ms * VAD_RATE / 1000 / WINDOW))
+        self.configure(threshold, silence_ms)
         self.speaking = False
         self._rest = np.zeros(0, dtype=np.float32)
         self._position = 0  # of the next window
         self._count = 0  # windows in a row that speak for a change
         self._candidate = 0  # where the first of them began
+
+    def configure(self, threshold: float, silence_ms: float) -> None:
+        """Find turns by another threshold and silence from here on; see the class."""
+        self.threshold = threshold
+        self.silence_windows = max(1, round(silence_ms * VAD_RATE / 1000 / WINDOW))
 
     def push(self, samples: np.ndarray) -> list[SpeechEvent]:
         """Take float32 samples of shape `(samples,)` at `VAD_RATE`; return what began or ended in them."""

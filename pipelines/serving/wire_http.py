@@ -8,14 +8,20 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator
 
 from .errors import ApiError
-from .options import TttOptions
+from .options import Speed, TttOptions, Voice
 from .schema import Wire, nothing
+from .sound import FORMATS_WRITTEN
 
-Text = Annotated[str, Field(max_length=1_000_000)]
+LONGEST_TEXT = 1_000_000  # that is read; `Limits.text_length` is what is taken
+SPOKEN_FORMATS = ("wav", "flac", "pcm16")  # of chats: OpenAI's name for bare PCM is another one there than in speech
+Text = Annotated[str, Field(max_length=LONGEST_TEXT)]
 Name = Annotated[str, Field(max_length=256)]
 Tokens = Annotated[int, Field(ge=1, le=100_000)]
 Temperature = Annotated[float, Field(ge=0.0, le=2.0)]
 TopP = Annotated[float, Field(gt=0.0, le=1.0)]
+# Another is refused by the endpoint, which says so with a code of its own.
+Format = Annotated[Name, Field(json_schema_extra={"enum": list(FORMATS_WRITTEN)})]
+ChatFormat = Annotated[Name, Field(json_schema_extra={"enum": list(SPOKEN_FORMATS)})]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Zero = Annotated[float, Field(ge=0.0, le=0.0)]
 EmptyList = Annotated[list[Any], BeforeValidator(nothing)]
@@ -26,10 +32,10 @@ class SpeechRequest(Wire):
 
     input: Text
     model: Name
-    voice: Name | dict[str, Any] = "default"
-    response_format: Name = "wav"
+    voice: Voice = "default"
+    response_format: Format = "wav"
     stream_format: Literal["audio", "sse"] = "audio"
-    speed: float | None = None
+    speed: Speed | None = None
     ttt: TttOptions = Field(default_factory=TttOptions)
 
 
@@ -106,8 +112,8 @@ Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discri
 class AudioOutput(Wire):
     """What a spoken answer is to sound like."""
 
-    voice: Name | dict[str, Any]
-    format: Name
+    voice: Voice
+    format: ChatFormat
 
 
 class StreamOptions(Wire):
@@ -138,7 +144,7 @@ class ChatRequest(Wire):
     temperature: Temperature | None = None
     top_p: TopP | None = None
     seed: Seed | None = None
-    n: Literal[1] | None = None
+    n: Annotated[int, Field(ge=1, le=1)] | None = None
     user: Name | None = None
     ttt: TttOptions = Field(default_factory=TttOptions)
     frequency_penalty: Zero | None = None

@@ -9,15 +9,28 @@ from pydantic import BeforeValidator, Field
 
 from .conversation import Item, Part, Role, new_id
 from .errors import ApiError
-from .options import TttOptions, check_speed, check_voice
+from .options import Speed, TttOptions, Voice
 from .schema import Wire, nothing
 from .sound import WIRE_RATE
+
+
+def number_or_inf(value: Any) -> Any:
+    """
+    Take a number of tokens, or the word for any number.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if value is not None and value != "inf" and type(value) is not int:
+        raise ValueError('use a whole number of tokens, or "inf"')
+    return value
+
 
 Id = Annotated[str, Field(min_length=1, max_length=64)]
 Text = Annotated[str, Field(max_length=100_000)]
 Name = Annotated[str, Field(max_length=256)]
 Modalities = Annotated[list[Literal["audio", "text"]], Field(min_length=1, max_length=1)]
-MostTokens = Annotated[int, Field(ge=1, le=100_000)] | Literal["inf"] | None
+MostTokens = Annotated[Annotated[int, Field(ge=1, le=100_000)] | Literal["inf"] | None, BeforeValidator(number_or_inf)]
 EmptyList = Annotated[list[Any], BeforeValidator(nothing)] | None
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
@@ -87,13 +100,8 @@ class AudioOutput(Wire):
     """What the answer's sound is."""
 
     format: PcmFormat | None = None
-    voice: Name | dict[str, Any] | None = None
-    speed: float | None = None
-
-    def check(self, param: str) -> None:
-        """Refuse voices and paces that there are not."""
-        check_voice(self.voice, f"{param}.voice")
-        check_speed(self.speed, f"{param}.speed")
+    voice: Voice | None = None
+    speed: Speed | None = None
 
 
 class Audio(Wire):
@@ -137,17 +145,17 @@ class ItemIn(Wire):
     content: Annotated[list[Content], Field(min_length=1, max_length=64)]
     id: Id | None = None
     object: Literal["realtime.item"] | None = None
-    status: Literal["completed", "incomplete", "in_progress"] | None = None
+    status: Literal["completed", "incomplete"] | None = None
 
     def item(self, param: str) -> Item:
         """
         Return the item; its audio is still to be decoded.
 
         Raises:
-            ApiError: if a part is none of its role's, or empty.
+            ApiError: if a part is none of its role's, is empty, or has fields of another kind of part.
         """
         parts = [self._part(content, f"{param}.content[{index}]") for index, content in enumerate(self.content)]
-        return Item(self.role, parts, "completed", self.id or new_id("item"))
+        return Item(self.role, parts, self.status or "completed", self.id or new_id("item"))
 
     def _part(self, content: Content, param: str) -> Part:
         answers = self.role == "assistant"
@@ -158,14 +166,15 @@ class ItemIn(Wire):
         if kind not in allowed.get(self.role, ("output_text", "output_audio")):
             message = f"A message of role '{self.role}' has no part of type '{content.type}'."
             raise ApiError(message, code="invalid_value", param=f"{param}.type")
-        needed = {"input_audio": content.audio, "output_audio": content.transcript}.get(kind, content.text)
-        if needed is None:
-            name = {"input_audio": "audio", "output_audio": "transcript"}.get(kind, "text")
-            raise ApiError(
-                f"Missing required parameter: '{param}.{name}'.",
-                code="missing_required_parameter",
-                param=f"{param}.{name}",
-            )
+        taken = {"input_audio": ("audio", "transcript"), "output_audio": ("transcript",)}.get(kind, ("text",))
+        for name in ("text", "audio", "transcript"):
+            where, is_given = f"{param}.{name}", getattr(content, name) is not None
+            if name == taken[0] and not is_given:
+                message = f"Missing required parameter: '{where}'."
+                raise ApiError(message, code="missing_required_parameter", param=where)
+            if is_given and name not in taken:
+                message = f"Unknown parameter: '{where}'. A part of type '{content.type}' has none; leave it out."
+                raise ApiError(message, code="unknown_parameter", param=where)
         return Part(kind, content.transcript if kind.endswith("audio") else content.text)
 
 
@@ -278,7 +287,7 @@ class Settings:
         self.max_output_tokens: int | str = "inf"
         self.transcription: Transcription | None = None
         self.turn_detection: ServerVad | SemanticVad | None = ServerVad()
-        self.voice: Any = "default"
+        self.voice: Voice = "default"
         self.truncation = "auto"
         self.ttt = TttOptions()
 
@@ -289,15 +298,8 @@ class Settings:
         return found.as_server_vad() if isinstance(found, SemanticVad) else found
 
     def update(self, changes: SessionUpdate) -> None:
-        """
-        Take what a `session.update` names; all of it or, where something is wrong, nothing.
-
-        Raises:
-            ApiError: if a voice or pace is none of the model's.
-        """
+        """Take what a `session.update` names."""
         audio = changes.audio or Audio()
-        if audio.output is not None:
-            audio.output.check("session.audio.output")
         named = changes.model_fields_set
         if "instructions" in named:
             self.instructions = changes.instructions or ""
