@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import copy
+import logging
 import math
 import signal
 import socket
@@ -241,6 +242,19 @@ def build_service(arguments: argparse.Namespace) -> Service:
     return service
 
 
+def log_filter(record: logging.LogRecord) -> bool:
+    """
+    Take queries out of addresses, since some clients put keys into them, and leave out that a WebSocket which was
+    refused was not opened, which uvicorn takes for an error.
+    """
+    if isinstance(record.args, tuple):
+        record.args = tuple(
+            value.partition("?")[0] if isinstance(value, str) and value.startswith("/") else value
+            for value in record.args
+        )
+    return record.msg != "ASGI callable returned without completing handshake."
+
+
 def log_config(level: str) -> dict[str, Any]:
     """
     Return what is logged, for `logging.config.dictConfig`: uvicorn's own form, for this package's messages as well.
@@ -256,6 +270,10 @@ def log_config(level: str) -> dict[str, Any]:
     for logger in config["loggers"].values():
         logger["level"] = named
     config["loggers"]["uvicorn.error"]["level"] = "INFO" if level == "debug" else named
+    config["filters"] = {"ours": {"()": lambda: log_filter}}
+    for name in ("uvicorn.error", "uvicorn.access"):
+        config["loggers"][name]["filters"] = ["ours"]
+    config["handlers"]["access"]["stream"] = "ext://sys.stderr"
     config["loggers"]["pipelines"] = {"handlers": ["default"], "level": named}
     return config
 
@@ -311,6 +329,7 @@ def make_server(service: Service, arguments: argparse.Namespace, keys: Sequence[
         port=arguments.port,
         loop="asyncio",
         http="h11",
+        lifespan="off",  # the application needs none; one that a second Ctrl-C ends would be logged as an error
         ws="websockets-sansio",
         ws_max_size=limits.message_bytes,
         ws_per_message_deflate=False,

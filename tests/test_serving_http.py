@@ -17,6 +17,7 @@ from pipelines.serving.limits import Limits
 
 SPEECH = {"model": "ttt-tiny", "input": "hello", "voice": "alloy"}
 CHAT = {"model": "ttt-tiny", "messages": [{"role": "user", "content": "hello"}]}
+SYSTEM = [{"role": "system", "content": "be brief"}, *CHAT["messages"]]
 KEY, OTHER_KEY = "a-key-that-opens-it", "another-key-that-does"
 LIMITS = Limits(audio_seconds=5.0, text_length=300, messages=10, body_bytes=600_000)
 
@@ -108,6 +109,18 @@ WEBM = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "webm"}
         ("/v1/chat/completions", {**CHAT, "modalities": ["text", "audio"]}, "audio", "missing_required_parameter"),
         ("/v1/chat/completions", {**CHAT, "audio": {"voice": "ash", "format": "wav"}}, "modalities", "invalid_value"),
         ("/v1/chat/completions", {**CHAT, "max_tokens": 3, "max_completion_tokens": 3}, "max_tokens", "invalid_value"),
+        *(
+            ("/v1/chat/completions", {**CHAT, name: 3, "ttt": {ours: 3}}, f"ttt.{ours}", "invalid_value")
+            for name, ours in (
+                ("max_tokens", "max_new_tokens"),
+                ("max_completion_tokens", "max_new_tokens"),
+                ("seed", "seed"),
+            )
+        ),
+        *(
+            ("/v1/chat/completions", {"model": "ttt-tiny", "messages": SYSTEM, "ttt": {"task": task}}, "ttt.task", None)
+            for task in ("text_chat", "sing", "asr")
+        ),
         ("/v1/chat/completions", {**CHAT, "stream_options": {}}, "stream_options", "invalid_value"),
         ("/v1/chat/completions", {**CHAT, "temperature": -1}, "temperature", "invalid_value"),
         ("/v1/chat/completions", {**CHAT, "max_tokens": 5000}, "messages", "context_length_exceeded"),
@@ -134,6 +147,9 @@ def test_what_is_not_understood_is_refused_by_name(server, path, body, param, co
         ({"stop": "END"}, "this server has nothing of the kind; leave it out"),
         ({"tools": [{}]}, "this server has nothing of the kind; leave it out"),
         ({"ttt": {"task": "asr"}}, "The task 'asr' needs sound"),
+        ({"messages": SYSTEM, "ttt": {"task": "text_chat"}}, "Leave one of them out"),
+        ({"messages": SYSTEM, "ttt": {"task": "sing"}}, "There is no task 'sing'"),
+        ({"seed": 1, "ttt": {"seed": 1}}, "'seed' and 'ttt.seed' are two names of one option"),
         (
             {"modalities": ["text", "audio"], "audio": {"voice": None, "format": "wav"}},
             "Input should be 'default', 'al",
@@ -225,6 +241,14 @@ def test_a_method_that_a_path_does_not_take_is_told_apart_from_a_path_that_is_no
 
 def test_health_answers_those_who_ask_for_the_head_alone(server):
     assert server.request("/health", method="HEAD")[0] == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/nothing", "/", "/page.js"])
+def test_a_websocket_is_told_where_there_is_none(server, path):
+    with pytest.raises(InvalidStatus) as refused:
+        RealtimeClient(server, path)
+    assert refused.value.response.status_code == 404
+    assert path in json.loads(refused.value.response.body)["error"]["message"]
 
 
 def test_paths_and_models_that_there_are_not(server):
@@ -444,8 +468,11 @@ def test_metrics_count_what_is_refused_and_what_fails(server, locked, monkeypatc
         found = re.findall(rf'ttt_http_requests_total{{path="{path}",status="{status}"}} (\S+)', text)
         return sum(map(float, found))
 
-    before = count(locked, "other", 401)
+    before = count(locked, "/v1/models", 401)
     locked.error("/v1/models")
+    assert count(locked, "/v1/models", 401) == before + 1
+    before = count(locked, "other", 401)
+    locked.error("/v1/nothing")
     assert count(locked, "other", 401) == before + 1
     monkeypatch.setattr(server.service, "check_model", lambda name: 1 / 0)
     assert server.error("/v1/audio/speech", SPEECH)[0] == 500
@@ -487,6 +514,43 @@ def test_the_page_its_files_and_the_description_of_the_endpoints(server):
         assert status == 200 and b"http://" not in body.replace(b"http://www.w3.org", b"")
         assert "unsafe" not in headers["content-security-policy"]
         assert not re.search(rb"<style|<script>|\sstyle=|\son\w+=", body)  # which that forbids
+
+
+def test_the_description_of_the_endpoints_has_what_they_answer(server, locked):
+    document = json.loads(server.request("/openapi.json")[2])
+    sound, headers = form({"model": "ttt-tiny"}, {"file": wav(tone(0.5))})
+    spoken = {**CHAT, "stream": True}
+    for path, data, kwargs in (
+        ("/v1/models", None, {}),
+        ("/v1/models/ttt-tiny", None, {}),
+        ("/v1/models/gpt", None, {}),
+        ("/health", None, {}),
+        ("/metrics", None, {}),
+        ("/v1/audio/speech", SPEECH, {}),
+        ("/v1/audio/speech", {**SPEECH, "stream_format": "sse", "response_format": "pcm"}, {}),
+        ("/v1/audio/speech", {**SPEECH, "ttt": {"max_new_tokens": 1}}, {}),
+        ("/v1/audio/speech", b"", {"headers": {"Content-Type": "text/plain"}}),
+        ("/v1/audio/transcriptions", sound, {"headers": headers}),
+        ("/v1/chat/completions", CHAT, {}),
+        ("/v1/chat/completions", spoken, {}),
+        ("/v1/chat/completions", {**CHAT, "n": 2}, {}),
+        ("/v1/models", None, {"headers": {"Origin": "http://evil.example"}}),
+    ):
+        status, headers, _ = server.request(path, data, **kwargs)
+        described = document["paths"]["/v1/models/{name}" if path.count("/") == 3 and data is None else path]
+        (operation,) = described.values()
+        assert headers["content-type"].partition(";")[0] in operation["responses"][str(status)]["content"], path
+    schema = document["paths"]["/v1/audio/speech"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert schema["properties"]["input"]["maxLength"] == LIMITS.text_length
+    assert schema["properties"]["response_format"]["enum"] == ["wav", "flac", "pcm"]
+    assert "alloy" in schema["properties"]["voice"]["enum"]
+    assert "HTTPValidationError" not in json.dumps(document) and document["security"] == []
+    options = document["components"]["schemas"]["TttOptions"]["properties"]
+    assert options["audio_top_k"]["anyOf"][0]["minimum"] == 1
+    assert options["audio_top_p"]["anyOf"][0]["exclusiveMinimum"] == 0
+    document = json.loads(locked.request("/openapi.json", headers={"Authorization": f"Bearer {KEY}"})[2])
+    (scheme,) = document["security"]
+    assert document["components"]["securitySchemes"][next(iter(scheme))] == {"type": "http", "scheme": "bearer"}
 
 
 def test_health_tells_when_the_engine_is_gone_and_requests_are_told_so():

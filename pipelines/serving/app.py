@@ -8,23 +8,24 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response, WebSocket
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.routing import Match, Mount
+from starlette.routing import Match, Mount, Route
 
 from . import http_chat, http_speech, http_status, http_transcriptions, realtime
 from .errors import ApiError
 from .http_support import error_response
 from .schema import Wire
-from .security import Guard, KeyRing
+from .security import Guard, KeyRing, deny
 from .service import Service
-from .wire_http import ChatRequest, SpeechRequest, TranscriptionFields
+from .wire_http import LONGEST_TEXT, ChatRequest, SpeechRequest, TranscriptionFields
 
 STATIC = Path(__file__).resolve().parent / "static"
+ENDPOINTS = (http_status, http_speech, http_transcriptions, http_chat, realtime)
 SCHEMAS = "#/components/schemas/{model}"
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 BODIES: dict[str, type[Wire]] = {"/v1/audio/speech": SpeechRequest, "/v1/chat/completions": ChatRequest}
@@ -43,16 +44,18 @@ def create_app(service: Service, api_keys: Iterable[str] = (), allowed_hosts: It
     """
     app = FastAPI(title="Text-to-Talk", docs_url=None, redoc_url=None)
     app.state.service = service
-    for module in (http_status, http_speech, http_transcriptions, http_chat, realtime):
+    for module in ENDPOINTS:
         app.include_router(module.router)
     app.add_api_route("/docs", lambda: FileResponse(STATIC / "docs.html"), include_in_schema=False)
+    app.add_api_websocket_route("/{path:path}", _no_socket)
     app.mount("/", StaticFiles(directory=STATIC, html=True))
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _failed)
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
-    app.add_middleware(Guard, keys=KeyRing(api_keys), limits=service.limits, allowed_hosts=allowed_hosts)
+    keys = KeyRing(api_keys)
+    app.openapi = lambda: _openapi(app, bool(keys))  # type: ignore[method-assign]
+    app.add_middleware(Guard, keys=keys, limits=service.limits, allowed_hosts=allowed_hosts)
     app.add_middleware(Counting, service=service)  # around the guard: what that refuses is counted, too
     return app
 
@@ -79,8 +82,13 @@ class Counting:
             raise
         finally:
             if scope["type"] == "http":
-                path = getattr(scope.get("route"), "path", None) or "other"
-                self.service.metrics.requests.labels(path, str(status)).inc()
+                self.service.metrics.requests.labels(_path(scope), str(status)).inc()
+
+
+def _path(scope: dict[str, Any]) -> str:
+    """The path of the endpoint that a request is for, whether it came there or was refused on its way."""
+    routes = (route for module in ENDPOINTS for route in module.router.routes if isinstance(route, Route))
+    return next((route.path for route in routes if route.matches(scope)[0] is not Match.NONE), "other")
 
 
 async def _api_error(request: Request, error: Exception) -> Response:
@@ -114,6 +122,11 @@ def _methods(request: Request) -> list[str]:
     ]
 
 
+async def _no_socket(socket: WebSocket) -> None:
+    error = ApiError(f"There is no WebSocket at {socket.url.path[:100]}; there is one at /v1/realtime.", 404)
+    await deny(dict(socket.scope), socket.receive, socket.send, error)
+
+
 async def _gone(request: Request, error: Exception) -> Response:
     return Response(status_code=499)
 
@@ -122,7 +135,7 @@ async def _failed(request: Request, error: Exception) -> Response:
     return error_response(ApiError("The request failed; the server's log has the reason.", 500, "internal_error"))
 
 
-def _openapi(app: FastAPI) -> dict[str, Any]:
+def _openapi(app: FastAPI, has_keys: bool) -> dict[str, Any]:
     """The description of the HTTP endpoints; bodies are read by hand, so their schemas are put in here."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version="1", routes=app.routes)
@@ -137,5 +150,21 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         form["required"] = ["file", *form["required"]]
         body = {"required": True, "content": {"multipart/form-data": {"schema": form}}}
         document["paths"]["/v1/audio/transcriptions"]["post"]["requestBody"] = body
-        app.openapi_schema = document
+        # FastAPI's own error is none of ours: a name is always a text.
+        document["paths"]["/v1/models/{name}"]["get"]["responses"].pop("422")
+        for name in ("HTTPValidationError", "ValidationError"):
+            schemas.pop(name)
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}] if has_keys else []
+        app.openapi_schema = _with_limit(document, app.state.service.limits.text_length)
     return app.openapi_schema
+
+
+def _with_limit(schema: Any, length: int) -> Any:
+    """Return a schema in which texts are as long as they may be here."""
+    if isinstance(schema, list):
+        return [_with_limit(part, length) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    bounded = {"maxLength": length} if schema.get("maxLength") == LONGEST_TEXT else {}
+    return {name: _with_limit(part, length) for name, part in schema.items()} | bounded

@@ -16,7 +16,19 @@ from .answers import Answer
 from .conversation import check_texts, new_id
 from .engine_requests import AudioDelta, Finished, Generation, TextDelta
 from .errors import ApiError
-from .http_support import EVENT_STREAM, AnswerResponse, read_body, service_of, sse, sse_errors, until_gone
+from .http_support import (
+    ANSWERING,
+    EVENT_STREAM,
+    OBJECT,
+    TEXT,
+    AnswerResponse,
+    documented,
+    read_body,
+    service_of,
+    sse,
+    sse_errors,
+    until_gone,
+)
 from .options import sampling
 from .service import Service, failure
 from .sound import SILENCE, WIRE_RATE, Resampler, decode_base64, decode_file, encode_base64, encode_file, float_to_pcm
@@ -26,7 +38,11 @@ router = APIRouter()
 FINISH_REASONS = {"stop": "stop", "length": "length"}
 
 
-@router.post("/v1/chat/completions")
+@router.post(
+    "/v1/chat/completions",
+    response_class=Response,
+    responses=documented(*ANSWERING, kinds={"application/json": OBJECT, EVENT_STREAM: TEXT}),
+)
 async def chat(request: Request) -> Response:
     """Answer a conversation."""
     service, body = service_of(request), await read_body(request, ChatRequest)
@@ -157,17 +173,23 @@ class Answering:
     async def _messages(self) -> list[dict[str, Any]]:
         """Return the conversation as the processor's chat template takes it, its audio as codes."""
         check_texts(self._texts(), self.service.limits.text_length)
-        asked = [await self._message(index) for index in range(len(self.body.messages))]
-        written = [message for message in asked if message is not None]
-        if written[0]["role"] == "system":
-            return written
+        task = self.body.ttt.task
         has_audio = any(
             isinstance(part, AudioPart)
             for message in self.body.messages
             if isinstance(message, UserMessage) and not isinstance(message.content, str)
             for part in message.content
         )
-        system = self.service.system_prompt(self.body.ttt.task, None, has_audio)
+        if task is not None:
+            self.service.system_prompt(task, None, has_audio)  # refuses one that there is not, before sound is encoded
+        asked = [await self._message(index) for index in range(len(self.body.messages))]
+        written = [message for message in asked if message is not None]
+        if written[0]["role"] == "system":
+            if task is not None:
+                message = "'ttt.task' chooses the system prompt, but 'messages' begins with one. Leave one of them out."
+                raise ApiError(message, code="invalid_value", param="ttt.task")
+            return written
+        system = self.service.system_prompt(task, None, has_audio)
         return [{"role": "system", "content": system}, *written] if system else written
 
     def _texts(self) -> list[tuple[str, str | None]]:

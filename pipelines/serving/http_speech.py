@@ -9,7 +9,20 @@ from fastapi import APIRouter, Request, Response
 from .conversation import check_texts
 from .engine_requests import AudioDelta, Finished, Generation
 from .errors import ApiError
-from .http_support import EVENT_STREAM, AnswerResponse, first_of, read_body, service_of, sse, sse_errors, until_gone
+from .http_support import (
+    ANSWERING,
+    BINARY,
+    EVENT_STREAM,
+    TEXT,
+    AnswerResponse,
+    documented,
+    first_of,
+    read_body,
+    service_of,
+    sse,
+    sse_errors,
+    until_gone,
+)
 from .service import Service, failure
 from .sound import FORMATS_WRITTEN, SILENCE, WIRE_RATE, FileStream, Resampler, encode_base64
 from .wire_http import SpeechRequest
@@ -17,7 +30,13 @@ from .wire_http import SpeechRequest
 router = APIRouter()
 
 
-@router.post("/v1/audio/speech")
+@router.post(
+    "/v1/audio/speech",
+    response_class=Response,
+    responses=documented(
+        *ANSWERING, 422, kinds={**dict.fromkeys(FORMATS_WRITTEN.values(), BINARY), EVENT_STREAM: TEXT}
+    ),
+)
 async def speech(request: Request) -> Response:
     """Read a text aloud."""
     service, body = service_of(request), await read_body(request, SpeechRequest)

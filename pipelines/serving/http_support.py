@@ -7,10 +7,12 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Coroutine
+from http import HTTPStatus
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 
 from .engine_requests import Generation
@@ -20,7 +22,43 @@ from .service import Service
 
 Result = TypeVar("Result")
 EVENT_STREAM = "text/event-stream"
+ANY_REQUEST = (400, 401, 403, 408, 413, 500)  # errors that do not depend on the endpoint
+ANSWERING = (404, 415, 429, 503)  # those of endpoints that generate
+OBJECT, TEXT, BINARY = {"type": "object"}, {"type": "string"}, {"type": "string", "format": "binary"}  # schemas
 logger = logging.getLogger(__name__)
+
+
+class Problem(BaseModel):
+    """What went wrong: for people, by its kind, for programs, and the field of the request that is wrong."""
+
+    message: str
+    type: str
+    code: str | None
+    param: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every error; see errors.py."""
+
+    error: Problem
+
+
+def documented(*statuses: int, kinds: dict[str, Any] | None = None) -> dict[int | str, dict[str, Any]]:
+    """
+    Return what `responses` of a route tells: the errors that it may answer, and the forms of its answer.
+
+    Args:
+        statuses (`int`): beside those that every request may get.
+        kinds (`dict`, *optional*): schemas of the answer, by content type.
+    """
+    described: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorBody, "description": HTTPStatus(status).phrase}
+        for status in sorted({*statuses, *ANY_REQUEST})
+    }
+    if kinds is not None:
+        content = {kind: {"schema": schema} for kind, schema in kinds.items()}
+        described[200] = {"description": "The answer.", "content": content}
+    return described
 
 
 class AnswerResponse(StreamingResponse):

@@ -16,7 +16,18 @@ from starlette.exceptions import HTTPException
 from .conversation import check_texts
 from .engine_requests import Finished, Generation, TextDelta
 from .errors import ApiError
-from .http_support import EVENT_STREAM, AnswerResponse, service_of, sse, sse_errors, until_gone
+from .http_support import (
+    ANSWERING,
+    EVENT_STREAM,
+    OBJECT,
+    TEXT,
+    AnswerResponse,
+    documented,
+    service_of,
+    sse,
+    sse_errors,
+    until_gone,
+)
 from .options import TttOptions, sampling
 from .schema import shorten, validate
 from .service import Service, failure
@@ -28,7 +39,11 @@ MOST_FIELDS = 16
 logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every form that is malformed
 
 
-@router.post("/v1/audio/transcriptions")
+@router.post(
+    "/v1/audio/transcriptions",
+    response_class=Response,
+    responses=documented(*ANSWERING, kinds={"application/json": OBJECT, "text/plain": TEXT, EVENT_STREAM: TEXT}),
+)
 async def transcriptions(request: Request) -> Response:
     """Write down what is said."""
     service = service_of(request)

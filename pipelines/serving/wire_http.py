@@ -186,6 +186,14 @@ class ChatRequest(Wire):
                 code="invalid_value",
                 param="max_tokens",
             )
+        for name, ours in (
+            ("max_tokens", "max_new_tokens"),
+            ("max_completion_tokens", "max_new_tokens"),
+            ("seed", "seed"),
+        ):
+            if getattr(self, name) is not None and getattr(self.ttt, ours) is not None:
+                message = f"'{name}' and 'ttt.{ours}' are two names of one option; send one of them."
+                raise ApiError(message, code="invalid_value", param=f"ttt.{ours}")
         if self.stream_options is not None and not self.stream:
             raise ApiError("'stream_options' goes with 'stream'.", code="invalid_value", param="stream_options")
 
