@@ -244,9 +244,8 @@ class RealtimeSession:
         changes = event.session
         check_texts([("session.instructions", changes.instructions)], self.service.limits.text_length)
         if changes.ttt is not None:
-            self.service.system_prompt(
-                changes.ttt.task, None, True, "session.ttt.task"
-            )  # refuses one that there is not
+            # Refuses a task that there is not.
+            self.service.system_prompt(changes.ttt.task, None, True, "session.ttt.task")
         idle_before = self._idle_ms
         self.settings.update(changes)
         self.buffer.configure(self.settings.vad)
@@ -453,9 +452,8 @@ class RealtimeSession:
             message = "Unknown parameter: 'response.audio.input'. It belongs to the session."
             raise ApiError(message, code="unknown_parameter", param="response.audio.input")
         if params.ttt is not None:
-            self.service.system_prompt(
-                params.ttt.task, None, True, "response.ttt.task"
-            )  # refuses one that there is not
+            # Refuses a task that there is not.
+            self.service.system_prompt(params.ttt.task, None, True, "response.ttt.task")
         in_conversation = params.conversation != "none"
         if in_conversation and self.response is not None and self.response.cancelled is None:
             raise ApiError(
