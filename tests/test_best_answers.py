@@ -92,6 +92,14 @@ def test_the_clearest_answer_to_each_text_is_chosen(reader, monkeypatch, capsys)
         choose(reader, ["no"], options, SETTINGS, keep=1.0)
 
 
+def test_answers_that_stop_at_their_last_span_are_read_too(reader):
+    """As ttt-tiny's do; in the examples they have the end of the turn."""
+    ids = reader.processor.token_ids
+    eos = [ids.end_of_turn_token_id, ids.end_of_last_audio_token_id]
+    (answer,) = reader.read(["hi"], {**read_setting(SETTINGS[0]), "eos_token_id": eos}, "short")
+    assert answer[-2:] == [ids.end_of_last_audio_token_id, ids.end_of_turn_token_id]
+
+
 def test_chosen_speech_takes_the_place_of_what_was_recorded(folder, monkeypatch):
     root, examples = folder
     told = ["--model", root / "model", "--dataset", root / "examples", "--aligner", root / "aligner"]

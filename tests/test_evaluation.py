@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import soundfile
+import torch
 from builders import build_codec, build_model, build_processor, tone
 from transformers import EncodecFeatureExtractor
 
@@ -589,6 +590,21 @@ def test_an_answer_has_ended_when_its_turn_is_over_and_no_span_hit_its_limit(fol
     assert answer.text == "hi" and answer.codes == 40 and not answer.ended  # its span is cut at 40 codes
     (cut_off,) = TttBackend(str(folder / "model"), generation={"max_new_tokens": 5}).answer([sample], "text_chat")
     assert not cut_off.ended and cut_off.codes < 5
+
+
+def test_an_answer_that_ends_with_its_last_span_has_ended(folder):
+    """As ttt-tiny's do: there is no end of the turn to be found."""
+    backend = TttBackend(str(folder / "model"))
+    ids = backend.processor.token_ids
+    head = backend.pipe.model.get_output_embeddings().weight
+    with torch.no_grad():  # every code could be the end as well
+        head[ids.end_of_last_audio_token_id] = head[ids.audio_code_id_start + 3]
+        head[ids.audio_code_id_start + 3] *= 0.9
+    eos = [ids.end_of_turn_token_id, ids.end_of_last_audio_token_id]
+    short = Sample("a", (Turn(text="x"),))
+    for generation, ended in (({}, True), ({"max_new_tokens": 4}, False)):
+        (answer,) = backend.with_generation(eos_token_id=eos, **generation).answer([short], "text_chat")
+        assert answer.ended is ended, answer
 
 
 def test_the_twin_takes_a_forward_a_token(folder):

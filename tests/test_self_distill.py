@@ -60,11 +60,24 @@ def test_answers_with_the_right_text_become_examples_of_the_models_own_codes(fol
         assert row["length"] == len(row["input_ids"]) and row["task"] == "text_chat"
 
 
+def test_a_model_that_stops_at_its_last_span_is_taught_the_end_of_the_turn(folders):
+    """ttt-tiny's setting, which saves a forward; an answer that was cut off at `max_new_tokens` is none."""
+    root, _ = folders
+    ids = build_processor().token_ids
+    eos = f"eos_token_id=[{ids.end_of_turn_token_id}, {ids.end_of_last_audio_token_id}]"
+    options = ["audio_block_size=8", "audio_steps_per_block=8", eos]
+    assert distill(arguments(root, "short", generation=options))["examples"] == 3
+    kept = load_mixture([str(root / "short")])["labels"]
+    assert all(row[-2:] == [ids.end_of_last_audio_token_id, ids.end_of_turn_token_id] for row in kept)
+    with pytest.raises(ValueError, match="'unfinished': 4"):
+        distill(arguments(root, "cut", generation=[*options, "max_new_tokens=12"]))
+
+
 def test_a_recogniser_decides_on_the_speech(folders):
     root, _ = folders
     listener = Listener("something else")
-    summary = distill(arguments(root, "misheard"), listener)
-    assert summary["examples"] == 0 and summary["rejected_kinds"]["speech"] == 3
+    with pytest.raises(ValueError, match="None of 5 answers is kept .*'speech': 3.*--generation.*--other_texts"):
+        distill(arguments(root, "misheard"), listener)
     assert [length for length, _ in listener.heard] == [40 * 1280] * 3 and {r for _, r in listener.heard} == {16_000}
     assert distill(arguments(root, "heard"), Listener("hi"))["examples"] == 3
     lenient = arguments(root, "lenient", max_word_error_rate=2.0, other_texts=True)

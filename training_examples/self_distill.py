@@ -135,7 +135,7 @@ class Distiller:
         return [kept[number] for number in sorted(kept)], vars(report)
 
     def answer(self, prompts: list[list[int]]) -> list[list[int]]:
-        """Return what the model writes after each prompt, up to its end of turn."""
+        """Return what the model writes after each prompt; where it ended by itself, with the end of its turn."""
         return answer_prompts(self.model, prompts, self.processor.token_ids.end_of_turn_token_id, **self.options)
 
     def form(self, text: str) -> str:
@@ -202,6 +202,9 @@ def distill(args: DistillArguments, recogniser: Recogniser | None = None) -> dic
 
     Args:
         recogniser (`Recogniser`, *optional*): used in place of `--recogniser`.
+
+    Raises:
+        ValueError: If there is nothing to answer, or no answer is kept.
     """
     threads = use_threads(args.threads)
     dataset = prompts(args)
@@ -226,7 +229,14 @@ def distill(args: DistillArguments, recogniser: Recogniser | None = None) -> dic
             kinds.update(row["kind"] for row in report["rejected"])
             bar.set_postfix(kinds)
             bar.update(report["records"])
-    return folder.summarise([" ".join(args.dataset)])
+    summary = folder.summarise([" ".join(args.dataset)])
+    if not summary["examples"]:
+        raise ValueError(
+            f"None of {len(dataset)} answers is kept ({summary['rejected_kinds']}); rejected-{args.split}.jsonl gives "
+            "the reasons. Train --model longer, let it answer more carefully by --generation, or ask less of an "
+            "answer: --max_word_error_rate, --other_texts."
+        )
+    return summary
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ import modeling_ttt  # noqa: F401  (registers the models, so that no remote code
 import processing  # noqa: F401
 from modeling_ttt.generation_config_ttt import SURE_RULES
 from pipelines import TttAudioToAudioPipeline
+from training_examples.answers import read_turn
 from training_examples.evaluation.figures import fingerprint
 
 NO_AUDIO = np.zeros(0, np.float32)
@@ -199,23 +200,23 @@ class TttBackend:
 
     def _generate(self, conversations: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
         inputs = self.pipe.ensure_tensor_on_device(**self.pipe.preprocess(conversations))
+        end = self.processor.token_ids.end_of_turn_token_id
+        prompt_length = inputs["input_ids"].shape[1]
         with _unset(self.pipe.model.generation_config, self.generation):
             output = self.pipe.model.generate(**inputs, **self.generation, return_dict_in_generate=True)
-        prompt_length = inputs["input_ids"].shape[1]
+            rows = output.sequences[:, prompt_length:].tolist()
+            turns = [read_turn(row, self.pipe.model, end, self.generation) for row in rows]
         answers = self.processor.post_process(output.sequences, prompt_length)
-        end = self.processor.token_ids.end_of_turn_token_id
         limit = getattr(self.pipe.model.generation_config, "max_audio_codes_per_span", None) or math.inf
         forwards = getattr(output, "forwards_per_row", None)
         steps = getattr(output, "denoising_steps_per_row", None)
         config = self.pipe.model.config
         speech = range(config.audio_token_id_start, config.audio_token_id_end)
-        for index, (ids, answer) in enumerate(zip(output.sequences[:, prompt_length:].tolist(), answers, strict=True)):
-            has_end = end in ids
-            answer["ended"] = has_end and len(answer["audio_codes"]) < limit
+        for index, ((turn, ended), answer) in enumerate(zip(turns, answers, strict=True)):
+            answer["ended"] = ended and len(answer["audio_codes"]) < limit
             # Left to right, every token takes a forward.
-            written = ids.index(end) + 1 if has_end else len(ids)
-            answer["forwards"] = written if forwards is None else int(forwards[index])
-            codes = sum(token in speech for token in ids[:written])
+            answer["forwards"] = len(turn) if forwards is None else int(forwards[index])
+            codes = sum(token in speech for token in turn)
             answer["speech_steps"] = codes if steps is None else int(steps[index])
         return answers
 

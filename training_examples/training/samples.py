@@ -16,6 +16,7 @@ from transformers.integrations import TensorBoardCallback
 
 from processing import TttProcessor, deinterleave
 from processing.vocabulary_ttt import END_OF_TURN, START_OF_TURN
+from training_examples.answers import read_turn
 from training_examples.evaluation.text_forms import count_errors
 from training_examples.files import write_text
 from training_examples.preparation.records import RejectedError
@@ -67,12 +68,13 @@ def what_was_asked(prompt: Sequence[int], processor: TttProcessor) -> str:
 
 def answer_prompts(model: Any, prompts: list[list[int]], end_of_turn: int, **options: Any) -> list[list[int]]:
     """
-    Return what the model writes after each prompt, up to its end of turn.
+    Return what the model writes after each prompt. An answer that ended by itself (`read_turn`) has the end of its
+    turn, as in training, also where the model stops before it.
 
     Args:
         model ([`TttForConditionalGeneration`]): in eval mode, or an adapter on it.
         prompts (`list[list[int]]`): token ids; padded on the left for a batch.
-        end_of_turn (`int`): the id that ends an answer.
+        end_of_turn (`int`): the id of `<|im_end|>`.
         options: of `generate`.
     """
     flipped = [torch.tensor(prompt[::-1]) for prompt in prompts]
@@ -83,7 +85,8 @@ def answer_prompts(model: Any, prompts: list[list[int]], end_of_turn: int, **opt
     )
     answers = []
     for row in written[:, ids.shape[1] :].tolist():
-        answers.append(row[: row.index(end_of_turn) + 1] if end_of_turn in row else row)
+        turn, ended = read_turn(row, model, end_of_turn, options)
+        answers.append([*turn, end_of_turn] if ended and turn[-1] != end_of_turn else turn)
     return answers
 
 
