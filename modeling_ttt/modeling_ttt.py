@@ -49,7 +49,8 @@ class TttCausalLMOutputWithPast(ModelOutput):
         score_table (`torch.FloatTensor` of shape `(batch, groups, 3)`, *optional*):
             What the losses are made of, without gradient. Group 0 is text; the others are audio by its noise level in
             equal bins from 0 to 1, or one group if audio is autoregressive. Of each, by row: its loss, scaled so that
-            the mean over rows is that of the batch; the scored positions predicted right; the scored positions.
+            the mean over rows is that of the batch, in evaluation whatever `num_items_in_batch` says; the scored
+            positions predicted right; the scored positions.
         logits (`torch.FloatTensor` of shape `(batch, kept, vocab)`, *optional*): absent where labels were given.
         past_key_values (`Cache`, *optional*): keys and values of the tokens seen.
         hidden_states, attentions (`tuple(torch.FloatTensor)`, *optional*): as any model returns them, on request.
@@ -436,6 +437,9 @@ class TttForConditionalGeneration(TttPreTrainedModel, TttGenerationMixin):
             forwards.append(self.model(**(backbone_inputs | self._inputs_of(noise))))
             scores.append(score(forwards[-1].last_hidden_state, self.lm_head, noise, weight, config))
         text_loss, audio_loss, score_table = Scores.total(scores)
+        if not self.training:  # of a batch that several processes share, the labels here are a part
+            share, one = weight.sum(), torch.ones_like(weight[0])
+            score_table = score_table / torch.stack([torch.where(share > 0, share, one), one, one])
         return TttCausalLMOutputWithPast(
             loss=text_loss + audio_loss,
             text_loss=text_loss,

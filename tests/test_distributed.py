@@ -182,6 +182,14 @@ def test_the_script_trains_on_the_cpus_of_cpu_yaml_and_leaves_the_group(tmp_path
     (evaluation,) = (entry for entry in log if "eval_loss" in entry)
     parts = evaluation["eval_text_loss"] + evaluation["eval_audio_loss"]
     assert parts == pytest.approx(evaluation["eval_loss"], rel=1e-5)
+    # Five examples in batches of two by two processes: three of eight places are filled up, and count nowhere.
+    model = TttForConditionalGeneration.from_pretrained(tmp_path / part).eval()
+    with torch.no_grad():
+        alone = [
+            model(**{name: torch.tensor([row[name]]) for name in ("input_ids", "labels")}).loss.item()
+            for row in rows[:5]
+        ]
+    assert evaluation["eval_loss"] == pytest.approx(sum(alone) / 5, rel=1e-4)
     assert (tmp_path / part / "pipeline_ttt.py").is_file()
     config = json.loads((tmp_path / part / "config.json").read_text())
     assert "distributed_config" not in config and "device_mesh" not in config

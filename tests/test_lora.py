@@ -194,10 +194,11 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_adapter(workspace, tmp_pat
 
 
 def test_an_adapter_is_turned_down_without_another_training(workspace, tmp_path):
-    full = finetune(workspace, tmp_path / "adapter", "--save_steps 6")
+    full = finetune(workspace, tmp_path / "adapter", "--save_steps 6 --lr_scheduler_type constant")
     weights = load_file(full / "adapter_model.safetensors")
     base, whole = (logits(TttForConditionalGeneration.from_pretrained(path)) for path in (workspace / "qwen2", full))
-    options = f"--save_steps 6 --adapter_strength 0.01 --merge_to {tmp_path / 'merged'} --noise_epsilon 0.03"
+    options = "--save_steps 6 --lr_scheduler_type constant"
+    options += f" --adapter_strength 0.01 --merge_to {tmp_path / 'merged'} --noise_epsilon 0.03"
     weak = finetune(workspace, tmp_path / "adapter", options)
     assert TttConfig.from_pretrained(tmp_path / "merged").noise_epsilon == 0.03  # what it was trained under
     config = json.loads((weak / "adapter_config.json").read_text())
@@ -218,6 +219,16 @@ def test_training_lowers_the_bound_on_evaluation_data(workspace, tmp_path):
     assert len(losses) == 3 and losses[2] < losses[1] < losses[0]
     lines = [json.loads(line) for line in (output / "log_history.jsonl").read_text().splitlines()]
     assert {"text_loss", "audio_accuracy"} <= set(lines[0]) and (output / "curves.png").is_file()
+
+
+def test_a_strategy_that_has_no_part_in_the_models_spans_is_refused(workspace, tmp_path):
+    shutil.copytree(workspace / "qwen2", tmp_path / "causal")
+    file = tmp_path / "causal" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"span_attention": "block_causal"}))
+    options = f"--dataset {workspace / 'data'} --max_steps 1 --block_masking_probability"
+    with pytest.raises(ValueError, match="--block_masking_probability is 0.5, .* block_causal, as the model says"):
+        finetune(tmp_path, tmp_path / "adapter", f"{options} 0.5", "causal")
+    finetune(tmp_path, tmp_path / "adapter", f"{options} 0", "causal")
 
 
 def test_an_adapter_is_trained_under_its_models_settings_unless_told_otherwise(workspace, tmp_path):

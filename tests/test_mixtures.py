@@ -88,6 +88,22 @@ def test_a_stream_is_shuffled_where_asked(tmp_path):
     assert sorted(shuffled) == sorted(plain) and shuffled != plain
 
 
+@pytest.mark.parametrize("weights", [("", ""), (":3", ":1")])
+def test_an_endless_stream_begins_small_sources_again_without_a_pause(weights, tmp_path, monkeypatch):
+    """At the end of a mixture `datasets` waits for its threads: a mixture that ends would wait again and again."""
+    pauses = []
+    monkeypatch.setattr("datasets.iterable_dataset.time.sleep", pauses.append)
+    folders = [prepared(tmp_path / name, name, 4) for name in ("asr", "tts")]
+    sources = [folder + weight for folder, weight in zip(folders, weights, strict=True)]
+    stream = iter(load_mixture(sources, streaming=True, endless=True).shuffle(seed=0, buffer_size=100))
+    counts = Counter((row["task"], row["input_ids"][0]) for row in islice(stream, 400))
+    assert len(counts) == 8 and not pauses
+    assert sum(count for (task, _), count in counts.items() if task == "asr") > (250 if weights[0] else 150)
+    assert len(list(islice(load_mixture(sources[:1], streaming=True, endless=True), 50))) == 50
+    with pytest.raises(ValueError, match="`endless` is True, which streams alone can be"):
+        load_mixture(sources, endless=True)
+
+
 def test_splits_are_kept_apart(tmp_path):
     source = prepared(tmp_path / "a", "asr", 4)
     prepared(tmp_path / "a", "tts", 2, split="eval")

@@ -290,6 +290,16 @@ def test_an_evaluation_does_not_depend_on_which_examples_share_a_batch(batch):
     assert (batch["labels"] != -100).sum(1).unique().numel() == 2 and not torch.isclose(*alone)
 
 
+@pytest.mark.parametrize("elsewhere", [0, 7, 50])
+def test_the_score_table_of_an_evaluation_has_the_losses_of_examples_that_are_alone(batch, elsewhere):
+    """However many labels other processes have of the batch, in which every process is told the number of all."""
+    model = make_model().eval()
+    num_items = (batch["labels"] != -100).sum() + elsewhere
+    table = model(**batch, num_items_in_batch=num_items).score_table
+    alone = [model(**{name: tensor[row : row + 1] for name, tensor in batch.items()}).loss for row in range(2)]
+    torch.testing.assert_close(table[..., 0].sum(1), torch.stack(alone).detach())
+
+
 LONG = [1, 2, 10, 102, *range(111, 171), 177, 104]  # a text token, then 60 codes in the last span
 
 

@@ -235,6 +235,32 @@ def whole_run(workspace, tmp_path_factory):
     return run
 
 
+@pytest.mark.parametrize(
+    ("way", "length"), [("shuffled", {}), ("by_length", {"max_steps": -1, "num_train_epochs": 0.5})]
+)
+def test_a_finished_run_is_not_trained_further(workspace, tmp_path, capsys, way, length):
+    """However often its command is given, and whatever is missing of what stands beside its last checkpoint."""
+    options = RESUMED[way] | {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"} | length
+    options |= {"eval_strategy": "steps", "eval_steps": 2}
+    first = train(workspace, tmp_path, **options)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    before = weights(tmp_path)
+    for left_to_do in ([], ["model.safetensors", "trainer_state.json"]):
+        for name in left_to_do:
+            (tmp_path / name).unlink()
+        capsys.readouterr()
+        again = train(workspace, tmp_path, **options)
+        assert "The run is finished, and nothing is trained" in capsys.readouterr().out
+        after = weights(tmp_path)
+        assert all(torch.equal(value, after[name]) for name, value in before.items())
+        assert sorted(path.name for path in tmp_path.iterdir()) == names
+        losses = [[entry["loss"] for entry in log if "loss" in entry] for log in (first, again)]
+        assert losses[0] == losses[1]
+        if not left_to_do:
+            assert again == first
+    assert len(train(workspace, tmp_path, **options | {"max_steps": 14})) > len(first)  # it may go on
+
+
 # Streams take twice as long: they begin again and pass over what was seen.
 SLOW = [way for way in RESUMED if way.startswith("streamed and")]
 
@@ -302,13 +328,17 @@ def test_each_model_of_the_papers_comparison_learns(workspace, tmp_path, objecti
 
 def test_a_run_keeps_the_settings_of_its_model_where_it_sets_none(workspace, tmp_path):
     """A twin goes on as a twin; what a run sets is written into the model it saves."""
-    options = {"block_masking_probability": 0.5, "block_lengths": [4, 8]}
+    options = {"block_masking_probability": 0.5, "block_lengths": [4, 8], "stratified_noise": True}
     train(workspace, tmp_path / "first", max_steps=1, audio_objective="autoregressive", noise_epsilon=0.05, **options)
     train(workspace, tmp_path / "second", max_steps=1, model=tmp_path / "first", clean_batch_probability=0.1)
     config = TttConfig.from_pretrained(tmp_path / "second")
     assert (config.audio_objective, config.noise_epsilon) == ("autoregressive", 0.05)
     assert (config.clean_batch_probability, config.span_truncation_probability) == (0.1, 0.5)
-    assert (config.block_masking_probability, config.block_lengths) == (0.5, [4, 8])
+    assert (config.block_masking_probability, config.block_lengths, config.stratified_noise) == (0.5, [4, 8], True)
+    train(workspace, tmp_path / "new", max_steps=1)
+    assert TttConfig.from_pretrained(tmp_path / "new").stratified_noise is False
+    train(workspace, tmp_path / "off", max_steps=1, model=tmp_path / "first", stratified_noise=False)
+    assert TttConfig.from_pretrained(tmp_path / "off").stratified_noise is False
 
 
 @pytest.mark.parametrize("options", [{"block_masking_probability": 1.0}, {"span_attention": "block_causal"}])
@@ -346,6 +376,14 @@ def test_mixtures_with_weights_and_an_evaluation_set_elsewhere(workspace, tmp_pa
             "--label_smoothing_factor is 0.1, but the Trainer then computes a loss of its own",
         ),
         ({"text_objective": "diffusion", "audio_objective": "autoregressive"}, "--text_objective diffusion needs"),
+        *(
+            ({"span_attention": "block_causal", name: 0.5}, f"--{name} is 0.5, but has no effect where --span_att")
+            for name in (
+                "clean_batch_probability",
+                "prefix_preservation_probability",
+                "block_masking_probability",
+            )
+        ),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_trained(workspace, tmp_path, options, message):
@@ -386,17 +424,34 @@ def test_accuracies_leave_out_what_was_not_scored():
 
 
 def test_evaluation_metrics_take_batches_or_all_at_once():
-    table, losses = torch.rand(5, 5, 3), torch.rand(5)
+    table = torch.rand(5, 5, 3)
     whole, pieces = EvaluationMetrics(), EvaluationMetrics()
-    expected = whole(EvalPrediction(table.numpy(), None, losses=losses.numpy()))
-    assert expected["text_loss"] + expected["audio_loss"] == pytest.approx(losses.mean().item())
-    assert pieces(EvalPrediction(table[:2], None, losses=losses[:2]), compute_result=False) == {}
-    in_pieces = pieces(EvalPrediction(table[2:], None, losses=losses[2:]), compute_result=True)
-    assert in_pieces == pytest.approx(expected)
-    batches = {"predictions": [table[:2], table[2:]], "label_ids": None, "losses": [losses[:2], losses[2:]]}
-    assert whole(EvalPrediction(**batches)) == pytest.approx(expected)
-    alone = whole(EvalPrediction(table.numpy(), None))
-    assert alone["text_loss"] == pytest.approx(table[:, 0, 0].mean().item())
+    expected = whole(EvalPrediction(table.numpy(), None))
+    assert expected["loss"] == pytest.approx(table[..., 0].sum(1).mean().item())
+    assert expected["text_loss"] == pytest.approx(table[:, 0, 0].mean().item())
+    assert expected["text_loss"] + expected["audio_loss"] == pytest.approx(expected["loss"])
+    assert pieces(EvalPrediction(table[:2], None), compute_result=False) == {}
+    assert pieces(EvalPrediction(table[2:], None), compute_result=True) == pytest.approx(expected)
+    assert whole(EvalPrediction([table[:2], table[2:]], None)) == pytest.approx(expected)
+
+
+def test_the_held_out_loss_is_the_mean_over_examples_whatever_the_trainer_averages(workspace, tmp_path, monkeypatch):
+    """The Trainer's own mean counts what fills up the last batch of several processes, and is what best models are
+    chosen by unless the metrics say otherwise."""
+    evaluate = Trainer.prediction_step
+
+    def scaled(self, model, inputs, *args, **options):
+        loss, *others = evaluate(self, model, inputs, *args, **options)
+        return loss * len(inputs["input_ids"]), *others
+
+    options = {"eval_strategy": "steps", "save_strategy": "steps", "metric_for_best_model": "loss", "max_steps": 1}
+    options |= {"per_device_eval_batch_size": 4, "eval_steps": 1, "save_steps": 1}
+    (plain,) = (entry for entry in train(workspace, tmp_path / "plain", **options) if "eval_loss" in entry)
+    monkeypatch.setattr(Trainer, "prediction_step", scaled)
+    (other,) = (entry for entry in train(workspace, tmp_path / "scaled", **options) if "eval_loss" in entry)
+    assert other["eval_loss"] == plain["eval_loss"]
+    state = json.loads((tmp_path / "scaled" / "trainer_state.json").read_text())
+    assert state["best_metric"] == plain["eval_loss"]
 
 
 @pytest.mark.parametrize(

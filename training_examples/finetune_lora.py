@@ -27,6 +27,7 @@ from processing import TttProcessor
 from training_examples.training.arguments import ModelArguments, parse_arguments
 from training_examples.training.card import RunCard, write_card
 from training_examples.training.trainer import (
+    check_effect,
     check_lengths,
     check_vocabulary,
     leave_group,
@@ -218,6 +219,7 @@ def main() -> None:
     processor = TttProcessor.from_pretrained(arguments.processor or arguments.model, load_audio_tokenizer=speaks)
     config = load_config(arguments)
     check_vocabulary(config, processor)
+    check_effect(arguments, config)
     train_dataset = check_lengths(arguments, config, train_dataset)
     eval_dataset = check_lengths(arguments, config, eval_dataset, "the evaluation split")
     tokens = trainable_tokens(processor, arguments.new_words or (), arguments.train_audio_tokens)

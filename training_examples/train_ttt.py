@@ -24,6 +24,7 @@ from training_examples.training.arguments import ModelArguments, parse_arguments
 from training_examples.training.card import RunCard
 from training_examples.training.resuming import last_complete_checkpoint
 from training_examples.training.trainer import (
+    check_effect,
     check_lengths,
     check_vocabulary,
     leave_group,
@@ -70,6 +71,7 @@ def main() -> None:
     vars(config.text_config).pop("_name_or_path", None)  # a folder of whatever machine the first checkpoint was made on
     processor = TttProcessor.from_pretrained(arguments.processor or arguments.model)
     check_vocabulary(config, processor)
+    check_effect(arguments, config)
     train_dataset = check_lengths(arguments, config, train_dataset)
     eval_dataset = check_lengths(arguments, config, eval_dataset, "the evaluation split")
     model = TttForConditionalGeneration.from_pretrained(

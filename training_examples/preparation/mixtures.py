@@ -28,6 +28,7 @@ def load_mixture(
     *,
     stopping_strategy: str = "all_exhausted",
     shuffle_buffer_size: int = 0,
+    endless: bool = False,
 ) -> Dataset | IterableDataset:
     """
     Load prepared examples as one dataset.
@@ -47,26 +48,32 @@ def load_mixture(
             "all_exhausted_without_replacement" goes on without the sources that have ended.
         shuffle_buffer_size (`int`, *optional*, defaults to 0): shuffles a stream: the order of its files, and examples
             in a buffer of so many. The Trainer shuffles datasets that are not streamed by itself.
+        endless (`bool`, *optional*, defaults to `False`): begin every source of a stream again when it has ended, so
+            that the stream has no end.
 
     Returns:
         `Dataset` or `IterableDataset`: rows of `input_ids`, `labels`, `length` and `task`.
 
     Raises:
         FileNotFoundError: If a path is no folder of examples.
-        ValueError: If there are no sources, a split is not there, a weight is not positive, or the strategy is unknown.
+        ValueError: If there are no sources, a split is not there, a weight is not positive, the strategy is unknown, or
+            what is not streamed shall be endless.
     """
     if not sources:
         raise ValueError("`sources` is empty; give at least one folder of prepared examples.")
     if stopping_strategy not in STOPPING_STRATEGIES:
         raise ValueError(f"`stopping_strategy` is {stopping_strategy!r}; use one of {', '.join(STOPPING_STRATEGIES)}.")
+    if endless and not streaming:
+        raise ValueError("`endless` is True, which streams alone can be; set `streaming=True`, too.")
     parsed = [parse_source(source) for source in sources]
     datasets = [_load(path, streaming, split) for path, _ in parsed]
     if streaming and shuffle_buffer_size:
         datasets = [dataset.shuffle(seed=seed, buffer_size=shuffle_buffer_size) for dataset in datasets]
-    if len(datasets) == 1:
-        return datasets[0]
-    if all(weight is None for _, weight in parsed):
-        return concatenate_datasets(datasets)
+    if len(datasets) == 1 or all(weight is None for _, weight in parsed):
+        joined = concatenate_datasets(datasets)
+        return joined.repeat(None) if endless else joined
+    if endless:  # each by itself: at the end of a mixture, `datasets` waits five seconds for its threads
+        datasets = [dataset.repeat(None) for dataset in datasets]
     weights = [1.0 if weight is None else weight for _, weight in parsed]
     probabilities = [weight / math.fsum(weights) for weight in weights]
     return interleave_datasets(datasets, probabilities, seed=seed, stopping_strategy=stopping_strategy)

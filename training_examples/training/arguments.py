@@ -123,7 +123,10 @@ class ModelArguments:
     noise_epsilon: float | None = field(
         default=None, metadata={"help": "Smallest noise level; by default the model's (a new one's 0.001)."}
     )
-    stratified_noise: bool = field(default=True, metadata={"help": "Spread the noise levels of a batch evenly."})
+    stratified_noise: bool | None = field(
+        default=None,
+        metadata={"help": "Spread the noise levels of a batch evenly; by default the model's (a new one's false)."},
+    )
     dtype: str = field(
         default="float32",
         metadata={
@@ -189,8 +192,8 @@ class ModelArguments:
 @dataclass
 class TttTrainingArguments(TrainingArguments):
     """
-    The Trainer's arguments, with other defaults where TtT has reasons: evaluation hands its losses to the metrics,
-    tokens per second are logged, and every step uses all parameters. Short runs show their loss, too.
+    The Trainer's arguments, with other defaults where TtT has reasons: tokens per second are logged, and every step
+    uses all parameters. Short runs show their loss, too.
 
     Raises:
         ValueError: for an option under which the Trainer would train something else than TtT.
@@ -199,7 +202,6 @@ class TttTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Drop columns that the model does not take, `length` among them."}
     )
-    include_for_metrics: list[str] = field(default_factory=lambda: ["loss"], metadata={"help": "What metrics get."})
     include_num_input_tokens_seen: str = field(
         default="non_padding",
         metadata={"help": "Tokens counted for tokens per second.", "choices": ["non_padding", "all", "no"]},

@@ -277,8 +277,8 @@ def _default(item: Field) -> Any:
 
 class CardTrainer(Trainer):
     """
-    The plain Trainer, but for the card beside every model that it saves or pushes. A card that somebody has made their
-    own (its first comment is gone) stays as it is.
+    The plain Trainer, but for the card beside every model that it saves or pushes, and for runs that are finished. A
+    card that somebody has made their own (its first comment is gone) stays as it is.
 
     Args:
         card (`RunCard`): writes it.
@@ -287,7 +287,18 @@ class CardTrainer(Trainer):
 
     def __init__(self, *args: Any, card: RunCard, **options: Any):
         self.card = card
+        self.is_finished = False  # then `train` loads the checkpoint, and trains no step more, as the Trainer would
         super().__init__(*args, **options)
+
+    def planned_steps(self) -> int:
+        """Return the number of steps after which the run ends."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
+        epochs, *others = super().set_initial_training_values(args, dataloader)
+        return (0 if self.is_finished else epochs, *others)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = Path(output_dir or self.args.output_dir)

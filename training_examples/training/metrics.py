@@ -41,25 +41,24 @@ def share_loss(loss: float, by_group: np.ndarray) -> dict[str, float]:
 
 class EvaluationMetrics:
     """
-    `compute_metrics` of the Trainer: the two parts of `eval_loss`, and the accuracies of text and masked audio.
+    `compute_metrics` of the Trainer: `eval_loss`, its two parts, and the accuracies of text and masked audio.
 
-    The model's only prediction is its `score_table`, (examples, groups, 3). With "loss" in `include_for_metrics` the
-    parts are those of the Trainer's loss, which several processes scale by their number. With `batch_eval_metrics` the
-    tables come batch by batch, and the result is that of all.
+    The model's only prediction is its `score_table`, (examples, groups, 3), with the losses of each example. Their mean
+    takes the place of the Trainer's own `eval_loss`, which weights what each of several processes has by its labels,
+    and counts the examples that fill up the last batch. With `batch_eval_metrics` the tables come batch by batch, and
+    the result is that of all.
     """
 
     def __init__(self) -> None:
-        self.batches: list[tuple[np.ndarray, np.ndarray | None]] = []
+        self.batches: list[np.ndarray] = []
 
     def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
-        self.batches.append((_as_array(prediction.predictions), _as_array(prediction.losses)))
+        self.batches.append(_as_array(prediction.predictions))
         if not compute_result:
             return {}
-        tables, losses = zip(*self.batches, strict=True)
-        self.batches = []
-        table = np.concatenate(tables)
-        loss = table[..., 0].sum(1).mean() if losses[0] is None else np.concatenate(losses).mean()
-        return share_loss(loss, table[..., 0].mean(0)) | accuracies(table[..., 1:].sum(0))
+        table, self.batches = np.concatenate(self.batches), []
+        loss = float(table[..., 0].sum(1).mean())
+        return {"loss": loss} | share_loss(loss, table[..., 0].mean(0)) | accuracies(table[..., 1:].sum(0))
 
 
 def _as_array(values: Any) -> Any:

@@ -80,12 +80,22 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     return next((str(folder) for folder, whole in checkpoints(output_dir) if whole), None)
 
 
+def read_state(folder: str | Path) -> dict[str, Any]:
+    """Return the Trainer's state in a checkpoint or a run's folder, empty where there is none."""
+    file = Path(folder) / "trainer_state.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
 def describe_resuming(
-    output_dir: str | Path, checkpoint: str | None, options: Mapping[str, Any] | None = None
+    output_dir: str | Path,
+    checkpoint: str | None,
+    options: Mapping[str, Any] | None = None,
+    is_finished: bool = False,
 ) -> str | None:
     """
-    Return what a run says before it goes on: from where, which half-written checkpoints it passes over, and which
-    options are not those that the checkpoint's card names: of a run, or of a folder, that was another.
+    Return what a run says before it goes on: from where, or that nothing is left to train; which half-written
+    checkpoints it passes over; and which options are not those that the checkpoint's card names: of a run, or of a
+    folder, that was another.
     """
     passed_over = []
     for folder, whole in checkpoints(output_dir):
@@ -95,6 +105,11 @@ def describe_resuming(
     if checkpoint is None and not passed_over:
         return None
     said = "Training starts anew" if checkpoint is None else f"Training goes on from {checkpoint}"
+    if is_finished:
+        said = (
+            f"The run is finished, and nothing is trained: {checkpoint} has all of its steps. --max_steps or "
+            "--num_train_epochs, raised, lets it go on; another --output_dir begins a new run"
+        )
     if passed_over:
         are = "was not written to its end and is" if len(passed_over) == 1 else "were not written to their end and are"
         said += f"; {', '.join(passed_over)} {are} passed over"

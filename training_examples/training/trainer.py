@@ -28,6 +28,7 @@ from training_examples.training.resuming import (
     describe_resuming,
     gather_optimizer,
     last_complete_checkpoint,
+    read_state,
     share_optimizer,
 )
 from training_examples.training.samples import Samples, choose_examples
@@ -44,10 +45,10 @@ def load_data(args: ModelArguments, training: TrainingArguments) -> tuple[Any, D
     """
     if args.streaming and training.max_steps <= 0:
         raise ValueError("--streaming needs --max_steps: the length of a stream is not known.")
-    train: Any = load_mixture(args.dataset, args.streaming, training.seed)
+    # A stream is one endless pass, shuffled across repetitions: the Trainer resumes the first pass over one only.
+    train: Any = load_mixture(args.dataset, args.streaming, training.seed, endless=args.streaming)
     if isinstance(train, IterableDataset):
-        # One endless pass, shuffled across its repetitions: the Trainer resumes the first pass over a stream only.
-        train = train.repeat(None).shuffle(seed=training.seed, buffer_size=args.shuffle_buffer_size)
+        train = train.shuffle(seed=training.seed, buffer_size=args.shuffle_buffer_size)
     if training.eval_strategy == "no":
         return train, None
     return train, load_held_out(args)
@@ -71,6 +72,23 @@ def check_vocabulary(config: TttConfig, processor: TttProcessor) -> None:
         raise ValueError(
             f"--processor does not fit --model: its {differing[0]}. Use the processor that the model was made with."
         )
+
+
+def check_effect(args: ModelArguments, config: TttConfig) -> None:
+    """
+    Raise a ValueError for a strategy that a run asks for and that has no part in block-causal spans, whose training
+    scores all blocks beside clean text.
+    """
+    if not config.is_block_causal:
+        return
+    for name in ("clean_batch_probability", "prefix_preservation_probability", "block_masking_probability"):
+        value = args.config_options().get(name)
+        if value:
+            raise ValueError(
+                f"--{name} is {value}, but has no effect where --span_attention is block_causal"
+                f"{'' if args.span_attention else ', as the model says'}: all blocks are scored in every step, beside "
+                "clean text. Leave it out, or train with --span_attention bidirectional."
+            )
 
 
 def check_lengths(args: ModelArguments, config: TttConfig, dataset: Any, option: str = "--dataset") -> Any:
@@ -239,18 +257,23 @@ def is_sharded(model: torch.nn.Module) -> bool:
     return accelerate_shards or bool(getattr(model, "is_distributed_loading_by_transformers", False))
 
 
-def run(trainer: Trainer) -> None:
+def run(trainer: CardTrainer) -> None:
     """
     Train to the end, from the last checkpoint if there is one, and say so; save the model, the log and its curves, and
-    push them where `--push_to_hub` asks for it.
+    push them where `--push_to_hub` asks for it. A run that has ended is not trained further.
     """
     output_dir = Path(trainer.args.output_dir)
     checkpoint = trainer.args.resume_from_checkpoint or last_complete_checkpoint(output_dir)
-    options = trainer.card.options() if isinstance(trainer, CardTrainer) else None
-    said = describe_resuming(output_dir, checkpoint, options)
+    steps = 0 if checkpoint is None else read_state(checkpoint)["global_step"]
+    trainer.is_finished = checkpoint is not None and trainer.planned_steps() <= steps
+    said = describe_resuming(output_dir, checkpoint, trainer.card.options(), trainer.is_finished)
     if said is not None and trainer.is_world_process_zero():
         print(said, flush=True)
+    before = read_state(output_dir)
     trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.is_finished:  # the log of what was trained, without a line for what was not
+        complete = before.get("global_step") == steps
+        trainer.state.log_history = before["log_history"] if complete else trainer.state.log_history[:-1]
     evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
     if trainer.eval_dataset is not None and trainer.state.global_step not in evaluated:
         trainer.evaluate()
