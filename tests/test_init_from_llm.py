@@ -321,13 +321,15 @@ def test_text_tokens_may_stand_above_the_audio_tokens():
     assert TttTokenIds.from_tokenizer(tokenizer).is_text(before["<|later|>"])
 
 
-def test_what_cannot_be_used_is_refused_before_weights_are_read(initialise, tmp_path):
+def test_what_cannot_be_used_is_refused_before_anything_is_read(initialise, tmp_path, capsys):
     tokenizer = text_tokenizer()
     tokenizer.save_pretrained(tmp_path / "llm")
     small = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=32)
     GPT2LMHeadModel(small).save_pretrained(tmp_path / "llm")
+    capsys.readouterr()
     with pytest.raises(ValueError, match="'gpt2' model; supported are qwen2, qwen3, llama"):
         initialise(tmp_path / "llm")
+    assert "Reading" not in capsys.readouterr().err
     with pytest.raises(ValueError, match="--row_spread` is -1"):
         initialise(tmp_path / "llm", "--row_spread", "-1")
 
@@ -342,6 +344,25 @@ def test_an_audio_tokenizer_of_several_codebooks_gives_a_token_for_each_of_their
     assert len(processor.encode_audio(tone(1.0, 24_000))[0]) == 2 * 13
     settings = AutoModel.from_pretrained(output).generation_config
     assert (settings.audio_block_size, settings.max_audio_codes_per_span) == (52, 5200)
+
+
+@pytest.mark.parametrize(
+    ("kind", "number", "message"),
+    [
+        ("mimi", 1, "is 1, but .* needs at least 2 and has 4 codebooks"),
+        ("mimi", 5, "is 5, but .* needs at least 2 and has 4 codebooks"),
+        ("ttt_codec", 1, "'ttt_codec' audio tokenizer, whose number of codebooks cannot be chosen"),
+    ],
+)
+def test_a_number_of_codebooks_that_there_is_not_is_named(kind, number, message, initialise, codec, tmp_path):
+    """With more than there are, some would be random."""
+    save_llm(tmp_path / "llm", Qwen2Config, CHATML)
+    folder = codec
+    if kind == "mimi":
+        folder = tmp_path / "mimi"
+        build_codec_of("mimi").save_pretrained(folder)
+    with pytest.raises(ValueError, match=f"--num_quantizers. is {number}.*" + message.removeprefix(f"is {number}")):
+        initialise(tmp_path / "llm", "--audio_tokenizer", str(folder), "--num_quantizers", str(number))
 
 
 def test_a_checkpoint_with_an_audio_tokenizer_may_be_named_in_its_place(initialise, tmp_path):

@@ -94,6 +94,7 @@ def content(example, processor):
         ("asr", {"asr_speech": False}, {"task": "asr", "audio": 0, "answer": 0, "speech": None}),
         ("tts", {}, {"task": "tts", "text": TEXTS[0], "answer": 0, "speech": "0.wav"}),
         ("spoken_chat", {}, {"task": "spoken_chat", "audio": 0, "answer": "reply 0", "speech": "answer0.wav"}),
+        ("spoken_qa", {}, {"task": "spoken_qa", "audio": 0, "answer": "reply 0", "speech": "answer0.wav"}),
         ("text_chat", {}, {"task": "text_chat", "text": TEXTS[0], "answer": "reply 0", "speech": "answer0.wav"}),
         (
             "captioning",
@@ -254,10 +255,41 @@ def test_audio_in_an_archive_is_read_by_its_address(model, speech, tmp_path):
 
 def test_the_folder_is_a_dataset_that_loads_by_its_name(model, speech, tmp_path):
     _, examples = run(model, tmp_path / "out", speech / "list.jsonl", tasks=["asr"], shard_size=3)
-    run(model, tmp_path / "out", speech / "list.jsonl", tasks=["tts"], output_split="test")
+    run(model, tmp_path / "out", speech / "list.jsonl", tasks=["tts"], output_split="eval")
     loaded = datasets.load_dataset(str(tmp_path / "out"))
-    assert loaded["train"].to_list() == examples
-    assert loaded["test"]["task"] == ["tts"] * 4
+    assert sorted(loaded) == ["eval", "train"] and loaded["train"].to_list() == examples
+    assert loaded["eval"]["task"] == ["tts"] * 4
+    stream = datasets.load_dataset(str(tmp_path / "out"), split="eval", streaming=True)
+    assert [row["task"] for row in stream] == ["tts"] * 4
+    card = tmp_path / "out" / "README.md"
+    card.write_text("My own.")
+    run(model, tmp_path / "out", speech / "list.jsonl", tasks=["tts"], output_split="more")
+    assert card.read_text() == "My own."
+
+
+def test_tasks_of_the_processors_own_take_what_their_requests_need(speech, tmp_path):
+    needs = {
+        "translate": {"system_prompt": "Translate.", "needs_audio": True},
+        "ask": {"system_prompt": "Answer about what you hear.", "needs_audio": True, "needs_text": True},
+        "name": {"system_prompt": "Do as told.", "needs_audio": True, "default_text": "Who speaks?"},
+        "rhyme": {"system_prompt": "Rhyme."},
+    }
+    processor = build_processor(system_prompts=needs)
+    processor.save_pretrained(tmp_path / "model")
+    _, examples = run(
+        tmp_path / "model", tmp_path / "out", speech / "list.jsonl", tasks=list(needs), max_records=1,
+        columns=["answer_audio=spoken"], questions=["name=Who is it?"],
+    )  # fmt: skip
+    heard, said = processor.encode_audio([str(speech / name) for name in ("0.wav", "answer0.wav")])
+    texts = {"translate": None, "ask": TEXTS[0], "name": "Who is it?", "rhyme": TEXTS[0]}
+    for example in examples:
+        task = example["task"]
+        audio = None if task == "rhyme" else heard
+        wanted = processor.build_example("reply 0", said, task=task, text=texts[task], audio_codes=audio)
+        assert example["input_ids"] == wanted["input_ids"] and example["labels"] == wanted["labels"]
+    assert {example["task"] for example in examples} == set(needs)
+    with pytest.raises(ValueError, match="no task 'translation'; choose from asr, .*, ask, name, rhyme, translate"):
+        run(tmp_path / "model", tmp_path / "none", speech / "list.jsonl", tasks=["translation"])
 
 
 # ------------------------------------------------------------------ records that give no example

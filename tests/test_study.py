@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from builders import build_model, build_processor, tone, write_wav
+from datasets import Dataset, DatasetDict
 
 from modeling_ttt import TttConfig
 from pipelines import save_repository
@@ -154,6 +155,7 @@ def stages(args, tmp_path, monkeypatch):
         "measuring_stage": lambda args, name, seed, depends=None: stage("measured", f"{name}-{seed}", depends),
         "last_stage": lambda args, depends=None: stage("measured", "once", depends),
         "what_lies_there": lambda args: "these",
+        "check_examples": lambda args: None,
     }
     for name, function in replaced.items():
         monkeypatch.setattr(run_study, name, function)
@@ -245,6 +247,24 @@ def test_a_missing_list_is_said_before_anything_starts(args, stages):
     assert len(stages[1]()) == 9
 
 
+def test_examples_that_a_later_stage_misses_are_said_before_anything_starts(args, tmp_path):
+    row = {"input_ids": [1, 2], "labels": [-100, 2], "length": 2}
+    rows = {name: Dataset.from_list([{**row, "task": task}]) for name, task in (("train", "asr"), ("eval", "tts"))}
+    DatasetDict(rows).save_to_disk(str(tmp_path / "data"))
+    DatasetDict({"train": rows["eval"]}).save_to_disk(str(tmp_path / "all"))
+    args.dataset, args.arms = str(tmp_path / "data"), ["ttt", "distilled"]
+    with pytest.raises(ValueError, match="has examples of asr alone, .* distilled answers those of tts and spoken_qa"):
+        run_study.run_all(args)
+    args.arms = ["ttt"]
+    run_study.check_examples(args)
+    args.dataset, args.arms = str(tmp_path / "all"), ["distilled"]
+    with pytest.raises(ValueError, match="`split` is 'eval'"):
+        run_study.run_all(args)
+    args.eval_steps = 0
+    run_study.check_examples(args)
+    assert not args.output_dir.exists()
+
+
 CALLER = """
     import os, signal, sys
     from pathlib import Path
@@ -259,6 +279,7 @@ CALLER = """
     run_study.measuring_stage = lambda args, name, seed, depends=None: stage(f"{name}-{seed}")
     run_study.last_stage = lambda args, depends=None: stage("once")
     run_study.what_lies_there = lambda args: "these"
+    run_study.check_examples = lambda args: None
     sys.argv = ["run_study.py", "--start", str(folder / "start"), "--dataset", "data", "--data_dir", str(folder),
                 "--output_dir", str(folder / "study"), "--arms", "ar", "ttt", "--workers", "1"]
     run_command(run_study.main)

@@ -14,6 +14,7 @@ from transformers import (
     AutoFeatureExtractor,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -109,6 +110,14 @@ def locate_llm(name: str) -> tuple[str, dict[str, Any]]:
     return (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (name, {})
 
 
+def check_backbone(llm: str) -> None:
+    """Raise a ValueError unless `--llm` has an architecture that TtT knows."""
+    name, file = locate_llm(llm)
+    kind = AutoConfig.from_pretrained(name, **file).model_type
+    if kind not in BACKBONES:
+        raise ValueError(f"`--llm` {llm} is a {kind!r} model; supported are {', '.join(BACKBONES)}.")
+
+
 def own_system_prompt(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """
     Return what a language model's chat template says before a conversation that begins without a system turn, "" if it
@@ -177,12 +186,9 @@ def build_model(
         seed (`int`, *optional*, defaults to 0): of the new rows.
 
     Raises:
-        ValueError: If the architecture is another, or the weights are not those of its language model.
+        ValueError: If the weights are not those of its language model.
     """
     name, file = locate_llm(name)
-    config = AutoConfig.from_pretrained(name, **file)
-    if config.model_type not in BACKBONES:
-        raise ValueError(f"`--llm` {name} is a {config.model_type!r} model; supported are {', '.join(BACKBONES)}.")
     llm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **file)
     # What only the loading needed: the folder, and how the weights lay in the file.
     for stale in ("_name_or_path", "_model_name_or_path", "quantization_config"):
@@ -215,15 +221,35 @@ def build_model(
     return model.eval()
 
 
+def check_num_quantizers(number: int, name: str, config: PreTrainedConfig) -> None:
+    """Raise a ValueError unless the audio tokenizer of a name and configuration can do with so many codebooks."""
+    most = getattr(config, "num_quantizers", None)
+    if most is None:
+        raise ValueError(
+            f"`--num_quantizers` is {number}, but {name} is a {config.model_type!r} audio tokenizer, whose number of "
+            "codebooks cannot be chosen: leave the option out."
+        )
+    least = getattr(config, "num_semantic_quantizers", 0) + 1  # beside those, there is always one more
+    if not least <= number <= most:
+        raise ValueError(f"`--num_quantizers` is {number}, but {name} needs at least {least} and has {most} codebooks.")
+
+
 def load_audio_tokenizer(args: InitArguments) -> tuple[Any, Any]:
     """
     Load the audio tokenizer, in float32, and its feature extractor: the one beside it or in the root of its repository,
     or, for one that takes plain waveforms, one that only pads them.
+
+    Raises:
+        ValueError: If it has no such number of codebooks.
     """
     name, subfolder = args.audio_tokenizer, args.audio_tokenizer_subfolder
     if not subfolder and (Path(name) / AUDIO_TOKENIZER_FOLDER / "config.json").is_file():
         subfolder = AUDIO_TOKENIZER_FOLDER
-    options = {} if args.num_quantizers is None else {"num_quantizers": args.num_quantizers}
+    options = {}
+    if args.num_quantizers is not None:
+        trust = {"trust_remote_code": args.trust_remote_code}
+        check_num_quantizers(args.num_quantizers, name, AutoConfig.from_pretrained(name, subfolder=subfolder, **trust))
+        options["num_quantizers"] = args.num_quantizers
     audio_tokenizer = load_audio_codec(
         name, subfolder, dtype=torch.float32, trust_remote_code=args.trust_remote_code, **options
     )
@@ -270,6 +296,7 @@ def say(stage: str) -> None:
 
 def make_first_checkpoint(args: InitArguments) -> str:
     """Write the checkpoint, and return what is to be said of it: its size, its vocabulary, and how it is asked."""
+    check_backbone(args.llm)
     audio_tokenizer, extractor = load_audio_tokenizer(args)
     num_codes = TttAudioFormat.from_config(audio_tokenizer.config).num_codes
     name, file = locate_llm(args.llm)

@@ -38,8 +38,8 @@ class PrepareArguments:
     tasks: list[str] = field(
         default_factory=list,
         metadata={
-            "help": f"What to make of each record: {', '.join(TASK_NAMES)}. Without it, records must have a published "
-            "form: `messages`, `conversations`, `prompt` and `response`, or `text`."
+            "help": f"What to make of each record: {', '.join(TASK_NAMES)}, or a task of the processor's own. Without "
+            "it, records must have a published form: `messages`, `conversations`, `prompt` and `response`, or `text`."
         },
     )
     columns: list[str] = field(

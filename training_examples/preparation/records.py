@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the names of tasks and fields are asked for before PyTorch is loaded
     from processing import TttProcessor
+    from processing.tasks_ttt import TttTask
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 PUBLISHED_COLUMNS = ("messages", "conversations", "prompt", "text")
@@ -46,12 +47,25 @@ RECIPES = {
     "asr": Recipe("asr", audio="audio", answer="text", speech="audio"),
     "tts": Recipe("tts", text="text", answer="text", speech="audio", speech_needed=True),
     "spoken_chat": Recipe("spoken_chat", audio="audio"),
+    "spoken_qa": Recipe("spoken_qa", audio="audio"),
     "text_chat": Recipe("text_chat", text="text"),
     "captioning": Recipe("captioning", audio="audio", question="Describe this audio."),
     "emotion": Recipe("captioning", audio="audio", question="Which emotion does the speaker express?"),
     "scene": Recipe("captioning", audio="audio", question="Where was this audio recorded?"),
 }
 TASK_NAMES = (*RECIPES, CONTINUATION)
+
+
+def recipe_of(name: str, task: "TttTask") -> Recipe:
+    """Return what a task of the processor's own takes: what its requests need, and an answer, spoken where there is
+    speech. One that needs neither audio nor text is asked in text."""
+    question = task.default_text if task.needs_audio else None
+    reads_text = question is None and (task.needs_text or not task.needs_audio)
+    return Recipe(
+        name, text="text" if reads_text else None, audio="audio" if task.needs_audio else None, question=question
+    )
+
+
 FIELDS = ("audio", "text", "answer", "answer_audio", "instruction", "group")
 
 
@@ -79,7 +93,7 @@ class RecordReader:
 
     Args:
         processor (`TttProcessor`): knows the system prompts and which strings are tokens.
-        tasks (`Sequence[str]`): of `TASK_NAMES`; empty for records in a published form.
+        tasks (`Sequence[str]`): of `TASK_NAMES` or the processor's own; empty for records in a published form.
         columns (`Mapping[str, str]`, *optional*): column by field (`FIELDS`) or `task.field`; a field's own name where
             none is given.
         questions (`Mapping[str, str]`, *optional*): instruction by task, replacing the recipes' own.
@@ -101,9 +115,12 @@ class RecordReader:
         self.questions = dict(questions or {})
         self.asr_speech = asr_speech
         self.tokens = set(processor.tokenizer.get_added_vocab())
+        own = [name for name in processor.tasks if name not in RECIPES]
+        self.recipes = RECIPES | {name: recipe_of(name, processor.get_task(name)) for name in own}
         for task in self.tasks:
-            if task not in TASK_NAMES:
-                raise ValueError(f"`--tasks`: there is no task {task!r}; choose from {', '.join(TASK_NAMES)}.")
+            if task not in self.recipes and task != CONTINUATION:
+                names = ", ".join((*TASK_NAMES, *own))
+                raise ValueError(f"`--tasks`: there is no task {task!r}; choose from {names}.")
         for name in self.columns:
             task, _, field_name = name.rpartition(".")
             if field_name not in FIELDS or (task and task not in self.tasks):
@@ -112,7 +129,7 @@ class RecordReader:
                     f"{', '.join(FIELDS)} and one of the chosen tasks."
                 )
         for task in self.questions:
-            if task not in self.tasks or task not in RECIPES or RECIPES[task].question is None:
+            if task not in self.tasks or task == CONTINUATION or self.recipes[task].question is None:
                 raise ValueError(f"`--questions` {task}=...: this is none of the chosen tasks that ask a question.")
 
     def check_columns(self, source: str, available: Sequence[str]) -> None:
@@ -149,14 +166,14 @@ class RecordReader:
     def _used(self, task: str) -> set[str]:
         if task == CONTINUATION:
             return {"text", "audio", "group"}
-        recipe = RECIPES[task]
+        recipe = self.recipes[task]
         instruction = "instruction" if recipe.question is not None else None
         return {n for n in (recipe.text, recipe.audio, recipe.answer, recipe.speech, instruction) if n is not None}
 
     def _needed(self, task: str) -> set[str]:
         if task == CONTINUATION:
             return {"text", "audio"}
-        optional = set() if RECIPES[task].speech_needed else {"answer_audio"}
+        optional = set() if self.recipes[task].speech_needed else {"answer_audio"}
         return self._used(task) - optional - {"instruction"}
 
     def _column(self, task: str, name: str) -> str:
@@ -169,7 +186,7 @@ class RecordReader:
             draft.group = record.get(self._column(task, "group"))
             draft.spoken[self._add_audio(draft, record, "audio")] = draft.document
             return draft
-        recipe = RECIPES[task]
+        recipe = self.recipes[task]
         heard = self._add_audio(draft, record, recipe.audio) if recipe.audio else None
         text = None
         if recipe.question is not None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 from datasets import Features, List, Value
 
 from training_examples.files import read_json, whole_file, write_json, write_text
@@ -24,6 +25,7 @@ FEATURES = Features(
         "task": Value("string"),
     }
 )
+MARK = "<!-- Examples prepared for TtT. Remove this line to keep the card as you edit it -->"
 QUANTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 
 
@@ -88,6 +90,17 @@ class ShardFolder:
         names = sorted(self.reports.glob("[0-9]*-[0-9]*.json"))
         return {tuple(map(int, file.stem.split("-"))): read_json(file) for file in names}  # type: ignore[misc]
 
+    def _write_card(self) -> None:
+        """Say in a card which files are which split, since `load_dataset` has names of its own for some; a card that is
+        somebody's own stays."""
+        card = self.folder / "README.md"
+        if card.exists() and MARK not in card.read_text(encoding="utf-8"):
+            return
+        splits = sorted({file.name.split("-")[0] for file in self.data.glob("*.parquet")})
+        files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]
+        settings = yaml.safe_dump({"configs": [{"config_name": "default", "data_files": files}]}, sort_keys=False)
+        write_text(card, f"---\n{settings}---\n{MARK}\n" if files else f"{MARK}\n")
+
     def summarise(self, source_names: Sequence[str]) -> dict[str, Any]:
         """Write `rejected-SPLIT.jsonl` and `summary-SPLIT.json`; return the summary."""
         tasks: dict[str, dict[str, float]] = {}
@@ -118,6 +131,7 @@ class ShardFolder:
             "rejected_kinds": dict(Counter(kind for _, _, kind, _ in sorted(faults))),
             "tasks": tasks,
         }
+        self._write_card()
         write_text(self.folder / f"rejected-{self.split}.jsonl", "".join(lines))
         write_json(self.folder / f"summary-{self.split}.json", summary)
         return summary

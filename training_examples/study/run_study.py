@@ -37,6 +37,7 @@ SCRIPTS = Path(__file__).parents[1]
 # Large tensors come and go in every step: kept memory makes a step faster than memory that is asked for anew.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
 ATTENTION = {"cpu": "eager", "cuda": "sdpa"}  # what trains fast, by device
+DISTILLED_TASKS = ("tts", "spoken_qa")  # whose prompts the distilled arm answers
 GRACE = 10  # seconds that an interrupted process has to end
 
 
@@ -183,7 +184,7 @@ def stages_of(args: StudyArguments, name: str, seed: int, depends: Any = None) -
     half, answers = folder / "half", folder / "distilled"
     answering = [
         *("--model", str(half), "--dataset", args.dataset, "--output_dir", str(answers), "--threads", "1"),
-        *("--generation", "audio_block_size=8", "audio_steps_per_block=8", "--tasks", "tts", "spoken_qa"),
+        *("--generation", "audio_block_size=8", "audio_steps_per_block=8", "--tasks", *DISTILLED_TASKS),
         *("--max_records", str(args.distilled_records), "--shard_size", "128"),
     ]
     answering += device_options(args)
@@ -242,6 +243,21 @@ def check_unchanged(stages: Sequence[Stage]) -> None:
             f"{stage.folder} was begun otherwise, in stage {stage.name}: {change}. Repeat the former options to go on, "
             "choose another --output_dir, or remove that folder."
         )
+
+
+def check_examples(args: StudyArguments) -> None:
+    """Raise a ValueError if `--dataset` lacks what a later stage of some arm reads."""
+    from training_examples.preparation.mixtures import load_mixture  # takes seconds, which a wrong option need not wait
+
+    if args.eval_steps:
+        load_mixture([args.dataset], split="eval")
+    if any(ARMS[name].distilled for name in args.arms):
+        tasks = set(load_mixture([args.dataset]).unique("task"))
+        if not tasks & set(DISTILLED_TASKS):
+            raise ValueError(
+                f"`--dataset` {args.dataset} has examples of {', '.join(sorted(tasks))} alone, and the arm distilled "
+                f"answers those of {' and '.join(DISTILLED_TASKS)}: prepare some, or leave it out of `--arms`."
+            )
 
 
 def what_lies_there(args: StudyArguments) -> dict[str, str]:
@@ -398,10 +414,11 @@ def run_all(args: StudyArguments) -> None:
     have as many seeds at any time; then, alone, what is measured once.
 
     Raises:
-        ValueError, FileNotFoundError: If what was begun is another study, or a list is missing.
+        ValueError, FileNotFoundError: If what was begun is another study, or lists or examples are missing.
         FailedError: If stages fail; the message says which, why, and where their logs are. The other runs go on.
     """
     names = choose_lists(args.data_dir, args.split, args.lists)
+    check_examples(args)
     depends, lists = what_lies_there(args), hash_lists(args.data_dir, args.split, names, args.limit)
     runs = {
         f"{name}-{seed}": (stages_of(args, name, seed, depends), measuring_stage(args, name, seed, lists))
