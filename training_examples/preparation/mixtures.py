@@ -47,9 +47,10 @@ def load_mixture(
             every source has been seen; "first_exhausted" stops at the end of the first source;
             "all_exhausted_without_replacement" goes on without the sources that have ended.
         shuffle_buffer_size (`int`, *optional*, defaults to 0): shuffles a stream: the order of its files, and examples
-            in a buffer of so many. The Trainer shuffles datasets that are not streamed by itself.
-        endless (`bool`, *optional*, defaults to `False`): begin every source of a stream again when it has ended, so
-            that the stream has no end.
+            in a buffer of so many, one for each source with a weight. The Trainer shuffles datasets that are not
+            streamed by itself.
+        endless (`bool`, *optional*, defaults to `False`): begin a stream again when it has ended, in a weighted mixture
+            every source by itself, and shuffle across its repetitions.
 
     Returns:
         `Dataset` or `IterableDataset`: rows of `input_ids`, `labels`, `length` and `task`.
@@ -67,13 +68,17 @@ def load_mixture(
         raise ValueError("`endless` is True, which streams alone can be; set `streaming=True`, too.")
     parsed = [parse_source(source) for source in sources]
     datasets = [_load(path, streaming, split) for path, _ in parsed]
-    if streaming and shuffle_buffer_size:
-        datasets = [dataset.shuffle(seed=seed, buffer_size=shuffle_buffer_size) for dataset in datasets]
+
+    def as_read(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+        if endless:
+            dataset = dataset.repeat(None)
+        shuffles = streaming and shuffle_buffer_size
+        return dataset.shuffle(seed=seed, buffer_size=shuffle_buffer_size) if shuffles else dataset
+
     if len(datasets) == 1 or all(weight is None for _, weight in parsed):
-        joined = concatenate_datasets(datasets)
-        return joined.repeat(None) if endless else joined
-    if endless:  # each by itself: at the end of a mixture, `datasets` waits five seconds for its threads
-        datasets = [dataset.repeat(None) for dataset in datasets]
+        return as_read(concatenate_datasets(datasets))
+    # Each source by itself, since `datasets` waits for its threads, five seconds, wherever a mixture ends.
+    datasets = [as_read(dataset) for dataset in datasets]
     weights = [1.0 if weight is None else weight for _, weight in parsed]
     probabilities = [weight / math.fsum(weights) for weight in weights]
     return interleave_datasets(datasets, probabilities, seed=seed, stopping_strategy=stopping_strategy)

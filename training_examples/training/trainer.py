@@ -45,10 +45,11 @@ def load_data(args: ModelArguments, training: TrainingArguments) -> tuple[Any, D
     """
     if args.streaming and training.max_steps <= 0:
         raise ValueError("--streaming needs --max_steps: the length of a stream is not known.")
-    # A stream is one endless pass, shuffled across repetitions: the Trainer resumes the first pass over one only.
-    train: Any = load_mixture(args.dataset, args.streaming, training.seed, endless=args.streaming)
-    if isinstance(train, IterableDataset):
-        train = train.shuffle(seed=training.seed, buffer_size=args.shuffle_buffer_size)
+    # A stream is one endless pass, since the Trainer resumes the first pass over one only.
+    buffer_size = args.shuffle_buffer_size
+    train: Any = load_mixture(
+        args.dataset, args.streaming, training.seed, shuffle_buffer_size=buffer_size, endless=args.streaming
+    )
     if training.eval_strategy == "no":
         return train, None
     return train, load_held_out(args)
