@@ -169,10 +169,9 @@ class TttGenerationConfig(GenerationConfig):
         """
         self.__dict__.update(read_options(self.__dict__))
         for name in self.__dict__:
-            if name.removeprefix("max_").startswith("audio_") and name not in AUDIO_OPTIONS:
-                close = difflib.get_close_matches(name, AUDIO_OPTIONS, 1)
-                meant = f"; did you mean `{close[0]}`?" if close else f"; there are {', '.join(AUDIO_OPTIONS)}."
-                raise ValueError(f"There is no option `{name}`{meant}")
+            is_like_ours = name.startswith(("audio_", "max_audio_")) and name not in AUDIO_OPTIONS
+            if is_like_ours and (close := difflib.get_close_matches(name, AUDIO_OPTIONS, 1)):
+                raise ValueError(f"There is no option `{name}`; did you mean `{close[0]}`?")
         several: Any = getattr(self, "num_return_sequences", None)
         if self.audio_temperature or self.audio_remasking == "random":
             self.num_return_sequences = None  # the library wants `do_sample` for it, but audio is drawn without

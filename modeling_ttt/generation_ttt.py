@@ -107,7 +107,6 @@ class TttGenerateOutput(GenerateDecoderOnlyOutput):
 class TttGenerationMixin(GenerationMixin):
     """Generation of interleaved text and audio. The model's class sets `generation_config_class` to ours."""
 
-    input_modalities = ("text", "audio")
     output_modalities = ("text", "audio")
 
     def adjust_generation_fn(
@@ -301,9 +300,11 @@ class TttGenerationMixin(GenerationMixin):
             if ignored and kwargs.get("custom_generate") is None:
                 logger.warning_once(f"{ignored} have no effect: the audio is not written by block diffusion.")
             kwargs |= {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
-            if kwargs.get("labels") is not None and kwargs.get("custom_generate") is None:
-                return self._write_before_labels(inputs, generation_config, streamer=streamer, **kwargs)
-            kwargs.pop("labels", None)
+            if kwargs.get("custom_generate") is None:
+                _refuse_mode(kwargs.pop("generation_mode", None))
+                if kwargs.get("labels") is not None:
+                    return self._write_before_labels(inputs, generation_config, streamer=streamer, **kwargs)
+                kwargs.pop("labels", None)
             return super().generate(inputs, generation_config, streamer=streamer, **kwargs)
 
         call = self.prepare_call(inputs, generation_config, logits_processor, stopping_criteria, streamer, **kwargs)
@@ -323,9 +324,10 @@ class TttGenerationMixin(GenerationMixin):
         _refuse_shapes(input_ids, {"attention_mask": attention_mask, "labels": labels})
         is_prompt = _prompt_mask(input_ids, attention_mask, labels)
         order = is_prompt.sort(dim=1, stable=True).indices  # the library wants padding on the left
-        output = super().generate(
-            input_ids.gather(1, order), generation_config, attention_mask=is_prompt.gather(1, order).long(), **kwargs
-        )
+        prompts, mask = input_ids.gather(1, order), is_prompt.gather(1, order)
+        first = prompts.gather(1, mask.long().argmax(dim=1, keepdim=True))
+        prompts = torch.where(mask, prompts, first)  # what is padding now is shown as the first token, see `_process`
+        output = super().generate(prompts, generation_config, attention_mask=mask.long(), **kwargs)
         sequences = getattr(output, "sequences", output)
         rows = input_ids.repeat_interleave(len(sequences) // len(input_ids), dim=0)
         sequences[:, : input_ids.shape[1]] = rows.to(sequences.device)
@@ -495,7 +497,7 @@ class TttGenerationMixin(GenerationMixin):
             )
         _refuse_ids(input_ids)
         for name in TEXT_TOKEN_OPTIONS:
-            audio = [token for token in _flat_ids(getattr(options, name, None)) if self.config.is_audio(token)]
+            audio = [token for token in _chosen_ids(getattr(options, name, None)) if self.config.is_audio(token)]
             if audio:
                 raise ValueError(
                     f"`{name}` has {audio[0]}, which is audio, but acts on text alone: leave it out. Audio is drawn by "
@@ -512,10 +514,7 @@ class TttGenerationMixin(GenerationMixin):
             raise ValueError("`generator` is not used by TtT generation, which draws by `seed`; give that instead.")
         if kwargs.get("synced_gpus"):
             raise ValueError("`synced_gpus=True` is not supported: gather the model on each device to generate.")
-        if kwargs.get("generation_mode") not in (None, "audio"):
-            raise ValueError(
-                f"`generation_mode` is {kwargs['generation_mode']!r}, but an answer is text with speech: leave it out."
-            )
+        _refuse_mode(kwargs.get("generation_mode"))
         _refuse_shapes(input_ids, {name: kwargs.get(name) for name in ("attention_mask", "labels")})
         for name in ("logits_processor", "stopping_criteria"):
             value = kwargs.get(name)
@@ -544,6 +543,12 @@ class TttGenerationMixin(GenerationMixin):
                 f"The backbone's attention is limited ({', '.join(kinds)}), which TtT generation does not support: use "
                 "one with full attention, or a window as long as its context."
             )
+
+
+def _refuse_mode(mode: Any) -> None:
+    """Raise a ValueError for a mode that is not "audio", which `pipeline("any-to-any")` asks for by that name."""
+    if mode not in (None, "audio"):
+        raise ValueError(f"`generation_mode` is {mode!r}, but an answer is text with speech: leave it out.")
 
 
 def _refuse_ids(input_ids: Any) -> None:
@@ -589,13 +594,10 @@ def _prompt_mask(
     return is_prompt
 
 
-def _flat_ids(option: Any) -> list[int]:
-    """Return the token ids of an option that has them in lists, or as keys of a mapping."""
-    if isinstance(option, dict):
-        return [token for key in option for token in key]
-    if isinstance(option, list | tuple):
-        return [token for item in option for token in _flat_ids(item)]
-    return [option] if isinstance(option, int) and not isinstance(option, bool) else []
+def _chosen_ids(option: Any) -> list[int]:
+    """Return the token ids that an option is about: of sequences the last ones, which may stand behind audio."""
+    sequences = (token if isinstance(token, list | tuple) else [token] for token in option or ())
+    return [sequence[-1] for sequence in sequences if sequence and isinstance(sequence[-1], int)]
 
 
 def _partial_attention(config: Any) -> list[str]:

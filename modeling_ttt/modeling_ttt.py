@@ -72,6 +72,7 @@ class TttPreTrainedModel(PreTrainedModel):
     config_class = TttConfig
     config: TttConfig
     base_model_prefix = "model"
+    input_modalities = ("text", "audio")
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = False

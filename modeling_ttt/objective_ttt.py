@@ -215,7 +215,8 @@ def lay_out(batch: Batch, layout: Layout, pad_token_id: int) -> Batch:
 
 def _find_blocks(batch: Batch, numbers: torch.Tensor, lengths: torch.Tensor, config: TttConfig) -> Blocks:
     ends = [config.end_of_audio_token_id, config.end_of_last_audio_token_id]
-    return find_blocks(batch.input_ids, numbers, batch.diffused, lengths[batch.samples.ids], ends)
+    closing = config.end_of_prompt_audio_token_id if config.is_block_causal else None
+    return find_blocks(batch.input_ids, numbers, batch.diffused, lengths[batch.samples.ids], ends, closing)
 
 
 def _number_as_attended(batch: Batch, lengths: torch.Tensor, config: TttConfig) -> torch.Tensor:
@@ -226,7 +227,8 @@ def _number_as_attended(batch: Batch, lengths: torch.Tensor, config: TttConfig) 
         lengths (`torch.LongTensor` of shape `(samples,)`): tokens of a block, for each sample.
 
     Returns:
-        `torch.LongTensor` of shape `(batch, length)`: -1 outside spans, and in what truncation has cut off.
+        `torch.LongTensor` of shape `(batch, length)`: -1 outside spans, in what truncation has cut off, and in a user's
+        audio where it is causal; else that is one block.
     """
     numbers = compute_span_ids(
         batch.input_ids,

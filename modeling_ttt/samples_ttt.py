@@ -161,6 +161,7 @@ def find_blocks(
     diffused: torch.Tensor,
     lengths: torch.Tensor,
     end_token_ids: Sequence[int],
+    end_of_prompt_audio_token_id: int | None = None,
 ) -> Blocks:
     """
     Find the blocks that hold something diffused. What else stands in such a block, as the codes of a span that the
@@ -172,6 +173,7 @@ def find_blocks(
         diffused (`torch.BoolTensor` of shape `(batch, length)`).
         lengths (`torch.LongTensor` of shape `(batch, length)`): tokens of a block, where each token stands.
         end_token_ids (`list[int]`): the tokens that end a span.
+        end_of_prompt_audio_token_id (`int`, *optional*): the text token behind a user's audio, which is one block.
 
     Returns:
         [`Blocks`].
@@ -182,9 +184,12 @@ def find_blocks(
     last[:, :-1] &= numbers[:, 1:] != numbers[:, :-1]
     place = _count_from(starts)  # in the block
     ends = last & torch.isin(input_ids, torch.tensor(end_token_ids, device=input_ids.device))
+    is_whole = ends | (inside & (place == lengths - 1))  # is full, or will be filled
+    if end_of_prompt_audio_token_id is not None:
+        is_whole[:, :-1] |= last[:, :-1] & (input_ids[:, 1:] == end_of_prompt_audio_token_id)
     number = (starts.flatten().long().cumsum(0) - 1).view_as(input_ids).clamp(min=0)  # in the batch
     closed, wanted = torch.zeros(2, max(int(starts.sum()), 1), dtype=torch.bool, device=input_ids.device)
-    closed[number[inside & (ends | (place == lengths - 1))]] = True  # is full, or will be filled
+    closed[number[is_whole]] = True
     wanted[number[inside & diffused]] = True
     kept = closed & wanted
 

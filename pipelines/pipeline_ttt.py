@@ -62,7 +62,8 @@ class TttAudioToAudioPipeline(Pipeline):
             )
         super().__init__(*args, **kwargs)
         self._check_batch_size(self._batch_size)
-        self._check_options({})
+        if self._generate_kwargs or self._forward_params:  # else the call may still override the checkpoint's
+            self._check_options(self._forward_params)
         if getattr(self.processor, "audio_tokenizer", None) is None:
             raise ValueError(
                 "The pipeline needs a processor with an audio tokenizer. Leave `processor` out to have the model's own "
@@ -131,12 +132,6 @@ class TttAudioToAudioPipeline(Pipeline):
         )
         self._check_batch_size(batch_size)
         batch_size = batch_size or self._batch_size or 1
-        options = self._get_set_generation_params(self._prepare_generate_kwargs(params[1]))
-        if (options.get("num_return_sequences") or 1) > 1:
-            raise ValueError(
-                f"`num_return_sequences` is {options['num_return_sequences']}, but a request gets one answer: "
-                "pass it several times, or call the model's `generate`."
-            )
         self._check_options(params[1])
         if stream and params[1].get("streamer") is not None:
             raise ValueError("`generate_kwargs` has a `streamer`, but `stream=True` brings its own; leave one out.")
@@ -180,6 +175,12 @@ class TttAudioToAudioPipeline(Pipeline):
     def _check_options(self, generate_kwargs: Mapping[str, Any]) -> None:
         """Refuse options that `generate` would refuse whatever the request, so that no request is blamed for them."""
         generate_kwargs = self._prepare_generate_kwargs(dict(generate_kwargs))
+        several = self._get_set_generation_params(generate_kwargs).get("num_return_sequences") or 1
+        if several > 1:
+            raise ValueError(
+                f"`num_return_sequences` is {several}, but a request gets one answer: pass it several times, or call "
+                "the model's `generate`."
+            )
         for name in ("inputs", "input_ids", "attention_mask", "labels"):
             if generate_kwargs.get(name) is not None:
                 raise ValueError(f"`generate_kwargs` has `{name}`, which the request becomes; leave it out.")
@@ -279,14 +280,14 @@ class TttAudioToAudioPipeline(Pipeline):
                 raise ValueError("`text` goes with audio; put it into the conversation's messages.")
             return list(request)
         if isinstance(request, Mapping):
-            misplaced = [key for key in request if key in ARGUMENTS and key not in ("text", "sampling_rate")]
+            given = {key: value for key, value in request.items() if value is not None}
+            misplaced = [key for key in given if key in ARGUMENTS and key not in ("text", "sampling_rate")]
             if misplaced:
                 raise ValueError(
                     f"`{misplaced[0]}` is an option of the call, for all its requests, and no part of one: pass it as "
                     f"pipe(..., {misplaced[0]}=...)."
                 )
-            audio = {key: value for key, value in request.items() if value is not None}
-            text, request = audio.pop("text", text), audio or None
+            text, request = given.pop("text", text), given or None
         elif isinstance(request, str) and self._takes_text_alone(task):
             if text is not None:
                 raise ValueError(f"The request is the text of {task!r} itself; leave `text` out.")

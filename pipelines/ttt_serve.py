@@ -285,7 +285,7 @@ def make_server(service: Service, arguments: argparse.Namespace, keys: Sequence[
     from .serving.app import create_app
 
     class Server(uvicorn.Server):
-        closing: frozenset[Any] = frozenset()  # connections that were, when last looked at
+        unsent: dict[Any, tuple[int, float]] = {}  # by closing connection, what it has to send, and since when
 
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)
@@ -301,7 +301,9 @@ def make_server(service: Service, arguments: argparse.Namespace, keys: Sequence[
             service.drain()
             clock, tasks = asyncio.get_running_loop().time, self.server_state.tasks
             ends = clock() + service.limits.drain_seconds
-            while tasks and clock() < ends and not self.force_exit:  # a second Ctrl-C
+            while (tasks or any(map(self.count_unsent, self.server_state.connections))) and clock() < ends:
+                if self.force_exit:  # a second Ctrl-C
+                    break
                 await asyncio.sleep(0.1)
             # What is not finished ends as cancelled, which its client is told in the form of the protocol.
             closing = asyncio.create_task(asyncio.to_thread(service.engine.close, drain=False, timeout=GOODBYE_SECONDS))
@@ -316,11 +318,20 @@ def make_server(service: Service, arguments: argparse.Namespace, keys: Sequence[
             return await super().on_tick(counter)
 
         def abort_unflushed(self) -> None:
-            """Free connections that were closing before: their clients do not take what was sent to them."""
-            closing = {connection for connection in self.server_state.connections if connection.transport.is_closing()}
-            for connection in closing & self.closing:
-                connection.transport.abort()
-            self.closing = frozenset(closing)
+            """Free closing connections whose clients have taken nothing for as long as they may."""
+            now, unsent = asyncio.get_running_loop().time(), {}
+            for connection in [each for each in self.server_state.connections if each.transport.is_closing()]:
+                size, since = self.count_unsent(connection), now
+                if connection in self.unsent and self.unsent[connection][0] == size:
+                    since = self.unsent[connection][1]
+                unsent[connection] = size, since
+                if now - since >= service.limits.send_seconds:
+                    connection.transport.abort()
+            self.unsent = unsent
+
+        @staticmethod
+        def count_unsent(connection: Any) -> int:
+            return connection.transport.get_write_buffer_size()
 
     limits = service.limits
     config = uvicorn.Config(

@@ -161,7 +161,7 @@ def check_messages(
     Args:
         messages (`Sequence`): mappings with `role` and `content`, a string or a list of parts.
         name (`str`): how errors call the conversation.
-        template (`str`, *optional*): the chat template; roles that it names may be used beside `ROLES`.
+        template (`str`, *optional*): the chat template; ours knows `ROLES` alone, another may know others.
         allow_placeholders (`bool`, *optional*, defaults to `True`): whether a text may hold `<|audio|>`.
 
     Raises:
@@ -175,10 +175,10 @@ def check_messages(
             raise ValueError(f"{where} must be a mapping with `role` and `content`, got {shorten(message)}.")
         if not isinstance(message["role"], str):
             raise ValueError(f"{where} has `role` {shorten(message['role'])}; it must be a string, such as 'user'.")
-        if message["role"] not in ROLES and not _is_quoted(message["role"], template or ""):
+        if message["role"] not in ROLES and template == CHAT_TEMPLATE:
             raise ValueError(
                 f"{where} has `role` {shorten(message['role'])}; use {', '.join(map(repr, ROLES))}, or a chat template "
-                "that names it."
+                "of your own that knows it."
             )
         content = message["content"]
         if not isinstance(content, (str, list, tuple)):
@@ -191,10 +191,6 @@ def check_messages(
         audio_positions = [index for index, part in enumerate(parts) if part["type"] == "audio"]
         if message["role"] == "assistant" and audio_positions not in ([], [len(parts) - 1]):
             raise ValueError(f"{where}: an assistant's turn holds its text and then at most one audio.")
-
-
-def _is_quoted(word: str, text: str) -> bool:
-    return any(f"{quote}{word}{quote}" in text for quote in "'\"")
 
 
 def _check_part(part: Any, where: str) -> None:

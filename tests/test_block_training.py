@@ -224,6 +224,17 @@ def test_a_span_that_the_prompt_begins_is_scored_behind_what_it_holds(seen, monk
         assert differs.tolist() == later
 
 
+@pytest.mark.parametrize("num_codes", [2, 3, 7])
+def test_a_users_audio_that_is_scored_is_one_block(num_codes, monkeypatch):
+    model = make_model(**{**CAUSAL, "block_lengths": (3,)}, full_block_probability=1.0).train()
+    drawn = draws_of(monkeypatch)
+    codes = list(range(120, 120 + num_codes))
+    model(**collate([([1], [100, *codes, 101, 104])]), generator=seeded())
+    noise = drawn.pop()
+    assert noise.batch.labels[0][noise.masked[0]].tolist() == codes
+    assert noise.batch.span_ids[0][noise.masked[0]].unique().numel() == 1
+
+
 def test_what_starts_the_next_packed_sequence_closes_no_span():
     model = make_model(**{**CAUSAL, "block_lengths": (2,)})
     ids, positions = torch.tensor([[1, 102, 120, 121, 122, 101, 2]]), torch.tensor([[0, 1, 2, 3, 4, 0, 1]])

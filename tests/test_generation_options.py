@@ -409,12 +409,35 @@ def test_modes_without_meaning_are_refused_by_name(tiny_model, name, value):
         tiny_model().generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3, **{name: value})
 
 
-@pytest.mark.parametrize("name", ["audio_step_per_block", "max_audio_codes_per_spans"])
-def test_a_misspelled_option_of_audio_is_refused_wherever_it_stands(tiny_model, name):
+@pytest.mark.parametrize("name", ["bad_words_ids", "sequence_bias"])
+def test_a_text_token_is_kept_from_standing_behind_audio(tiny_model, name):
+    model, options = tiny_model(), {"max_new_tokens": 12, "max_audio_codes_per_span": 2, "eos_token_id": [109]}
+    before = answer_of(model, [1, 2, 100], **options)
+    end = next(place for place, token in enumerate(before) if token in (176, 177))
+    value = [[before[end], before[end + 1]]] if name == "bad_words_ids" else {tuple(before[end : end + 2]): -100.0}
+    after = answer_of(model, [1, 2, 100], **options, **{name: value})
+    assert after[: end + 1] == before[: end + 1] and after[end + 1] != before[end + 1]
+
+
+def test_processors_of_the_twin_do_not_see_labels(tiny_model):
+    model = tiny_model(audio_objective="autoregressive")
+    ids, labels = torch.tensor([[1, 2, 3, 67, 6, 104]]), torch.tensor([[-100] * 3 + [67, 6, 104]])
+    options = {"max_new_tokens": 5, "no_repeat_ngram_size": 1, "eos_token_id": [109]}
+    alone = model.generate(ids[:, :3], **options)[0, 3:]
+    assert torch.equal(model.generate(ids, labels=labels, **options)[0, 6:], alone)
+    assert model.generate(ids, generation_mode="audio", max_new_tokens=2).shape == (1, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("audio_step_per_block", "audio_steps_per_block"),
+        ("max_audio_codes_per_spans", "max_audio_codes_per_span"),
+    ],
+)
+def test_a_misspelled_option_of_audio_is_refused_wherever_it_stands(tiny_model, name, meant):
     model, prompt = tiny_model(), torch.tensor([[1, 2, 3]])
-    with pytest.raises(
-        ValueError, match=f"no option `{name}`; did you mean `{name.rstrip('s').replace('_step_', '_steps_')}"
-    ):
+    with pytest.raises(ValueError, match=f"no option `{name}`; did you mean `{meant}`"):
         TttGenerationConfig(**{name: 3})
     setattr(model.generation_config, name, 3)
     with pytest.raises(ValueError, match=f"no option `{name}`"):

@@ -369,12 +369,27 @@ def test_a_wrong_option_is_not_blamed_on_a_request(pipe, options, message):
         ({"batch_size": 0}, "^`batch_size` is 0; use 1 or more"),
         ({"batch_size": "2"}, "^`batch_size` is '2'; it must be an integer"),
         ({"num_beams": 2}, "^`num_beams=2` asks for beam search"),
+        ({"generate_kwargs": {"num_beams": 2}}, "^`num_beams=2` asks for beam search"),
+        (
+            {"generate_kwargs": {"num_return_sequences": 2, "do_sample": True}},
+            "^`num_return_sequences` is 2, but a request",
+        ),
         ({"stream": True}, "^`stream` belongs to a request"),
     ],
 )
 def test_a_wrong_option_is_refused_where_the_pipeline_is_made(pipe, options, message):
     with pytest.raises((TypeError, ValueError), match=message):
         TttAudioToAudioPipeline(pipe.model, processor=pipe.processor, **options)
+
+
+def test_a_call_may_override_what_the_checkpoint_asks_for(pipe):
+    model = copy.deepcopy(pipe.model)
+    model.generation_config.num_beams = 2
+    other = TttAudioToAudioPipeline(model, processor=pipe.processor)
+    with pytest.raises(ValueError, match="^`num_beams=2` asks for beam search"):
+        other(tone(0.1))
+    assert_answer(pipe, other(tone(0.1), generate_kwargs={"num_beams": 1}))
+    assert_answer(pipe, other({"audio": tone(0.1), "task": None}, generate_kwargs={"num_beams": 1}))
 
 
 def test_a_model_that_writes_no_answers_is_refused(pipe):

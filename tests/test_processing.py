@@ -211,6 +211,12 @@ def test_an_assistants_turn_is_interleaved_as_the_model_writes_it(text_only):
     assert response[13] == text_only.token_ids.begin_of_audio_token_id
 
 
+def test_a_template_of_ones_own_may_know_other_roles(text_only):
+    template = "{% for m in messages %}<|im_start|>{{ m['role'] }} {{ m['content'] }}{% endfor %}"
+    rendered = text_only.apply_chat_template([{"role": "tool", "content": "4"}], chat_template=template)
+    assert rendered == "<|im_start|>tool 4"
+
+
 def test_conversations_get_a_tasks_system_turn_only_where_they_have_none(text_only):
     user = [{"role": "user", "content": "hello"}]
     system = [{"role": "system", "content": "Own."}, *user]

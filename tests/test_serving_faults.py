@@ -7,14 +7,18 @@ import http.client
 import json
 import random
 import socket
+import time
 
 import psutil
 import pytest
 from builders import build_model, build_processor, tone
 from serving import RealtimeClient, is_at_rest, question_pcm, serve, silence_pcm, wait_until
+from starlette.responses import Response
+from starlette.routing import Route
 from test_serving_http import CHAT, SPEECH, form, heard, wav
 from test_serving_realtime import LONG
 
+from pipelines import ttt_serve
 from pipelines.serving.limits import Limits
 
 LIMITS = Limits(audio_seconds=5.0, text_length=300, messages=10, messages_per_second=1e6, audio_rate=1e6)
@@ -239,6 +243,28 @@ def test_an_http_client_may_leave_at_any_moment(server, stage, path, body):
     connection.sock.shutdown(socket.SHUT_RDWR)
     connection.close()
     wait_until(lambda: is_at_rest(server), "rest")
+
+
+def test_a_slow_reader_gets_all_of_its_answer_though_the_server_stops(monkeypatch):
+    monkeypatch.setattr(ttt_serve, "FLUSH_TICKS", 1)
+    size, processor = 12_000_000, build_processor()
+
+    async def large(request) -> Response:
+        return Response(bytes(size))
+
+    with serve(build_model(processor), processor) as server:
+        server.server.config.app.router.routes.insert(0, Route("/large", large))
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+        connection.connect(("127.0.0.1", server.port))
+        connection.sendall(b"GET /large HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+        taken = 0
+        while piece := connection.recv(65_536):
+            taken += len(piece)
+            server.server.should_exit |= taken > 1_000_000
+            time.sleep(0.01)
+        assert taken > size  # with its head
+        connection.close()
 
 
 def test_a_reader_of_http_that_stops_is_left_and_its_answer_ends():

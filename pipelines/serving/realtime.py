@@ -249,8 +249,8 @@ class RealtimeSession:
         idle_before = self._idle_ms
         self.settings.update(changes)
         self.buffer.configure(self.settings.vad)
-        if self._idle_ms != idle_before:
-            self._stop_idling()
+        if self._idle is not None and self._idle_ms != idle_before:
+            self._rest_since(self._idle.when() - (idle_before or 0) / 1000)
         self.outbox.put({"type": "session.updated", "session": self.settings.wire(self.id, self.expires_at)})
 
     # ---- what the user says ------------------------------------------------------------------------------------------
@@ -519,8 +519,14 @@ class RealtimeSession:
         """Speak first where the user is silent for as long as the session says, counted from the answer's end."""
         if self._idle_ms is None or response.cancelled is not None:
             return
-        seconds = (self._idle_ms + response.sent_ms) / 1000
-        self._idle = asyncio.get_running_loop().call_later(seconds, lambda: self._spawn(self._idled()))
+        self._rest_since(asyncio.get_running_loop().time() + response.sent_ms / 1000)
+
+    def _rest_since(self, moment: float) -> None:
+        """Wait anew for a user who is silent since a moment of the loop's clock, where the settings ask for it."""
+        self._stop_idling()
+        if self._idle_ms is not None:
+            ends = moment + self._idle_ms / 1000
+            self._idle = asyncio.get_running_loop().call_at(ends, lambda: self._spawn(self._idled()))
 
     def _stop_idling(self) -> None:
         if self._idle is not None:
@@ -528,6 +534,7 @@ class RealtimeSession:
             self._idle = None
 
     async def _idled(self) -> None:
+        self._idle = None
         if self.buffer.hears_speech:  # it began while the answer was still being written
             return
         end = self.buffer.end

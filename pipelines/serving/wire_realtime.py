@@ -145,7 +145,7 @@ class ItemIn(Wire):
     content: Annotated[list[Content], Field(min_length=1, max_length=64)]
     id: Id | None = None
     object: Literal["realtime.item"] | None = None
-    status: Literal["completed", "incomplete"] | None = None
+    status: Literal["completed", "incomplete", "in_progress"] | None = None  # the last is completed with this event
 
     def item(self, param: str) -> Item:
         """
@@ -155,7 +155,8 @@ class ItemIn(Wire):
             ApiError: if a part is none of its role's, is empty, or has fields of another kind of part.
         """
         parts = [self._part(content, f"{param}.content[{index}]") for index, content in enumerate(self.content)]
-        return Item(self.role, parts, self.status or "completed", self.id or new_id("item"))
+        status = "incomplete" if self.status == "incomplete" else "completed"
+        return Item(self.role, parts, status, self.id or new_id("item"))
 
     def _part(self, content: Content, param: str) -> Part:
         answers = self.role == "assistant"
@@ -166,7 +167,7 @@ class ItemIn(Wire):
         if kind not in allowed.get(self.role, ("output_text", "output_audio")):
             message = f"A message of role '{self.role}' has no part of type '{content.type}'."
             raise ApiError(message, code="invalid_value", param=f"{param}.type")
-        taken = {"input_audio": ("audio", "transcript"), "output_audio": ("transcript",)}.get(kind, ("text",))
+        taken = {"input_audio": ("audio", "transcript"), "output_audio": ("transcript", "audio")}.get(kind, ("text",))
         for name in ("text", "audio", "transcript"):
             where, is_given = f"{param}.{name}", getattr(content, name) is not None
             if name == taken[0] and not is_given:
