@@ -35,7 +35,7 @@ class RunningServer:
     def __init__(self, service: Service, arguments: argparse.Namespace, keys: list[str]):
         self.service = service
         self.server = make_server(service, arguments, keys)
-        self.server.config.ws_ping_interval = 5.0
+        self.server.config.ws_ping_interval = 1.0
         self.thread = threading.Thread(target=self.server.run, daemon=True)
 
     def start(self) -> "RunningServer":
