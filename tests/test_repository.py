@@ -31,7 +31,7 @@ PAGES = [
     *(path for name in FOLDERS for path in sorted((ROOT / name).rglob("*.md"))),
 ]
 TALK = "pip install -c constraints.txt -e . && ttt-talk tests/fixtures/question.wav reply.wav"
-TEST = 'pip install -c constraints.txt -e ".[test]" && pytest'
+TEST = 'pip install -c constraints.txt -e ".[test]" && pytest -n 2 --dist loadfile'
 OWN_ENVIRONMENT = ("lmms",)  # extras that hold packages below the versions pinned here
 PACKAGES = ["modeling_ttt", "processing", "pipelines"]  # each may import those before it
 # Everything else may travel with a model's weights, but for SERVING.
