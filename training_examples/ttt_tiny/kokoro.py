@@ -6,7 +6,6 @@ The ONNX export runs on one thread at 3 to 4 seconds of speech a second. Only th
 
 import json
 import os
-from collections.abc import Sequence
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -135,9 +134,3 @@ class Kokoro:
 def kokoro(folder: str | None = None) -> Kokoro:
     """Return the model in `folder`, else in the folder that `KOKORO_DIR` names, loaded once."""
     return Kokoro(folder or os.environ.get("KOKORO_DIR", DEFAULT_DIR))
-
-
-def unknown_words(texts: Sequence[str]) -> list[str]:
-    """Return the words of `texts` that Kokoro cannot pronounce, sorted."""
-    words = {word for text in texts for word in text.split()}
-    return sorted(word for word in words if kokoro().pronounce(word) is None)
