@@ -327,6 +327,46 @@ def test_a_head_is_trained_for_an_audio_tokenizer_that_was_published_without_one
     assert all(torch.equal(value, kept[name]) for name, value in published.state_dict().items())
 
 
+def test_a_phoneme_head_takes_part_in_the_decoders_training_and_stays_as_it_was(tmp_path, monkeypatch):
+    speech = tmp_path / "speech"
+    speech.mkdir()
+    for kind in ("assistant", "questions"):
+        write_shard(speech, kind, ["one two", "three", "say four"])
+    small = TttCodecConfig(hidden_size=16, vocoder_hidden_size=16, num_code_blocks=1, num_mel_blocks=1)
+    codec = TttCodecModel(small)
+    codec.save_pretrained(tmp_path / "published")
+    aligner = tmp_path / "codec" / "head"
+
+    def train(stage, *options):
+        shared = (
+            f"--model {tmp_path / 'published'} --speech_dir {speech} --output_dir {tmp_path / 'codec'} --max_steps 2"
+        )
+        monkeypatch.setattr(sys, "argv", ["train_codec.py", "--stage", stage, *shared.split(), *options])
+        train_codec.main()
+
+    train("head", "--batch_size", "4")
+    words, count = phonemes.pronunciations()
+    answers = train_codec.Speech(speech, "assistant", small.sampling_rate, 0, words)
+    batch = next(answers.batches(2))
+    losses = {}
+    for weight in (0.0, 3.0):
+        listener = train_codec.Listener(aligner, codec, count, words, weight)
+        random.seed(0)
+        losses[weight] = train_codec.decoder_step(codec, batch, None, listener)
+    assert losses[3.0]["clarity"] == losses[0.0]["clarity"] > 0
+    torch.testing.assert_close(losses[3.0]["loss"] - losses[0.0]["loss"], 3 * losses[0.0]["clarity"])
+    losses[3.0]["clarity"].backward()
+    assert codec.decoder.proj_out.weight.grad.abs().sum() > 0  # it is the decoder that shall speak more clearly
+    assert all(p.grad is None for p in listener.head.parameters())
+
+    before = torch.load(aligner / "training_state.pt", weights_only=True)["head"]
+    train("decoder", "--aligner", str(aligner), "--batch_size", "2")
+    after = torch.load(aligner / "training_state.pt", weights_only=True)["head"]
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    with pytest.raises(ValueError, match="--aligner takes part in the stage decoder alone"):
+        train("vocoder", "--aligner", str(aligner))
+
+
 def test_dataset_of_examples_has_what_the_trainer_groups_by():
     dataset = build_examples.write_examples(build_processor(audio_tokenizer=None), conversations(1))
     assert isinstance(dataset, Dataset)

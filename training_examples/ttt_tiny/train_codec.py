@@ -33,7 +33,13 @@ from training_examples.files import whole_file
 from training_examples.threads import threads_field, use_threads
 from training_examples.ttt_tiny.discriminator import Discriminator
 from training_examples.ttt_tiny.domain import is_held_out
-from training_examples.ttt_tiny.phonemes import PhonemeHead, build_head, phoneme_error_rates, pronunciations
+from training_examples.ttt_tiny.phonemes import (
+    PhonemeHead,
+    build_head,
+    load_head,
+    phoneme_error_rates,
+    pronunciations,
+)
 from training_examples.ttt_tiny.speech import read_audio, read_list, read_shard, to_int16
 from training_examples.ttt_tiny.waveforms import augment, pad
 from training_examples.user_errors import run_command
@@ -78,6 +84,14 @@ class CodecArguments:
     adversarial_steps: int = field(
         default=0, metadata={"help": "Last steps of the stage decoder in which a discriminator takes part."}
     )
+    aligner: Path | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the stage tokenizer or head of the same encoder: in the stage decoder, its phoneme head "
+            "shall hear in the decoded log-mels what is said."
+        },
+    )
+    clarity_weight: float = field(default=0.5, metadata={"help": "Weight of that loss, where there is an --aligner."})
     threads: int = threads_field()
     seed: int = field(default=0, metadata={"help": "Seed of weights, batches and augmentation."})
 
@@ -238,7 +252,24 @@ class Critic:
         self.optimizer.zero_grad()
 
 
-def decoder_step(model: TttCodecModel, answers, critic: Critic | None = None) -> dict[str, torch.Tensor]:
+class Listener:
+    """A trained phoneme head that takes part in the stage decoder: what it does not hear was not said clearly."""
+
+    def __init__(self, folder: Path, model: TttCodecModel, num_phonemes: int, words, weight: float):
+        self.head = load_head(folder, model, num_phonemes).requires_grad_(False)
+        self.words, self.weight = words, weight
+
+    def loss(self, model: TttCodecModel, mel: torch.Tensor, mask: torch.Tensor, sentences) -> torch.Tensor:
+        """Return the CTC loss of what is said, heard in decoded log-mels (batch, frames, bins)."""
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            heard = self.head.proj_features(model.encoder.extract_features(mel, mask))
+        log_probs = heard.float().log_softmax(-1).transpose(0, 1)
+        return phoneme_losses([log_probs], mask, self.head.positions, sentences, self.words)[0]
+
+
+def decoder_step(
+    model: TttCodecModel, answers, critic: Critic | None = None, listener: Listener | None = None
+) -> dict[str, torch.Tensor]:
     hop, frames, piece = model.config.hop_length, model.config.frames_per_code, round(model.config.frame_rate)
     clean, lengths = pad([wave for _, wave in answers], hop)
     encoded = model.encode(clean, torch.arange(clean.shape[1]) < lengths[:, None])
@@ -268,6 +299,9 @@ def decoder_step(model: TttCodecModel, answers, critic: Critic | None = None) ->
     if critic is not None:
         found = critic.losses(segments, waveform)
         loss = loss + 0.1 * found["adversarial"] + 0.5 * found["matching"]
+    if listener is not None:
+        found["clarity"] = listener.loss(model, mel, mask, answers)
+        loss = loss + listener.weight * found["clarity"]
     return {"loss": loss, "mel": l1, "spectral": spectral, "content": content, **found}
 
 
@@ -315,6 +349,8 @@ def load_for_stage(args: CodecArguments, folder: Path) -> TttCodecModel:
 
 def main() -> None:
     (args,) = ScriptParser(CodecArguments, __doc__).parse_args_into_dataclasses()
+    if args.aligner is not None and args.stage != "decoder":
+        raise ValueError(f"--aligner takes part in the stage decoder alone; leave it out of the stage {args.stage}")
     use_threads(args.threads)
     folder = args.output_dir / args.stage
     folder.mkdir(parents=True, exist_ok=True)
@@ -357,6 +393,9 @@ def main() -> None:
     progress, started = tqdm(total=args.max_steps, initial=step, desc=args.stage), time.time()
     running: dict[str, float] = {}
     critic: Critic | None = None
+    listener = None
+    if args.aligner is not None:
+        listener = Listener(args.aligner, model, num_phonemes, words, args.clarity_weight)
     while step < args.max_steps:
         scale = min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.max_steps)))
         for group in optimizer.param_groups:
@@ -372,7 +411,7 @@ def main() -> None:
         else:
             if critic is None and step >= args.max_steps - args.adversarial_steps:
                 critic = Critic(rows=8, samples=rate // 2)
-            losses = decoder_step(model, next(answer_batches), critic)
+            losses = decoder_step(model, next(answer_batches), critic, listener)
         losses["loss"].backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
