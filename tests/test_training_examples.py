@@ -365,6 +365,10 @@ def test_a_phoneme_head_takes_part_in_the_decoders_training_and_stays_as_it_was(
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     with pytest.raises(ValueError, match="--aligner takes part in the stage decoder alone"):
         train("vocoder", "--aligner", str(aligner))
+    with pytest.raises(ValueError, match="--adversarial_steps takes part in the stage decoder alone"):
+        train("vocoder", "--adversarial_steps", "1")
+    with pytest.raises(ValueError, match="--clarity_weight 2.0 has no effect without --aligner"):
+        train("decoder", "--clarity_weight", "2")
 
 
 def test_dataset_of_examples_has_what_the_trainer_groups_by():

@@ -91,7 +91,9 @@ class CodecArguments:
             "shall hear in the decoded log-mels what is said."
         },
     )
-    clarity_weight: float = field(default=0.5, metadata={"help": "Weight of that loss, where there is an --aligner."})
+    clarity_weight: float | None = field(
+        default=None, metadata={"help": "Weight of what --aligner hears (default: 0.5)."}
+    )
     threads: int = threads_field()
     seed: int = field(default=0, metadata={"help": "Seed of weights, batches and augmentation."})
 
@@ -349,8 +351,13 @@ def load_for_stage(args: CodecArguments, folder: Path) -> TttCodecModel:
 
 def main() -> None:
     (args,) = ScriptParser(CodecArguments, __doc__).parse_args_into_dataclasses()
-    if args.aligner is not None and args.stage != "decoder":
-        raise ValueError(f"--aligner takes part in the stage decoder alone; leave it out of the stage {args.stage}")
+    for name in ("aligner", "adversarial_steps"):
+        if getattr(args, name) and args.stage != "decoder":
+            raise ValueError(f"--{name} takes part in the stage decoder alone; leave it out of the stage {args.stage}")
+    if args.clarity_weight is not None and args.aligner is None:
+        raise ValueError(
+            f"--clarity_weight {args.clarity_weight} has no effect without --aligner; give both or neither"
+        )
     use_threads(args.threads)
     folder = args.output_dir / args.stage
     folder.mkdir(parents=True, exist_ok=True)
@@ -395,7 +402,8 @@ def main() -> None:
     critic: Critic | None = None
     listener = None
     if args.aligner is not None:
-        listener = Listener(args.aligner, model, num_phonemes, words, args.clarity_weight)
+        weight = 0.5 if args.clarity_weight is None else args.clarity_weight
+        listener = Listener(args.aligner, model, num_phonemes, words, weight)
     while step < args.max_steps:
         scale = min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.max_steps)))
         for group in optimizer.param_groups:
