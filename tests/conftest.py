@@ -1,8 +1,13 @@
 """What every test shares: one thread, no network, a fixed seed, and tiny random models of a 178-token vocabulary."""
 
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Code that comes with models and scorers is imported from copies: each process of the tests keeps its own, in one
+# folder, since Python looks for all of it where it found the first.
+COPIED_MODULES = tempfile.TemporaryDirectory(prefix="ttt_test_modules_", ignore_cleanup_errors=True)
+os.environ["HF_MODULES_CACHE"] = COPIED_MODULES.name
 
 import contextlib  # noqa: E402
 import gc  # noqa: E402

@@ -194,7 +194,6 @@ def test_the_readmes_tour_runs_as_written(tmp_path, monkeypatch):
     for name in ("model_cards", "tests"):
         (tmp_path / name).symlink_to(ROOT / name, target_is_directory=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len(snippets) >= 5
     namespace: dict = {}

@@ -33,19 +33,6 @@ from training_examples.evaluation.text_forms import (
     units_of,
 )
 
-
-@pytest.fixture(autouse=True, scope="module")
-def modules_cache(tmp_path_factory):
-    """Modules of `evaluate` are copied into a cache; this one is the tests' own."""
-    from evaluate import config, loading
-
-    folder = str(tmp_path_factory.mktemp("modules"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config, "HF_MODULES_CACHE", folder)
-        patch.setattr(loading.config, "HF_MODULES_CACHE", folder)
-        yield
-
-
 # ------------------------------------------------------------------------------------------------ forms of texts
 
 
