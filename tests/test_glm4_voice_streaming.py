@@ -156,11 +156,11 @@ def test_a_first_block_that_would_be_held_back_is_refused():
         golden_model().streaming_decoder(prompt_mel=torch.zeros(1, 80, 60))
 
 
-def test_it_is_the_streaming_decoder_that_a_processor_looks_for():
+def test_it_is_the_streaming_decoder_that_a_processor_looks_for(monkeypatch):
     model = golden_model()
     stream_of_model = WaveformStream(model)
     assert isinstance(stream_of_model.decoder, StreamingDecoder)
     assert type(stream_of_model.decoder) is type(model.streaming_decoder())
-    model.streaming_decoder = lambda: object()
+    monkeypatch.setattr(model, "streaming_decoder", lambda: object())
     with pytest.raises(TypeError, match="returned a object, which lacks `push`"):
         WaveformStream(model)
