@@ -28,6 +28,9 @@ RATE_KEYS = ("sampling_rate", "sample_rate", "samplerate", "sr")
 MIN_SAMPLING_RATE = 1000  # Hz; what is below was given in kHz
 LOUDEST = 10.0  # full scale is 1; a sample beyond this is PCM that was cast to float
 FILE_START = re.compile(rb"RIFF....WAVE|fLaC|OggS", re.DOTALL)
+# What libsndfile says of a header that names more bytes than there are, and from where on a size means "until the end".
+CUT_OFF = re.compile(r"(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)")
+UNKNOWN_SIZE = 0x7FFF0000
 # What libsndfile says of a file that is there, where it looked for MP3 and found none.
 NO_MPEG = "File does not exist"
 SECONDS_TO_FETCH, SECONDS_TO_DECODE = 30.0, 120.0
@@ -296,14 +299,24 @@ def _read_file(file: str | bytes, target_rate: int, name: str) -> np.ndarray:
 
 
 def _check_header(file: str | bytes, name: str) -> None:
-    """Refuse a rate that is none before samples are made of it: one second at 1 Hz would become 16,000 samples."""
+    """Refuse a rate that is none before samples are made of it: one second at 1 Hz would become 16,000 samples. Warn of
+    a file that is shorter than its header says."""
     import soundfile
 
     try:
-        rate = soundfile.info(file if isinstance(file, str) else io.BytesIO(file)).samplerate
+        info = soundfile.info(file if isinstance(file, str) else io.BytesIO(file))
     except (RuntimeError, TypeError):  # not a file soundfile reads; raw samples, which have no header
         return
-    _checked_rate(rate, name)
+    _checked_rate(info.samplerate, name)
+    if (sizes := CUT_OFF.search(info.extra_info)) is not None and int(sizes[1]) < UNKNOWN_SIZE:
+        named, there = map(int, sizes.groups())
+        if there < named:
+            seconds = info.frames / info.samplerate
+            warnings.warn(
+                f"{name} is cut off: of the {seconds * named / max(there, 1):.1f} seconds that its header names, "
+                f"{seconds:.1f} are there. What is there is taken.",
+                stacklevel=2,
+            )
 
 
 def _decode_with_ffmpeg(program: str, file: str | bytes, target_rate: int) -> np.ndarray:

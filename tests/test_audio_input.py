@@ -5,6 +5,7 @@ import collections
 import functools
 import http.server
 import io
+import re
 import shutil
 import subprocess
 import threading
@@ -13,6 +14,7 @@ from urllib.parse import quote
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from builders import build_processor, tone, write_wav
 from transformers.utils import is_torchcodec_available
@@ -271,6 +273,34 @@ def test_without_a_decoder_the_error_says_what_to_install(tmp_path, monkeypatch)
     ):
         with pytest.raises(ValueError, match=f"cannot be read as audio .*{reason}.*install ffmpeg or torchcodec"):
             load_waveform(audio, 16_000)
+
+
+@pytest.mark.parametrize(("container", "share"), [("WAV", 0.5), ("AIFF", 0.5), ("AU", 0.5), ("WAV", 1.0)])
+def test_a_file_that_is_cut_off_is_taken_with_a_warning(sound, container, share):
+    file = io.BytesIO()
+    soundfile.write(file, sound[0], 16_000, format=container, subtype="PCM_16")
+    part = file.getvalue()[: int(share * file.tell())]
+    whole, there = len(sound[0]) / 16_000, share * len(sound[0]) / 16_000
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        waveform = load_waveform(part, 16_000, name="question.wav")
+    assert len(waveform) / 16_000 == pytest.approx(there, abs=0.01)
+    said = [str(warning.message) for warning in caught]
+    assert len(said) == (share < 1)
+    for message in said:
+        named, taken = map(float, re.findall(r"[\d.]+(?= seconds| are there)", message))
+        assert message.startswith("question.wav") and abs(named - whole) < 0.06 and abs(taken - there) < 0.06
+
+
+@pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFFFFF])
+def test_a_stream_that_names_no_length_is_whole(sound, size):
+    file = io.BytesIO()
+    soundfile.write(file, sound[0], 16_000, format="WAV", subtype="PCM_16")
+    place = file.getvalue().index(b"data") + 4
+    content = file.getvalue()[:place] + size.to_bytes(4, "little") + file.getvalue()[place + 4 :]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(load_waveform(content, 16_000)) == len(sound[0])
 
 
 def test_channels_are_averaged():
