@@ -279,7 +279,8 @@ class TttGenerationMixin(GenerationMixin):
             labels (`torch.LongTensor` of the shape of `inputs`, *optional*): where a row has labels, as the rows of an
                 evaluation, its prompt is what stands before the first of them.
             kwargs: `attention_mask`, `num_return_sequences` (with sampling of text or audio), `tokenizer` (for
-                `stop_strings`), `prefix_allowed_tokens_fn`, and options of the generation config.
+                `stop_strings`), `prefix_allowed_tokens_fn`, and options of the generation config. What the processor
+                says of the prompts beside ids and mask (`mm_token_type_ids`) is taken and not needed.
 
         Returns:
             `torch.LongTensor` of shape `(batch, prompt + new)`, or [`TttGenerateOutput`]. The autoregressive twin
@@ -293,6 +294,7 @@ class TttGenerationMixin(GenerationMixin):
         self.generation_config = TttGenerationConfig.upgrade(self.generation_config)
         if generation_config is not None:
             generation_config = TttGenerationConfig.upgrade(generation_config)
+        kwargs.pop("mm_token_type_ids", None)  # the ids say themselves which of them are codes
         if self.config.audio_objective == "autoregressive" or kwargs.get("custom_generate") is not None:
             if past_key_values is not None:
                 kwargs["past_key_values"] = past_key_values

@@ -103,7 +103,8 @@ class TttAudioToAudioPipeline(Pipeline):
                 read by the processor, so that torchcodec is not needed.
             text (`str`, *optional*): text that goes with every audio of `inputs`; without `inputs`, the request itself.
             task (`str`, *optional*, defaults to `"spoken_chat"`, for text alone to `"text_chat"`):
-                One of the processor's `tasks`. Conversations without a system turn are given the task's.
+                One of the processor's `tasks`. A conversation has no default: without a system turn of its own it is
+                given that of the task that is named here, or none.
             stream (`bool`, *optional*, defaults to `False`):
                 For one request, return an iterator over `{"text"}` and `{"audio", "sampling_rate"}` pieces, filled
                 while the answer is generated.

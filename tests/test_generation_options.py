@@ -267,6 +267,15 @@ class Prompts(Dataset):
 
 
 @pytest.mark.parametrize("objective", ["diffusion", "autoregressive"])
+def test_what_a_processor_says_of_prompts_is_taken(tiny_model, objective):
+    model, ids = tiny_model(audio_objective=objective), torch.tensor([[1, 2, 100, 111, 112, 101]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    expected = model.generate(**inputs, max_new_tokens=5)
+    kinds = torch.tensor([[0, 0, 0, 3, 3, 0]])
+    assert torch.equal(model.generate(**inputs, mm_token_type_ids=kinds, max_new_tokens=5), expected)
+
+
+@pytest.mark.parametrize("objective", ["diffusion", "autoregressive"])
 def test_the_sequence_to_sequence_trainer_predicts_with_generate(tiny_model, objective, tmp_path):
     arguments = Seq2SeqTrainingArguments(
         tmp_path,

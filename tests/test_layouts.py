@@ -244,6 +244,24 @@ def test_commands_of_kaldi_are_refused_and_never_run(entry, message, tmp_path):
     assert "rec2" in str(error.value) and not (tmp_path / "was-run").exists()
 
 
+def test_the_split_of_a_folder_with_metadata_is_the_one_whose_name_says_it(tmp_path):
+    for split, count in (("train", 3), ("valid", 2)):
+        (tmp_path / split).mkdir()
+        for row in range(count):
+            write_wav(tmp_path / split / f"{row}.wav", wave(row))
+        lines = [f"{row}.wav,{split} {row}" for row in range(count)]
+        (tmp_path / split / "metadata.csv").write_text("\n".join(["file_name,text", *lines]), encoding="utf-8")
+    for wanted, found in (("train", "train"), ("valid", "valid"), ("validation", "valid"), ("dev", "valid")):
+        (source,) = open_source(str(tmp_path), wanted)
+        rows = [row for chunk in source.chunks(0, 9, {}) for row in chunk.records]
+        assert {row["text"].split()[0] for row in rows} == {found}
+    with pytest.raises(ValueError, match="`--split` test: .* has train, valid"):
+        open_source(str(tmp_path), "test")
+    for split, speaker in (("train", "anna"), ("valid", "ben")):
+        (tmp_path / split).rename(tmp_path / speaker)
+    assert len(open_source(str(tmp_path), "test")) == 2  # no name says anything of splits
+
+
 def test_kaldi_without_segments_and_with_gaps(tmp_path):
     make_kaldi(tmp_path)
     (tmp_path / "segments").unlink()

@@ -193,6 +193,13 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_adapter(workspace, tmp_pat
         torch.testing.assert_close(value, expected[name])
 
 
+def test_a_merged_model_has_a_folder_of_its_own(workspace, tmp_path):
+    for folder, option in ((tmp_path / "same", "--output_dir"), (workspace / "qwen2", "--model")):
+        with pytest.raises(ValueError, match=f"--merge_to {folder} is the folder of {option}"):
+            finetune(workspace, tmp_path / "same", f"--max_steps 1 --merge_to {folder}")
+    assert not (tmp_path / "same").exists()
+
+
 def test_an_adapter_is_turned_down_without_another_training(workspace, tmp_path):
     full = finetune(workspace, tmp_path / "adapter", "--save_steps 6 --lr_scheduler_type constant")
     weights = load_file(full / "adapter_model.safetensors")

@@ -376,6 +376,11 @@ def test_mixtures_with_weights_and_an_evaluation_set_elsewhere(workspace, tmp_pa
             "--label_smoothing_factor is 0.1, but the Trainer then computes a loss of its own",
         ),
         ({"text_objective": "diffusion", "audio_objective": "autoregressive"}, "--text_objective diffusion needs"),
+        (
+            {"resume_from_checkpoint": "runs/checkpoint-7"},
+            "--resume_from_checkpoint runs/checkpoint-7 is no checkpoint",
+        ),
+        ({"resume_from_checkpoint": "true"}, "--resume_from_checkpoint true is no checkpoint.* Leave the option out"),
         *(
             ({"span_attention": "block_causal", name: 0.5}, f"--{name} is 0.5, but has no effect where --span_att")
             for name in (

@@ -54,7 +54,8 @@ class LoraArguments(ModelArguments):
         default=1.0,
         metadata={
             "help": "Save the adapter turned down (or up) to this share of what was trained: less keeps more of what "
-            "the model could before. Started again with another strength, a finished run is not trained anew."
+            "the model could before. The rows of --new_words and --train_audio_tokens stay as trained. Started again "
+            "with another strength, a finished run is not trained anew."
         },
     )
     new_words: list[str] | None = field(
@@ -109,6 +110,15 @@ def check_base_name(args: LoraArguments, training: TrainingArguments) -> None:
             "--push_to_hub would publish an adapter that names its model by a folder of this machine, where nobody "
             "finds it: push the model, and name it with --base_model_name OWNER/NAME."
         )
+
+
+def check_merge_to(args: LoraArguments, training: TrainingArguments) -> None:
+    """Raise a ValueError where the merged model would lie beside the adapter, which would be applied to it once more,
+    or in the place of the model it was trained on."""
+    taken = {"--output_dir": Path(training.output_dir), "--model": args.model}
+    for option, folder in taken.items():
+        if args.merge_to is not None and args.merge_to.resolve() == folder.resolve():
+            raise ValueError(f"--merge_to {args.merge_to} is the folder of {option}; give the merged model its own.")
 
 
 def read_words(item: str) -> list[str]:
@@ -213,6 +223,7 @@ def save_merged(args: LoraArguments, adapter: str, folder: Path, card: str | Non
 def main() -> None:
     arguments, training = parse_arguments(LoraArguments, __doc__)
     check_base_name(arguments, training)
+    check_merge_to(arguments, training)
     train_dataset, eval_dataset = load_data(arguments, training)
     # What is trained on are codes; speech is for those who listen.
     speaks = arguments.sample_steps > 0

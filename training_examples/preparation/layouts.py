@@ -175,7 +175,7 @@ class Tars(Layout):
 
     def files(self, path: Path, split: str) -> list[Path]:
         if path.is_dir():
-            return _of_split(sorted(_base(path, split).glob("*.tar")), split, path)
+            return of_split(sorted(_base(path, split).glob("*.tar")), split, path)
         found = [path] if path.is_file() else [Path(file) for file in sorted(glob.glob(str(path)))]
         return found if path.suffix == ".tar" else []
 
@@ -343,20 +343,21 @@ def _json_files(path: Path, split: str, is_wanted: Any) -> list[Path]:
 
     if path.is_dir():
         files = [file for file in sorted(_base(path, split).iterdir()) if file.name.endswith(JSON_FILES) and fits(file)]
-        return _of_split(files, split, path)
+        return of_split(files, split, path)
     return [path] if path.name.endswith(JSON_FILES) and path.is_file() and fits(path) else []
 
 
-def _of_split(files: list[Path], split: str, path: Path) -> list[Path]:
-    """Return the files whose names say the split, or all where none says any."""
-    words = {word for names in SPLIT_WORDS.values() for word in names}
-    parts = {file: set(re.split(r"[^a-z]+", file.name.lower())) for file in files}
+def of_split(files: list[Path], split: str, path: Path, names: Mapping[Path, str] | None = None) -> list[Path]:
+    """Return the files whose `names` (default: their own) say the split, or all where none says any."""
+    names = names or {file: file.name for file in files}
+    words = {word for known in SPLIT_WORDS.values() for word in known}
+    parts = {file: set(re.split(r"[^a-z]+", names[file].lower())) for file in files}
     if not any(words & parts[file] for file in files):
         return files
     wanted = {split.lower(), *SPLIT_WORDS.get(split, ())}
     found = [file for file in files if wanted & parts[file]]
     if not found:
-        raise ValueError(f"`--split` {split}: {path} has {', '.join(file.name for file in files)}.")
+        raise ValueError(f"`--split` {split}: {path} has {', '.join(dict.fromkeys(names[file] for file in files))}.")
     return found
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Audio, ClassLabel, Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 
-from training_examples.preparation.layouts import data_files, find_layout
+from training_examples.preparation.layouts import data_files, find_layout, of_split
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -210,6 +210,8 @@ def _open_folder(path: Path, split: str, streaming: bool) -> list[Source]:
         return [Source(str(path), dataset.to_iterable_dataset() if streaming else dataset, path)]
     base = path / split if (path / split).is_dir() else path
     metadata = sorted(file for name in METADATA_FILES for file in base.rglob(name))
+    if metadata and base == path and not any(file.parent == path for file in metadata):
+        metadata = of_split(metadata, split, path, {file: file.relative_to(path).parts[0] for file in metadata})
     if metadata:
         return [_open_file(file, streaming, name_audio) for file in metadata]
     return [Source(str(path), load_dataset(str(path), split=split, streaming=streaming), path)]

@@ -14,6 +14,7 @@ from training_examples.command_line import ScriptParser
 from training_examples.evaluation.listening import LANGUAGE_HELP
 from training_examples.files import without_folders
 from training_examples.threads import threads_field, use_threads
+from training_examples.training.resuming import read_state
 
 # Options of the configuration that a run may set.
 CONFIG_OPTIONS = (
@@ -300,6 +301,12 @@ def check_together(arguments: ModelArguments, training: TrainingArguments) -> No
     Raises:
         ValueError: If they contradict each other.
     """
+    resumed = training.resume_from_checkpoint
+    if resumed is not None and not read_state(resumed):
+        raise ValueError(
+            f"--resume_from_checkpoint {resumed} is no checkpoint: it has no trainer_state.json that can be read. "
+            "Leave the option out to go on from the last one in --output_dir."
+        )
     if arguments.attn_implementation == "flex_attention" and training.device.type == "cpu":
         raise ValueError(
             "--attn_implementation flex_attention trains on GPUs only: on CPUs PyTorch has no backward pass for it. "

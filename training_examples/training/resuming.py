@@ -68,11 +68,7 @@ def checkpoints(output_dir: str | Path) -> list[tuple[Path, bool]]:
 
 
 def _is_whole(folder: Path) -> bool:
-    try:
-        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
+    return bool(read_state(folder))
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
@@ -81,9 +77,11 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
 
 
 def read_state(folder: str | Path) -> dict[str, Any]:
-    """Return the Trainer's state in a checkpoint or a run's folder, empty where there is none."""
-    file = Path(folder) / "trainer_state.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    """Return the Trainer's state in a checkpoint or a run's folder, empty where there is none that can be read."""
+    try:
+        return json.loads((Path(folder) / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def describe_resuming(
