@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -590,6 +591,35 @@ def test_an_answer_has_ended_when_its_turn_is_over_and_no_span_hit_its_limit(fol
     assert answer.text == "hi" and answer.codes == 40 and not answer.ended  # its span is cut at 40 codes
     (cut_off,) = TttBackend(str(folder / "model"), generation={"max_new_tokens": 5}).answer([sample], "text_chat")
     assert not cut_off.ended and cut_off.codes < 5
+    options = {"max_audio_codes_per_span": 10}  # the call's limit, not the checkpoint's
+    (shorter,) = TttBackend(str(folder / "model"), generation=options).answer([sample], "text_chat")
+    assert shorter.codes == 10 and not shorter.ended
+
+
+def test_the_limit_of_a_span_is_held_against_each_span(folder, monkeypatch):
+    backend = TttBackend(str(folder / "model"))  # whose limit is 40
+    ids, model = backend.processor.token_ids, backend.pipe.model
+    code = ids.audio_code_id_start + 3
+
+    def written(*sizes):
+        turn = []
+        for size in sizes:
+            turn += [ids.begin_of_audio_token_id, *[code] * size, ids.end_of_audio_token_id]
+        return [*turn, ids.end_of_turn_token_id]
+
+    def ended(*sizes):
+        def generate(input_ids, **_):
+            new = torch.tensor([written(*sizes)])
+            return types.SimpleNamespace(sequences=torch.cat([input_ids, new], dim=1))
+
+        monkeypatch.setattr(model, "generate", generate)
+        (answer,) = backend.answer([Sample("a", (Turn(text="x"),))], "text_chat")
+        assert answer.codes == sum(sizes)
+        return answer.ended
+
+    assert ended(26, 30) and not ended(26, 40) and ended()
+    monkeypatch.setattr(model.config, "audio_objective", "autoregressive")  # which is not limited
+    assert ended(41)
 
 
 def test_an_answer_that_ends_with_its_last_span_has_ended(folder):
@@ -626,6 +656,23 @@ def test_an_option_that_is_none_takes_off_what_the_checkpoint_sets(folder):
     said = backend.with_generation(audio_block_size=8, audio_steps_per_block=3).decoding()
     assert (said["audio_block_size"], said["audio_steps_per_block"], said["audio_confidence_threshold"]) == (8, 3, None)
     assert backend.decoding()["audio_confidence_threshold"] == 0.5
+
+
+def test_a_streamed_answer_is_timed_at_the_settings_of_a_whole_one(folder, tmp_path, monkeypatch):
+    backend = TttBackend(str(folder / "model"), generation={"audio_prefix_probability": None})
+    model, seen = backend.pipe.model, []
+    model.generation_config.audio_prefix_probability = 0.4
+    generate = model.generate
+
+    def noting(*args, **kwargs):
+        seen.append(model.generation_config.audio_prefix_probability)
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(model, "generate", noting)
+    sample = Sample("a", (Turn(str(folder / "eval" / "speech.wav")),))
+    assert len(task_set.time_first_sound(backend, [sample])) == 1
+    backend.answer([sample], "spoken_qa")
+    assert seen == [None, None] and model.generation_config.audio_prefix_probability == 0.4
 
 
 def test_samples_of_different_numbers_of_turns_are_not_one_batch(folder):

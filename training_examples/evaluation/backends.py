@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -145,12 +146,35 @@ class TttBackend:
         """The model's [`TttProcessor`]."""
         return self.pipe.processor
 
+    def _resolved(self) -> Any:
+        """Return the generation config that a call of `generate` with these options has."""
+        with self.options_unset():
+            return self.pipe.model._prepare_generation_config(None, **self.generation)[0]
+
     def decoding(self) -> dict[str, Any]:
         """Return how `generate` denoises with these options: block, steps, rules and order."""
-        with _unset(self.pipe.model.generation_config, self.generation):
-            config = self.pipe.model._prepare_generation_config(None, **self.generation)[0]
+        config = self._resolved()
         names = ("audio_block_size", "audio_steps_per_block", *SURE_RULES, "audio_order_bias")
         return {name: getattr(config, name) for name in names}
+
+    def _span_limit(self) -> float:
+        """Return at how many codes a span is closed. The autoregressive twin knows no such limit."""
+        if self.pipe.model.config.audio_objective == "autoregressive":
+            return math.inf
+        return self._resolved().max_audio_codes_per_span
+
+    @contextmanager
+    def options_unset(self) -> Iterator[None]:
+        """Within, a checkpoint's settings of the options that are None count as unset, so that None means none."""
+        config = self.pipe.model.generation_config
+        kept = {name: getattr(config, name, None) for name, value in self.generation.items() if value is None}
+        for name in kept:
+            setattr(config, name, None)
+        try:
+            yield
+        finally:
+            for name, value in kept.items():
+                setattr(config, name, value)
 
     def system_prompt(self, task: str) -> str:
         """Return what a task is asked with."""
@@ -202,36 +226,24 @@ class TttBackend:
         inputs = self.pipe.ensure_tensor_on_device(**self.pipe.preprocess(conversations))
         end = self.processor.token_ids.end_of_turn_token_id
         prompt_length = inputs["input_ids"].shape[1]
-        with _unset(self.pipe.model.generation_config, self.generation):
+        with self.options_unset():
             output = self.pipe.model.generate(**inputs, **self.generation, return_dict_in_generate=True)
             rows = output.sequences[:, prompt_length:].tolist()
             turns = [read_turn(row, self.pipe.model, end, self.generation) for row in rows]
         answers = self.processor.post_process(output.sequences, prompt_length)
-        limit = getattr(self.pipe.model.generation_config, "max_audio_codes_per_span", None) or math.inf
+        limit, is_code = self._span_limit(), self.processor.token_ids.is_code
         forwards = getattr(output, "forwards_per_row", None)
         steps = getattr(output, "denoising_steps_per_row", None)
         config = self.pipe.model.config
         speech = range(config.audio_token_id_start, config.audio_token_id_end)
         for index, ((turn, ended), answer) in enumerate(zip(turns, answers, strict=True)):
-            answer["ended"] = ended and len(answer["audio_codes"]) < limit
+            spans = [len(list(run)) for of_codes, run in groupby(turn, is_code) if of_codes]
+            answer["ended"] = ended and max(spans, default=0) < limit
             # Left to right, every token takes a forward.
             answer["forwards"] = len(turn) if forwards is None else int(forwards[index])
             codes = sum(token in speech for token in turn)
             answer["speech_steps"] = codes if steps is None else int(steps[index])
         return answers
-
-
-@contextmanager
-def _unset(config: Any, options: Mapping[str, Any]) -> Iterator[None]:
-    """Within, a checkpoint's settings of the options that are None count as unset, so that None means none."""
-    kept = {name: getattr(config, name, None) for name, value in options.items() if value is None}
-    for name in kept:
-        setattr(config, name, None)
-    try:
-        yield
-    finally:
-        for name, value in kept.items():
-            setattr(config, name, value)
 
 
 def _user(turn: Turn) -> dict[str, Any]:
