@@ -325,16 +325,17 @@ def time_first_sound(backend: TttBackend, samples: Sequence[Sample]) -> list[flo
     """Return the seconds from each question to the first piece of speech of its streamed answer."""
     found = []
     options = {name: value for name, value in backend.generation.items() if value is not None}
-    for sample in tqdm(samples, desc=f"{Path(backend.name).name}, streaming"):
-        audio = _loaded(sample, backend).turns[0].audio
-        begin = time.perf_counter()
-        pieces = backend.pipe(audio, task="spoken_qa", stream=True, generate_kwargs=options)
-        sounds = (time.perf_counter() for piece in pieces if len(piece.get("audio", ())))
-        moment = next(sounds, None)
-        if moment is not None:
-            found.append(moment - begin)
-        for _ in sounds:  # to the end, so that the next one has the machine to itself
-            pass
+    with backend.options_unset():  # as of whole answers, whose settings the report names
+        for sample in tqdm(samples, desc=f"{Path(backend.name).name}, streaming"):
+            audio = _loaded(sample, backend).turns[0].audio
+            begin = time.perf_counter()
+            pieces = backend.pipe(audio, task="spoken_qa", stream=True, generate_kwargs=options)
+            sounds = (time.perf_counter() for piece in pieces if len(piece.get("audio", ())))
+            moment = next(sounds, None)
+            if moment is not None:
+                found.append(moment - begin)
+            for _ in sounds:  # to the end, so that the next one has the machine to itself
+                pass
     return found
 
 
