@@ -25,6 +25,7 @@ from training_examples.evaluation.measuring import Measured, of_median, of_ratio
 from training_examples.evaluation.options import EvaluationArguments, read_pairs
 from training_examples.evaluation.reports import Report, Section, compare, verdict, write_report
 from training_examples.evaluation.rows import EvaluationError, Listener, Run, append_rows, read_rows
+from training_examples.evaluation.scoring import load_scorer
 from training_examples.ttt_tiny import evaluate_codec, task_report, task_set
 from training_examples.ttt_tiny.held_out import HeldOutLists
 from training_examples.ttt_tiny.speech import read_audio, read_list
@@ -365,6 +366,19 @@ def test_rows_of_other_data_are_not_compared_row_by_row_though_their_numbers_are
 def test_what_has_no_interval_is_neither_better_nor_worse():
     nothing, one = of_ratio("k", "k", [("a", 0.0, 0.0)]), of_ratio("k", "k", [("a", 1.0, 5.0)])
     assert verdict(nothing, one) == verdict(one, nothing) == ("", "no intervals")
+
+
+def test_a_mean_of_counts_is_no_share_though_every_row_counts_one():
+    ones, zeros = ([(f"r{row}", value, 1.0) for row in range(2)] for value in (1.0, 0.0))
+    forwards = of_ratio("forwards", "forwards an answer", ones)
+    assert (forwards.figure.low, forwards.figure.high) == (1, 1)
+    assert verdict(forwards, of_ratio("forwards", "forwards an answer", zeros))[0] == "-1.00 (-1.00 to -1.00)"
+    share = share_of("exact", "exact text", [("r0", True), ("r1", True)]).figure
+    assert (share.low, share.high) == (pytest.approx(0.025**0.5), 1)
+    mean = of_scorer("rouge_l", "ROUGE-L", "rouge_l", ["a", "b"], ["hi", "hi"], ["hi", "hi"]).figure
+    assert (mean.low, mean.high) == (1, 1)
+    computed = load_scorer("rouge_l").compute(predictions=["hi", "hi"], references=["hi", "hi"])
+    assert (computed["low"], computed["high"]) == (1, 1)
 
 
 def test_reports_that_cannot_be_compared_are_refused_by_name(tmp_path):

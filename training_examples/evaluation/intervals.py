@@ -37,7 +37,7 @@ def resampled_sums(counts: np.ndarray, resamples: int = RESAMPLES, seed: int = S
     return np.concatenate(parts)
 
 
-def bootstrap_interval(counts: np.ndarray, total: Total = ratio) -> tuple[float, float]:
+def bootstrap_interval(counts: np.ndarray, total: Total = ratio, is_share: bool = True) -> tuple[float, float]:
     """
     Return the 95 % percentile interval of `total` over rows drawn with replacement.
 
@@ -49,6 +49,8 @@ def bootstrap_interval(counts: np.ndarray, total: Total = ratio) -> tuple[float,
         counts (`np.ndarray` of shape `(rows, columns)`): what each row counts.
         total (`Callable`, *optional*, defaults to the ratio of two columns): the figure of sums of shape
             `(..., columns)`.
+        is_share (`bool`, *optional*, defaults to `True`): whether a ratio of rows of 0 or 1 is a share of the rows. A
+            mean of counts, such as forwards an answer, is none: each row may well count 1.
 
     Returns:
         `tuple[float, float]`: NaN, NaN where it cannot be told.
@@ -56,7 +58,7 @@ def bootstrap_interval(counts: np.ndarray, total: Total = ratio) -> tuple[float,
     counts = np.asarray(counts, dtype=np.float64)
     if not len(counts):
         return np.nan, np.nan
-    if total is ratio and _are_flags(counts):
+    if is_share and total is ratio and _are_flags(counts):
         if (counts[:, 0] == 1).all():
             return float(TAIL ** (1 / len(counts))), 1.0
         if (counts[:, 0] == 0).all():
@@ -72,7 +74,7 @@ def _are_flags(counts: np.ndarray) -> bool:
 
 
 def difference_interval(
-    first: np.ndarray, second: np.ndarray, paired: bool, total: Total = ratio
+    first: np.ndarray, second: np.ndarray, paired: bool, total: Total = ratio, is_share: bool = True
 ) -> tuple[float, float]:
     """
     Return the 95 % percentile interval of the second figure less the first.
@@ -85,13 +87,14 @@ def difference_interval(
         first, second (`np.ndarray` of shape `(rows, columns)`): what each row counts.
         paired (`bool`): whether row r of both is the same question, so that both are drawn together.
         total (`Callable`, *optional*, defaults to the ratio of two columns): the figure of sums.
+        is_share (`bool`, *optional*, defaults to `True`): as in `bootstrap_interval`.
 
     Raises:
         ValueError: If paired rows are not as many.
     """
     if paired and len(first) != len(second):
         raise ValueError(f"paired rows must be as many in both, got {len(first)} and {len(second)}")
-    if total is ratio and _are_flags(first) and _are_flags(second):
+    if is_share and total is ratio and _are_flags(first) and _are_flags(second):
         if paired and abs(change := _only_value(second[:, 0] - first[:, 0])) == 1:
             bound = 1 - 2 * TAIL ** (1 / len(first))
             return (-1.0, bound) if change < 0 else (-bound, 1.0)

@@ -102,7 +102,7 @@ def of_counts(
     total = total_of(scorer)
     counts = np.asarray(counts, float)
     value = float(total(counts.sum(0))) if len(counts) else math.nan
-    low, high = bootstrap_interval(counts, total)
+    low, high = bootstrap_interval(counts, total, is_share=unit == "%")
     return Measured(
         key, title, Figure(value, len(counts), unit, low, high), lower_is_better, tuple(ids), counts, scorer, note
     )

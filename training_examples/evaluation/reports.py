@@ -154,7 +154,8 @@ def verdict(first: Measured, second: Measured, same_data: bool = True) -> tuple[
     if paired:
         places = {name: place for place, name in enumerate(second.ids)}
         right = right[[places[name] for name in first.ids]]
-    low, high = difference_interval(left, right, paired, total_of(first.scorer))
+    is_share = first.figure.unit == "%"
+    low, high = difference_interval(left, right, paired, total_of(first.scorer), is_share)
     if math.isnan(low) or math.isnan(high):
         return "", "no intervals"
     scale, digits = (100, 1) if first.figure.unit == "%" else (1, 2)

@@ -279,7 +279,8 @@ class RowScorer(evaluate.Metric):
         sums = counts.sum(0)
         result = {self.figure: float(self.total(sums)), "rows": len(counts)}
         if interval:
-            result["low"], result["high"] = bootstrap_interval(counts, self.total_function)
+            is_share = self.unit == "%"
+            result["low"], result["high"] = bootstrap_interval(counts, self.total_function, is_share)
         return result | dict(zip(self.columns, sums.tolist(), strict=False))
 
     @property
