@@ -317,6 +317,10 @@ def test_rows_without_a_reference_are_named_and_in_no_figure(tmp_path, answering
         ({}, "`--task`, `--data`"),
         ({"task": ["aishell3"]}, "aishell3: there is no such task; use aishell1"),
         ({"task": ["aishell1", "aishell2"], "data": "x"}, "one `--task`"),
+        (
+            {"task": ["aishell1", "aishell2", "macs"]},
+            "`--task` aishell2, macs: their data is not on the Hub .*`--data`",
+        ),
         ({"task": ["aishell1"], "scorer": ["wer"]}, "`--scorer` goes with data of your own"),
         ({"data": "x", "limit": 0}, "--limit"),
     ],
@@ -324,6 +328,17 @@ def test_rows_without_a_reference_are_named_and_in_no_figure(tmp_path, answering
 def test_options_that_make_no_sense_are_refused_by_name(options, message):
     with pytest.raises(ValueError, match=message):
         benchmarks.Arguments(**options)
+
+
+def test_all_tasks_are_those_that_have_a_source_and_the_others_are_named(monkeypatch, answering, capsys):
+    measured = []
+    monkeypatch.setattr(benchmarks, "measure_task", lambda args, task, backend: measured.append(task))
+    monkeypatch.setattr(benchmarks, "write_report", lambda *_: "")
+    benchmarks.run(benchmarks.Arguments(task=["all"]))
+    assert len(measured) == 8 and all(task.source for task in measured)
+    assert "Not measured: aishell2, clotho, macs, uro_basic, uro_pro; " in capsys.readouterr().err
+    benchmarks.run(benchmarks.Arguments(task=["aishell1"]))
+    assert not capsys.readouterr().err
 
 
 def test_data_that_does_not_fit_is_refused_by_name(tmp_path):

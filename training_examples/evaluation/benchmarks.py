@@ -4,6 +4,7 @@ What a benchmark's data looks like and how it is scored is in tasks.py, who answ
 """
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
@@ -24,6 +25,9 @@ from training_examples.evaluation.text_forms import error_rate_options
 
 NO_RECOGNISER = "speech not scored: no `--recogniser` was given"
 NOT_JUDGED = "not judged: no `--judge` address was given"
+ON_THE_HUB = [name for name, task in TASKS.items() if task.source is not None]
+WITH_DATA = [name for name in TASKS if name not in ON_THE_HUB]
+ALONE = "their data is not on the Hub in a form that is read here; measure each alone, with `--data`"
 
 
 @dataclass
@@ -31,7 +35,11 @@ class Arguments(EvaluationArguments):
     """Options of the benchmarks and of data of the user's own."""
 
     task: list[str] = field(
-        default_factory=list, metadata={"help": "Benchmarks: " + ", ".join(TASKS) + "; `all` for all of them."}
+        default_factory=list,
+        metadata={
+            "help": f"Benchmarks: {', '.join(ON_THE_HUB)}, which `all` stands for; each alone and with `--data`: "
+            f"{', '.join(WITH_DATA)}."
+        },
     )
     data: str | None = field(
         default=None,
@@ -66,7 +74,7 @@ class Arguments(EvaluationArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        names = list(TASKS) if self.task == ["all"] else self.task
+        names = list(ON_THE_HUB) if self.task == ["all"] else self.task
         if unknown := [name for name in names if name not in TASKS]:
             raise ValueError(f"`--task` {unknown[0]}: there is no such task; use {', '.join(TASKS)}, or `--data`.")
         if self.data is not None and len(names) > 1:
@@ -81,6 +89,8 @@ class Arguments(EvaluationArguments):
 
     def _check_together(self) -> None:
         """Raise a ValueError for an option that nothing of what was chosen would read."""
+        if self.data is None and (homeless := [name for name in self.task if name in WITH_DATA]):
+            raise ValueError(f"`--task` {', '.join(homeless)}: {ALONE}.")
         if self.task:
             for name in ("scorer_options", "prompt", "language"):
                 if getattr(self, name) != _default_of(name):
@@ -93,6 +103,11 @@ class Arguments(EvaluationArguments):
         if self.judge is not None and not judged:
             some = [name for name, task in TASKS.items() if task.judgement is not None or task.by_kind]
             raise ValueError(f"`--judge` goes with a `--task` whose answers are judged: {', '.join(some)}.")
+
+    @property
+    def left_out(self) -> str:
+        """What is said of the benchmarks that `--task all` does not stand for; nothing of other tasks."""
+        return f"Not measured: {', '.join(WITH_DATA)}; {ALONE}." if self.task == ON_THE_HUB else ""
 
     def tasks(self) -> list[Task]:
         """Return what is measured: benchmarks, or data of the user's own."""
@@ -265,8 +280,11 @@ def own_speech(rows: Sequence[Row], heard: Mapping[str, str], name: str, languag
 
 def run(args: Arguments) -> str:
     """Measure every task, and write and return the report after each."""
-    backend, sections, text = args.backend(), [], ""
-    for task in args.tasks():
+    tasks, sections, text = args.tasks(), [], ""  # refused, they need not wait for a model
+    if args.left_out:
+        print(args.left_out, file=sys.stderr)
+    backend = args.backend()
+    for task in tasks:
         sections.append(measure_task(args, task, backend))
         text = write_report(args.output_dir, f"Evaluation of {backend.name}", sections)
     return text
