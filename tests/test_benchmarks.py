@@ -267,6 +267,23 @@ def test_texts_are_asked_aloud_and_folders_are_data_too(tmp_path, answering):
     assert "| exact answers, text | 50.0 % |" in benchmarks.run(aloud)
 
 
+def test_a_task_of_texts_is_asked_texts_though_the_data_has_recordings(tmp_path, answering, backend, monkeypatch):
+    (tmp_path / "data").mkdir()
+    shutil.copy(RECORDINGS[0], tmp_path / "data" / "a.flac")
+    (tmp_path / "data" / "metadata.csv").write_text("file_name,text\na.flac,hi\n")
+    (tmp_path / "texts.jsonl").write_text('{"text": "hi"}\n')
+    own = {**backend.processor.system_prompts, "shout": {"system_prompt": "Shout.", "needs_text": True}}
+    monkeypatch.setattr(backend.processor, "system_prompts", own)
+    for data, prompt in (("data", "tts"), ("data", "shout"), ("texts.jsonl", "shout")):
+        args = benchmarks.Arguments(data=str(tmp_path / data), prompt=prompt, output_dir=tmp_path / f"{prompt} {data}")
+        assert "| word error rate, text | 0.0 % |" in benchmarks.run(args)
+    args.prompt = "whisper"
+    with pytest.raises(ValueError, match="no task 'whisper'; choose one of .*shout"):
+        benchmarks.run(args)
+    address = OpenAIBackend("http://127.0.0.1:9/v1", "model")
+    assert benchmarks.asks_text_alone(address, "tts") and not benchmarks.asks_text_alone(address, "asr")
+
+
 def test_error_rates_are_those_of_the_language_and_of_the_name(tmp_path):
     def options(language, *scorers, **more):
         return [dict(use.options) for use in tasks.own_task("asr", scorers, more, language).scorings]

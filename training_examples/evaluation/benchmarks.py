@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from processing.tasks_ttt import TASKS as PROMPTS
 from training_examples.evaluation.backends import Backend, TttBackend
 from training_examples.evaluation.figures import Figure
 from training_examples.evaluation.judging import Judge
@@ -142,7 +143,7 @@ def _default_of(name: str) -> Any:
 
 def measure_task(args: Arguments, task: Task, backend: Backend) -> Section:
     """Answer, listen, judge and score one task."""
-    samples = read_samples(task, args.data, args.column_names(), args.limit)
+    samples = read_samples(task, args.data, args.column_names(), args.limit, asks_text_alone(backend, task.prompt))
     prompt = task.instruction or ""
     system = backend.system_prompt(task.prompt) if isinstance(backend, TttBackend) else "none"
     # Rows are named by what is asked, not by how many: a higher limit goes on with the same rows.
@@ -187,6 +188,13 @@ def measure_task(args: Arguments, task: Task, backend: Backend) -> Section:
         own |= {"device": args.device, "threads": str(torch.get_num_threads())}
     title, notes = describe(task, args, len(rows), bool(unusable))
     return Section(task.name, title, figures, [*notes, *remarks], {**own, **settings, "system prompt": system})
+
+
+def asks_text_alone(backend: Backend, prompt: str) -> bool:
+    """Return whether a task of the processor asks a text and never audio; an address has the tasks of any processor."""
+    if isinstance(backend, TttBackend):
+        return backend.processor.get_task(prompt).takes_text_alone
+    return prompt in PROMPTS and PROMPTS[prompt].takes_text_alone
 
 
 def judge_rows(

@@ -276,7 +276,11 @@ def own_task(
 
 
 def read_samples(
-    task: Task, data: str | None = None, columns: Mapping[str, str] | None = None, limit: int | None = None
+    task: Task,
+    data: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    limit: int | None = None,
+    text_alone: bool = False,
 ) -> list[Sample]:
     """
     Return the samples of a task.
@@ -286,6 +290,7 @@ def read_samples(
         data (`str`, *optional*): where its data lies; its source on the Hub by default.
         columns (`Mapping[str, str]`, *optional*): columns of fields that are called otherwise.
         limit (`int`, *optional*): the first so many.
+        text_alone (`bool`, *optional*, defaults to `False`): whether texts are asked, and recordings left aside.
 
     A row whose recording is not there is a sample with a `problem`.
 
@@ -310,7 +315,7 @@ def read_samples(
     for index, record in enumerate(records):
         if limit is not None and index == limit:
             break
-        samples.append(_sample(index, record, task))
+        samples.append(_sample(index, record, task, text_alone))
     if not samples:
         raise ValueError(f"`--data` {location} holds no row of {task.title}.")
     if all(sample.problem for sample in samples):
@@ -329,16 +334,16 @@ def read_samples(
 Record = dict[str, Any]
 
 
-def _sample(index: int, record: Record, task: Task) -> Sample:
+def _sample(index: int, record: Record, task: Task, text_alone: bool) -> Sample:
     """Return the sample of a record with the fields `audio`, `text`, `question`, `kind` and `id`, each optional; its
     `problem` says why there is no audio."""
     references = tuple(references_of(record.get("text")))
     name = str(record.get("id") if record.get("id") is not None else f"{index:06d}")
     audio, question = record.get("audio"), record.get("question")
-    if audio is None and task.prompt in ("tts", "text_chat"):
+    if text_alone:
         text = question or (references[0] if references else None)
         if text is None:
-            raise ValueError(f"row {name} has no text to be asked")
+            raise ValueError(f"row {name} has no text to be asked; name its column with `--columns text=COLUMN`")
         return Sample(name, (Turn(text=text),), references, str(record.get("kind") or ""))
     problem = str(record.get("problem") or "")
     if audio is None and not problem:
