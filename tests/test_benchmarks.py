@@ -301,6 +301,38 @@ def test_error_rates_are_those_of_the_language_and_of_the_name(tmp_path):
     assert scorer.compute(predictions=heard, references=said, **use.options)["error_rate"] == pytest.approx(expected)
 
 
+def test_each_scorer_gets_the_options_that_it_takes():
+    uses = tasks.own_task("asr", ["wer", "qa", "exact"], {"normalizer": "plain", "unit": "character"}, "en").scorings
+    assert [dict(use.options) for use in uses] == [
+        {"normalizer": "plain", "unit": "character"}, {}, {"normalizer": "plain"}
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scorer_options": ["normaliser=plain"]}, r"`--scorer_options` normaliser: the scorers \(wer\) take no such"),
+        ({"scorer": ["qa"], "scorer_options": ["unit=word"]}, r"`--scorer_options` unit: the scorers \(accuracy\)"),
+        ({"scorer_options": ["normalizer=chinse"]}, "`--scorer_options` of wer: `normalizer` is 'chinse'; use one of"),
+        ({"scorer": ["repeat_score"], "scorer_options": ["highest_rate=high"]}, "`--scorer_options` of repeat_score:"),
+        ({"scorer": ["were"]}, "There is no scorer 'were'"),
+        ({"recogniser": ["wisper:base"]}, "`--recogniser` wisper:base: there is no kind 'wisper'"),
+        ({"recogniser": ["basis"]}, "`--recogniser` basis: there is neither a folder basis nor such a model"),
+        ({"recogniser": ["pocketsphinx:none.txt"]}, "`--recogniser` pocketsphinx:none.txt: there is no file none.txt"),
+        ({"generation": ["audio_blok_size=8"]}, "`generation`: .*audio_blok_size"),
+    ],
+)
+def test_what_scores_listens_and_generates_is_refused_before_the_first_answer(
+    options, message, tmp_path, model_folder, monkeypatch
+):
+    monkeypatch.setattr(TttBackend, "answer", lambda *_: pytest.fail("an answer was asked for"))
+    columns = {"data": str(own_data(tmp_path)), "columns": ["audio=file", "text=said"]}
+    args = benchmarks.Arguments(model=str(model_folder), output_dir=tmp_path / "out", **columns, **options)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        benchmarks.run(args)
+    assert not (tmp_path / "out").exists()
+
+
 def test_rows_without_a_reference_are_named_and_in_no_figure(tmp_path, answering):
     texts = ["hi", None, "", *["hi"] * (len(RECORDINGS) - 1)]
     audio = [*RECORDINGS[:1], *RECORDINGS[:2], *RECORDINGS[1:]]

@@ -224,6 +224,14 @@ def test_a_backend_that_fails_at_everything_ends_the_run(tmp_path):
         run_in(tmp_path, backend, 9).answer(backend, 3)
 
 
+def test_samples_that_fail_one_and_all_are_no_figures_however_few(tmp_path):
+    backend = Echo(fails_on=["s0", "s1"], model="a")
+    with pytest.raises(EvaluationError, match="none of 2 samples was answered, the first: .* cannot be answered"):
+        run_in(tmp_path, backend, 2).answer(backend, 3)
+    backend.fails_on = {"s1"}
+    assert len(run_in(tmp_path, backend, 2).answer(backend, 3)) == 2
+
+
 def test_a_sample_of_other_content_is_asked_again_and_listened_to_again(tmp_path):
     backend, listener = Echo(model="a"), Listener("deaf", Deaf, {})
     run = run_in(tmp_path, backend, 2)
@@ -597,6 +605,13 @@ def test_rows_whose_recording_cannot_be_read_are_named_and_in_no_figure(folder, 
 def test_lists_that_are_all_missing_are_named(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="spoken_qa_unheard.*build_speech.py"):
         task_set.Evaluation(arguments(folder, tmp_path, lists=["spoken_qa_unheard"]))
+
+
+def test_options_of_the_sweep_are_refused_before_anything_is_answered(folder, tmp_path):
+    args = arguments(folder, tmp_path, prefixes=[1.5])
+    with pytest.raises(ValueError, match="`generation`: `audio_prefix_probability` is 1.5"):
+        task_set.Evaluation(args)
+    task_set.Evaluation(dataclasses.replace(args, sweep=False))
 
 
 def test_an_answer_has_ended_when_its_turn_is_over_and_no_span_hit_its_limit(folder):

@@ -616,7 +616,9 @@ def test_recordings_are_heard_as_they_are_and_through_the_audio_tokenizer(measur
 
 
 def test_a_recording_that_cannot_be_read_is_named(measured, tmp_path):
-    (tmp_path / "development_tts.jsonl").write_text(json.dumps({**ROW, "answer_audio": "gone.wav"}) + "\n")
+    write_wav(tmp_path / "there.wav", tone(0.2))
+    rows = [{**ROW, "id": name, "answer_audio": f"{name}.wav"} for name in ("there", "gone")]
+    (tmp_path / "development_tts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = measure_once.OnceArguments(
         tmp_path / "study", ["ttt"], 0, tmp_path, split="development", lists=["tts"], threads=1
     )

@@ -107,6 +107,9 @@ class TttBackend:
             off what the checkpoint sets.
         processor_of (`TttBackend`, *optional*): whose processor, and so whose audio tokenizer, is used instead.
         trust_remote_code (`bool`, *optional*, defaults to `False`): allow code in the checkpoint to run.
+
+    Raises:
+        ValueError: If `generate` would refuse the options, whatever is asked.
     """
 
     def __init__(
@@ -133,12 +136,21 @@ class TttBackend:
             "dtype": dtype,
             "generation": self.generation,
         }
+        self._check_generation()
+
+    def _check_generation(self) -> None:
+        with self.options_unset():
+            try:
+                self.pipe._check_options(self.generation)
+            except ValueError as error:
+                raise ValueError(f"`generation`: {error}") from error
 
     def with_generation(self, **generation: Any) -> "TttBackend":
         """Return the same model with other options of `generate`."""
         other = object.__new__(type(self))
         other.__dict__ = self.__dict__ | {"generation": {"do_sample": False, **generation}}
         other.settings = {**self.settings, "generation": other.generation}
+        other._check_generation()
         return other
 
     @property

@@ -144,6 +144,7 @@ def _default_of(name: str) -> Any:
 def measure_task(args: Arguments, task: Task, backend: Backend) -> Section:
     """Answer, listen, judge and score one task."""
     samples = read_samples(task, args.data, args.column_names(), args.limit, asks_text_alone(backend, task.prompt))
+    listeners = args.listeners(task.language)  # a wrong one is refused before anything is answered
     prompt = task.instruction or ""
     system = backend.system_prompt(task.prompt) if isinstance(backend, TttBackend) else "none"
     # Rows are named by what is asked, not by how many: a higher limit goes on with the same rows.
@@ -162,7 +163,7 @@ def measure_task(args: Arguments, task: Task, backend: Backend) -> Section:
         have = "row has" if len(blank) == 1 else "rows have"
         remarks.append(f"{len(blank)} {have} no reference and no part in figures of scorers; the first: {blank[0]}")
     speaks = any(row.get("audio") for row in rows)
-    listeners = args.listeners(task.language) if speaks else []
+    listeners = listeners if speaks else []
     figures += score(rows, {row["id"]: row["text"] for row in rows}, task, "text", "text")
     said: dict[str, Mapping[str, str]] = {}
     for listener in listeners:

@@ -81,7 +81,8 @@ def open_listener(spec: str, language: str = "en", device: str = "cpu", threads:
         threads (`int`, *optional*, defaults to 1): of faster-whisper.
 
     Raises:
-        ValueError: If the kind is unknown, or a folder holds no model.
+        ValueError: If the kind is unknown, a folder holds no model, or faster-whisper knows no such name.
+        FileNotFoundError: If the file of sentences is not there.
     """
     kind, colon, name = spec.partition(":")
     if not colon or kind not in KINDS:
@@ -93,6 +94,16 @@ def open_listener(spec: str, language: str = "en", device: str = "cpu", threads:
             kind = "whisper"
     if kind == "whisper" and Path(name).is_dir() and not (Path(name) / "model.bin").exists():
         raise ValueError(f"`--recogniser` {spec}: the folder has no model.bin, as faster-whisper's models have.")
+    if kind == "whisper" and "/" not in name and not Path(name).exists():
+        from faster_whisper import available_models
+
+        if name not in (names := available_models()):
+            raise ValueError(
+                f"`--recogniser` {spec}: there is neither a folder {name} nor such a model of faster-whisper; use one "
+                f"of {', '.join(names)}."
+            )
+    if kind == "pocketsphinx" and not Path(name).is_file():
+        raise FileNotFoundError(f"`--recogniser` {spec}: there is no file {name} of sentences.")
     settings: dict[str, Any] = {"kind": kind, "name": name, "language": language}
     if Path(name).exists():
         settings["hash"] = fingerprint(name)

@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 
 class EvaluationError(ValueError):
-    """Samples that fail one after the other: whoever answers them cannot, and what it says is in the message."""
+    """Samples that fail one after the other, or all: whoever answers them cannot, and the message has what it says."""
 
 
 class Recogniser(Protocol):
@@ -179,7 +179,7 @@ class Run:
         cannot be read, the row has `unusable`, too, and any number of others go on.
 
         Raises:
-            EvaluationError: If several samples fail one after the other.
+            EvaluationError: If several samples fail one after the other, or all of them.
         """
         known = {row["id"] for row in self.rows if "unusable" in row}
         lost = [self._unusable(s, s.problem) for s in self.samples if s.problem and s.id not in known]
@@ -204,6 +204,9 @@ class Run:
                             f"{failures} samples failed one after the other, the last: {row['error']}"
                         )
                 bar.update(len(batch))
+        asked = self.usable
+        if asked and all("error" in row for row in asked):  # figures of it would be of nobody's answers
+            raise EvaluationError(f"none of {len(asked)} samples was answered, the first: {asked[0]['error']}")
         return self.rows
 
     def _ask(self, backend: Backend, batch: Sequence[Sample], keep_audio: bool) -> list[Row]:

@@ -5,6 +5,7 @@ rates, so that its interval follows from resampling rows. How texts are normalis
 """
 
 import importlib
+import inspect
 import math
 from abc import abstractmethod
 from collections import Counter
@@ -310,7 +311,15 @@ def load_scorer(name: str | Path) -> Any:
         return evaluate.load(str(folder))
 
 
+def takes_option(scorer: Any, name: str) -> bool:
+    """Return whether a scorer, ours or any module of `evaluate`, takes an option."""
+    function = scorer.row_counts if isinstance(scorer, RowScorer) else scorer._compute
+    parameters = inspect.signature(function).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return takes_any or (name in parameters and name not in ("predictions", "references"))
+
+
 __all__ = [
     "NORMALIZERS", "RowScorer", "answer_hits", "cider_d", "contains_answer", "edit_counts", "exact_hits", "load_scorer",
-    "repeat_counts", "rouge_l",
+    "repeat_counts", "rouge_l", "takes_option",
 ]  # fmt: skip

@@ -18,7 +18,8 @@ import yaml
 
 from training_examples.evaluation.backends import Sample, Turn
 from training_examples.evaluation.judging import AGREE_PROMPT, RATE_PROMPT, Judgement
-from training_examples.evaluation.scoring import SCORERS
+from training_examples.evaluation.measuring import scorer_of
+from training_examples.evaluation.scoring import SCORERS, RowScorer, takes_option
 from training_examples.evaluation.text_forms import is_chinese, is_unspaced, normalizer_of
 from training_examples.preparation.recordings import PART_KEYS, load_recording, read_path
 from training_examples.preparation.sources import Source, open_source
@@ -257,11 +258,14 @@ def own_task(
         prompt (`str`): the processor's task.
         scorers (`Sequence[str]`): of `SHORT_SCORERS`, ours by name, or paths of modules of `evaluate`; by default the
             word error rate, or the one in characters where a language is written without blanks.
-        options (`Mapping`): of the scorers.
+        options (`Mapping`): of the scorers; each is given those that it takes.
         language (`str`): what is spoken, by which error rates normalise where `options` do not say otherwise.
         split (`str`, *optional*): of the data.
+
+    Raises:
+        ValueError: If there is no such scorer, none of them takes an option, or one refuses its value.
     """
-    chosen = []
+    chosen, left = [], dict(options)
     in_characters = is_chinese(language) or is_unspaced(language)
     for name in scorers or (["cer"] if in_characters else ["wer"]):
         single = name in ("error_rate", "repeat_score")
@@ -271,7 +275,18 @@ def own_task(
             spoken["normalizer"] = normalizer_of(language)
         if name == "cer" and not is_chinese(language):  # whose English words stay whole, as is published
             spoken["unit"] = "character"
-        chosen.append(replace(short, options={**short.options, **spoken, **options}))
+        scorer = scorer_of(short.scorer)
+        given = {option: value for option, value in options.items() if takes_option(scorer, option)}
+        left = {option: value for option, value in left.items() if option not in given}
+        chosen.append(replace(short, options={**short.options, **spoken, **given}))
+        if given and isinstance(scorer, RowScorer):
+            try:
+                scorer.row_counts(["1"], ["1"], **chosen[-1].options)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"`--scorer_options` of {name}: {error}") from error
+    if left:
+        named = ", ".join(use.name for use in chosen)
+        raise ValueError(f"`--scorer_options` {next(iter(left))}: the scorers ({named}) take no such option.")
     return Task("own_data", "own data", prompt, tuple(chosen), split=split, language=language)
 
 

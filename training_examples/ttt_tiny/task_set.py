@@ -161,6 +161,8 @@ class Evaluation:
             )
         self.model = TttBackend(args.model, args.device, args.dtype, args.generation_options())
         self.twin = TttBackend(args.twin, args.device, args.dtype, processor_of=self.model) if args.twin else None
+        for options in args.sweep_settings() if args.sweep else ():  # refused before anything is answered
+            self.model.with_generation(**{**self.model.generation, **options})
 
     def run_of(self, backend: Backend, part: str, name: str, limit: int | None, keep_audio: bool = True) -> Run:
         """Return the answers of a backend to a list; those that are spoken are kept until they are listened to."""
