@@ -8,7 +8,9 @@ import pytest
 from builders import build_model, build_processor
 from datasets import Dataset
 
+from modeling_ttt import TttForConditionalGeneration
 from pipelines import save_repository
+from processing import TttProcessor
 from training_examples.preparation.mixtures import load_mixture
 from training_examples.self_distill import DistillArguments, Distiller, distill, split_example
 
@@ -84,6 +86,28 @@ def test_a_recogniser_decides_on_the_speech(folders):
     assert distill(lenient, Listener("something else"))["examples"] == 4
 
 
+def test_word_errors_that_nobody_hears_are_refused(folders):
+    root, _ = folders
+    with pytest.raises(ValueError, match="`--max_word_error_rate` is 0.3, but nobody hears .* `--recogniser`"):
+        distill(arguments(root, "unheard", max_word_error_rate=0.3))
+    assert not (root / "unheard").exists()
+
+
+@pytest.mark.parametrize("trusts", [False, True])
+def test_model_and_processor_are_told_whether_code_may_run(folders, monkeypatch, trusts):
+    root, _ = folders
+    told = []
+    for kind in (TttForConditionalGeneration, TttProcessor):
+
+        def load(*args, load=kind.from_pretrained, **options):
+            told.append(options["trust_remote_code"])
+            return load(*args, **options)
+
+        monkeypatch.setattr(kind, "from_pretrained", load)
+    distill(arguments(root, f"trusts {trusts}", max_records=1, trust_remote_code=trusts))
+    assert told == [trusts, trusts]
+
+
 def test_the_recogniser_is_opened_with_the_language_that_is_spoken(folders, monkeypatch):
     root, _ = folders
     told = []
@@ -147,7 +171,7 @@ def test_a_run_goes_on_with_its_first_missing_shard(folders):
     assert len(listener.heard) == 2  # those of the missing shard alone
     assert [shard.read_bytes() for shard in shards] == before
     with pytest.raises(ValueError, match="--max_word_error_rate was 0.0 and is 0.5"):
-        distill(arguments(root, "whole", shard_size=2, max_word_error_rate=0.5))
+        distill(arguments(root, "whole", shard_size=2, max_word_error_rate=0.5), listener)
 
 
 def test_the_last_answer_of_a_conversation_is_the_one_that_is_written_anew():

@@ -204,8 +204,13 @@ def distill(args: DistillArguments, recogniser: Recogniser | None = None) -> dic
         recogniser (`Recogniser`, *optional*): used in place of `--recogniser`.
 
     Raises:
-        ValueError: If there is nothing to answer, or no answer is kept.
+        ValueError: If there is nothing to answer, no answer is kept, or a rate of errors is asked of no recogniser.
     """
+    if recogniser is None and args.recogniser is None and args.max_word_error_rate:
+        raise ValueError(
+            f"`--max_word_error_rate` is {args.max_word_error_rate}, but nobody hears word errors: name a "
+            "`--recogniser`, or leave it out."
+        )
     threads = use_threads(args.threads)
     dataset = prompts(args)
     folder = ShardFolder(args.output_dir, args.split)
@@ -215,8 +220,9 @@ def distill(args: DistillArguments, recogniser: Recogniser | None = None) -> dic
     folder.begin({**settings, "model": model_hash, "number of examples": len(dataset)})
     if recogniser is None and args.recogniser is not None:
         recogniser = open_listener(args.recogniser, args.language, args.device, threads).open()
-    model = TttForConditionalGeneration.from_pretrained(args.model, dtype="auto").to(args.device).eval()
-    processor = TttProcessor.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    trust: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
+    model = TttForConditionalGeneration.from_pretrained(args.model, dtype="auto", **trust).to(args.device).eval()
+    processor = TttProcessor.from_pretrained(args.model, **trust)
     if processor.audio_tokenizer is not None:
         processor.audio_tokenizer.to(args.device)
     finished = folder.finished()
