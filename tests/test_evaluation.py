@@ -607,6 +607,22 @@ def test_lists_that_are_all_missing_are_named(folder, tmp_path):
         task_set.Evaluation(arguments(folder, tmp_path, lists=["spoken_qa_unheard"]))
 
 
+@pytest.mark.parametrize("trusts", [False, True])
+def test_ttt_tinys_task_set_passes_on_whether_code_may_run(folder, tmp_path, one_listener, monkeypatch, trusts):
+    told = []
+
+    class Noting(TttBackend):
+        def __init__(self, *args, **options):
+            told.append(options["trust_remote_code"])
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(task_set, "TttBackend", Noting)
+    monkeypatch.setattr(task_set.subprocess, "run", lambda command, **_: told.append("--trust_remote_code" in command))
+    args = arguments(folder, tmp_path, twin=str(folder / "twin"), trust_remote_code=trusts, sweep=False, cold_runs=1)
+    task_set.Evaluation(args).cold_command()
+    assert told == [trusts] * 3
+
+
 def test_options_of_the_sweep_are_refused_before_anything_is_answered(folder, tmp_path):
     args = arguments(folder, tmp_path, prefixes=[1.5])
     with pytest.raises(ValueError, match="`generation`: `audio_prefix_probability` is 1.5"):

@@ -159,8 +159,10 @@ class Evaluation:
                 f"`--data_dir` {args.data_dir} has none of the lists {', '.join(wanted)} of the split {args.split!r}: "
                 "make them with training_examples/ttt_tiny/build_speech.py and human_lists.py"
             )
-        self.model = TttBackend(args.model, args.device, args.dtype, args.generation_options())
-        self.twin = TttBackend(args.twin, args.device, args.dtype, processor_of=self.model) if args.twin else None
+        place = (args.device, args.dtype)
+        trust: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
+        self.model = TttBackend(args.model, *place, args.generation_options(), **trust)
+        self.twin = TttBackend(args.twin, *place, processor_of=self.model, **trust) if args.twin else None
         for options in args.sweep_settings() if args.sweep else ():  # refused before anything is answered
             self.model.with_generation(**{**self.model.generation, **options})
 
@@ -261,7 +263,8 @@ class Evaluation:
         question = min(paths, key=lambda path: abs(soundfile.info(path).duration - TEST_SAMPLE_SECONDS))
         settings = {"model": self.model.settings, "question": Path(question).name, "runs": args.cold_runs}
         path = args.output_dir / "model" / "cold.json"
-        seconds = remember(path, settings, lambda: time_command(args.model, question, args.cold_runs))
+        trust = ["--trust_remote_code"] if args.trust_remote_code else []
+        seconds = remember(path, settings, lambda: time_command(args.model, question, args.cold_runs, trust))
         return [of_median("speed/cold_command", "ttt-talk, from its start to the reply", seconds)]
 
 
@@ -348,14 +351,14 @@ def _loaded(sample: Sample, backend: TttBackend) -> Sample:
     return replace(sample, turns=(Turn(audio=audio),))
 
 
-def time_command(model: str, question: str, count: int) -> list[float]:
-    """Return how many seconds each start of ttt-talk took."""
+def time_command(model: str, question: str, count: int, options: Sequence[str] = ()) -> list[float]:
+    """Return how many seconds each start of ttt-talk, with further options, took."""
     seconds = []
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(count):
             command = [sys.executable, "-m", "pipelines.ttt_talk", question, str(Path(folder, "reply.wav"))]
             begin = time.perf_counter()
-            subprocess.run([*command, "--model", model], check=True, capture_output=True)
+            subprocess.run([*command, "--model", model, *options], check=True, capture_output=True)
             seconds.append(time.perf_counter() - begin)
     return seconds
 
