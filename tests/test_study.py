@@ -228,6 +228,22 @@ def test_a_changed_option_is_named(args):
         run_study.check_unchanged(run_study.stages_of(args, "ttt", 0))
 
 
+def test_an_option_that_was_left_out_is_named_as_the_study_knows_it(args):
+    args.eval_steps = 0
+    (stage,) = run_study.stages_of(args, "ttt", 0)
+    stage.remember(0.0, finished=False)
+    with pytest.raises(ValueError, match="stage train: --eval_steps was left out and is 100. Repeat"):
+        run_study.check_unchanged(run_study.stages_of(replace(args, eval_steps=100), "ttt", 0))
+    stage.remember(0.0, finished=False)
+    run_study.check_unchanged(run_study.stages_of(args, "ttt", 0))
+
+
+@pytest.mark.parametrize(("name", "value"), [("eval_steps", -1), ("tokens_per_batch", 0), ("save_steps", 0)])
+def test_numbers_that_cannot_be_meant_are_refused(args, name, value):
+    with pytest.raises(ValueError, match=f"`--{name}` is {value}; it must be at least {value + 1}"):
+        replace(args, **{name: value})
+
+
 def test_other_rows_are_measured_without_training_anew(args, stages):
     run_study.run_all(args)
     before = stages[1]()
@@ -484,6 +500,13 @@ def test_runs_that_were_measured_on_other_rows_are_not_compared(tmp_path):
     write_run(tmp_path, "ar", 0, [[1, 1]] * 4)
     write_run(tmp_path, "ttt", 0, [[1, 1]] * 4, rows="other")
     with pytest.raises(ValueError, match="differ in their lists: run run_study.py again"):
+        report_study.read_runs(tmp_path)
+
+
+def test_a_copy_of_a_run_is_named(tmp_path):
+    write_run(tmp_path, "ttt", 0, [[1, 1]] * 4)
+    shutil.copytree(tmp_path / "ttt-0", tmp_path / "ttt-0-old")
+    with pytest.raises(ValueError, match="ttt-0-old is no folder ARM-SEED, as runs have: move it out of"):
         report_study.read_runs(tmp_path)
 
 

@@ -71,11 +71,15 @@ def read_runs(folder: Path, split: str = "evaluation") -> dict[str, list[Content
 
     Raises:
         FileNotFoundError: If no run has been measured.
-        ValueError: If runs were measured on other rows, or by other judges.
+        ValueError: If runs were measured on other rows or by other judges, or a folder is none of a run.
     """
     found: dict[str, list[Content]] = defaultdict(list)
     for path in folder.glob(f"*/figures-{split}.json"):
         name, _, seed = path.parent.name.rpartition("-")
+        if not seed.isdecimal():
+            raise ValueError(
+                f"{path.parent} is no folder ARM-SEED, as runs have: move it out of `--output_dir` {folder}"
+            )
         found[name].append({**read_json(path), "seed": int(seed)})
     if not found:
         raise FileNotFoundError(f"no run in {folder} has been measured on {split} lists: start run_study.py first")

@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,8 @@ class StudyArguments:
             raise ValueError(f"`--arms` {unknown}: there are {list(ARMS)}")
         for name, least in (
             ("max_steps", 2),
+            ("tokens_per_batch", 1),
+            ("eval_steps", 0),
             ("save_steps", 1),
             ("workers", 1),
             ("limit", 1),
@@ -94,6 +96,9 @@ class StudyArguments:
                 raise ValueError("`--device` is cuda, and PyTorch finds no GPU here; leave it out for the CPU")
         if not self.start.is_dir():
             raise ValueError(f"`--start` {self.start} is no folder; train_ttt.py makes one")
+
+
+OPTIONS = {f"--{item.name}" for item in fields(StudyArguments)}  # of this script, not of its stages alone
 
 
 @dataclass(frozen=True)
@@ -224,6 +229,17 @@ def device_options(args: StudyArguments) -> list[str]:
     return ["--device", args.device] if args.device != "cpu" else []
 
 
+def by_flag(options: Sequence[str]) -> dict[str, str]:
+    """Return the options of a command line by their flags."""
+    found: dict[str, list[str]] = {}
+    flag = ""
+    for word in options:
+        if word.startswith("--"):
+            flag = word
+        found.setdefault(flag, []).append(word)
+    return {flag: " ".join(words[1:]) or "given" for flag, words in found.items()}
+
+
 def check_unchanged(stages: Sequence[Stage]) -> None:
     """
     Raise a ValueError if a training stage was begun with something else than is asked now; the message says with what.
@@ -232,13 +248,13 @@ def check_unchanged(stages: Sequence[Stage]) -> None:
         before = stage.remembered().get("asked")
         if before is None or before == stage.asked:
             continue
-        was, now = before["options"], stage.asked["options"]
-        place = next((i for i, (a, b) in enumerate(zip(was, now, strict=False)) if a != b), min(len(was), len(now)))
-        if was == now:
+        was, now = by_flag(before["options"]), by_flag(stage.asked["options"])
+        changed = [flag for flag in {**was, **now} if was.get(flag) != now.get(flag)]
+        if not changed:
             change = "other weights or examples lie in the same folders"
         else:
-            flag = next((word for word in reversed(now[: place + 1]) if word.startswith("--")), "")
-            change = f"{flag} was {' '.join(was[place : place + 1])} and is {' '.join(now[place : place + 1])}"
+            flag = next((flag for flag in changed if flag in OPTIONS), changed[0])
+            change = f"{flag} was {was.get(flag, 'left out')} and is {now.get(flag, 'left out')}"
         raise ValueError(
             f"{stage.folder} was begun otherwise, in stage {stage.name}: {change}. Repeat the former options to go on, "
             "choose another --output_dir, or remove that folder."
