@@ -223,6 +223,14 @@ def test_data_of_ones_own_is_measured_and_compared_by_the_command(tmp_path, mode
     assert (tmp_path / "both" / "comparison.md").read_text() in out
 
 
+def test_answers_without_a_word_have_no_errors_of_their_speech():
+    rows = [{"id": name, "text": "Hmm.", "audio": "a.flac"} for name in "ab"]
+    heard = {"a": "him", "b": ""}
+    assert benchmarks.own_speech(rows, heard, "ear", "en") == benchmarks.own_speech([], {}, "ear", "en") == []
+    (some,) = benchmarks.own_speech([*rows, {**rows[0], "id": "c", "text": "hi"}], {**heard, "c": "hi"}, "ear", "en")
+    assert some.figure.value == 1 and some.figure.count == 3  # what was heard in the first is inserted
+
+
 def test_a_module_of_evaluate_of_ones_own_is_a_scorer(tmp_path, answering):
     (tmp_path / "length").mkdir()
     (tmp_path / "length" / "length.py").write_text(

@@ -22,7 +22,7 @@ from training_examples.evaluation.options import EvaluationArguments, read_pairs
 from training_examples.evaluation.reports import Section, write_report
 from training_examples.evaluation.rows import Row, Run, hash_of, name_unusable
 from training_examples.evaluation.tasks import TASKS, Task, own_task, read_samples
-from training_examples.evaluation.text_forms import error_rate_options
+from training_examples.evaluation.text_forms import error_rate_options, has_words
 
 NO_RECOGNISER = "speech not scored: no `--recogniser` was given"
 NOT_JUDGED = "not judged: no `--judge` address was given"
@@ -276,14 +276,14 @@ def means(figures: Sequence[Measured], task: Task) -> list[Measured]:
 
 
 def own_speech(rows: Sequence[Row], heard: Mapping[str, str], name: str, language: str) -> list[Measured]:
-    """Return the errors of the speech against the answer's own text: how well it says what it writes."""
+    """Return the errors of the speech against the answer's own text: how well it says what it writes. There are none
+    where no answer holds a word."""
     spoken = [row for row in rows if row["text"].strip() and row.get("audio")]
-    if not spoken:
-        return []
-    ids = [row["id"] for row in spoken]
+    ids, own = [row["id"] for row in spoken], [row["text"] for row in spoken]
     options = error_rate_options(language)
+    if not has_words(own, options["normalizer"]):
+        return []
     title = f"speech against the answer's own text, by {name}: error rate"
-    own = [row["text"] for row in spoken]
     return [of_scorer(f"own_speech/{name}", title, "error_rate", ids, [heard[i] for i in ids], own, options)]
 
 

@@ -225,6 +225,11 @@ def normalize_pair(reference: str, hypothesis: str, normalizer: str) -> tuple[st
     return NORMALIZERS[normalizer](reference), NORMALIZERS[normalizer](hypothesis)
 
 
+def has_words(texts: Sequence[str], normalizer: str) -> bool:
+    """Return whether anything is left of some text once it is normalised: English has no form of "Hmm."."""
+    return any(normalize_pair(text, "", normalizer)[0] for text in texts)
+
+
 def units_of(text: str, unit: str) -> list[str]:
     """
     Return the units of a normalised text: its words, or its characters without blanks.

@@ -29,6 +29,7 @@ from training_examples.evaluation.measuring import Measured, of_median, of_ratio
 from training_examples.evaluation.options import EvaluationArguments
 from training_examples.evaluation.reports import Section, write_report
 from training_examples.evaluation.rows import Listener, Row, Run, name_unusable, recording_problem
+from training_examples.evaluation.text_forms import has_words
 from training_examples.ttt_tiny import domain
 from training_examples.ttt_tiny.held_out import HeldOutLists
 from training_examples.ttt_tiny.judge import domain_recognizer
@@ -195,7 +196,7 @@ class Evaluation:
         for listener in self.listeners[:1] if only_first else self.listeners:
             heard, rows = run.listen(listener), run.usable
             ids, own = [row["id"] for row in rows], [normalized(row["text"]) for row in rows]
-            if any(own):
+            if has_words(own, "spoken"):
                 title = f"{listener.name} WER"
                 said = [heard[name] for name in ids]
                 options = {"normalizer": "spoken"}
