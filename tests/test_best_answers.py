@@ -100,6 +100,19 @@ def test_answers_that_stop_at_their_last_span_are_read_too(reader):
     assert answer[-2:] == [ids.end_of_last_audio_token_id, ids.end_of_turn_token_id]
 
 
+def test_an_aligner_of_another_audio_tokenizer_is_refused(folder, monkeypatch, tmp_path):
+    root, _ = folder
+    codec = build_codec()
+    with torch.no_grad():
+        codec.encoder.proj_out.weight[0] *= 1.2
+    codec.save_pretrained(tmp_path)
+    (tmp_path / "training_state.pt").write_bytes((root / "aligner" / "training_state.pt").read_bytes())
+    told = ["--model", root / "model", "--dataset", root / "examples", "--aligner", tmp_path]
+    monkeypatch.setattr(sys, "argv", ["best_answers.py", *map(str, told), "--output_dir", str(tmp_path / "best")])
+    with pytest.raises(ValueError, match=f"{tmp_path} is of another audio tokenizer than the one in {root / 'model'}"):
+        best_answers.main()
+
+
 def test_chosen_speech_takes_the_place_of_what_was_recorded(folder, monkeypatch):
     root, examples = folder
     told = ["--model", root / "model", "--dataset", root / "examples", "--aligner", root / "aligner"]

@@ -187,6 +187,23 @@ def sure(monkeypatch):
     monkeypatch.setattr("training_examples.ttt_tiny.alignment.LEAST_CONFIDENCE", 0.0)
 
 
+def test_an_aligner_of_another_audio_tokenizer_is_refused_before_anything_is_encoded(cuts, tmp_path, monkeypatch):
+    monkeypatch.setattr(build_examples, "worker_pool", None)
+    codec = build_codec()
+    with torch.no_grad():
+        codec.encoder.proj_out.weight[0] *= 1.2
+    codec.save_pretrained(tmp_path / "model" / "audio_tokenizer")
+    (tmp_path / "speech").mkdir()
+    for kind in ("assistant", "questions"):
+        write_shard(tmp_path / "speech", f"{kind}-0000", [{"text": "two"}])
+    args = build_examples.ExampleArguments(
+        model=tmp_path / "model", data_dir=tmp_path, output_dir=tmp_path / "out", aligner=cuts[1]
+    )
+    with pytest.raises(ValueError, match=f"{cuts[1]} is of another audio tokenizer"):
+        build_examples.encode_all(args)
+    assert not (tmp_path / "out").exists()
+
+
 def test_nothing_is_spliced_of_words_that_the_head_is_not_sure_of(cuts):
     with pytest.raises(ValueError, match="no word could be cut out"):
         build_examples.encode_cut_splices(*cuts, 12, False, [0])

@@ -5,12 +5,14 @@ import pytest
 import torch
 from builders import build_codec
 
+from modeling_ttt.ttt_codec import TttCodecConfig, TttCodecModel
 from training_examples.ttt_tiny.phonemes import (
     build_head,
     load_head,
     most_likely,
     phoneme_error_rates,
     pronunciations,
+    read_head,
 )
 
 
@@ -48,7 +50,47 @@ def test_the_head_lies_beside_the_tokenizer_or_its_absence_is_said(tmp_path):
     codec = build_codec()
     with pytest.raises(FileNotFoundError, match="stage `tokenizer`"):
         load_head(tmp_path, codec, 3)
+    codec.save_pretrained(tmp_path)
     head = build_head(codec, 3)
     torch.save({"head": head.state_dict(), "step": 1}, tmp_path / "training_state.pt")
     loaded = load_head(tmp_path, codec, 3)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), head.parameters(), strict=True))
+
+
+def train_once(*modules):
+    """The state of an optimiser of these modules after one step."""
+    parameters = [p for module in modules for p in module.parameters()]
+    optimizer = torch.optim.AdamW(parameters)
+    sum(p.sum() for p in parameters).backward()
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+def test_a_head_that_no_optimiser_trained_is_none(tmp_path):
+    """As the stages vocoder and decoder once kept it, untrained, beside theirs."""
+    codec = build_codec()
+    codec.save_pretrained(tmp_path)
+    head = build_head(codec, 3)
+    for modules, trained in (((codec.encoder, head), True), ((head,), True), ((codec.decoder, codec.vocoder), False)):
+        state = {"optimizer": train_once(*modules), "head": head.state_dict(), "step": 1}
+        torch.save(state, tmp_path / "training_state.pt")
+        assert (read_head(tmp_path) is not None) == trained
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path} has no trained phoneme head: .*stage `tokenizer`"):
+        load_head(tmp_path, codec, 3)
+
+
+def test_a_head_of_another_audio_tokenizer_is_refused_and_rounded_weights_are_not(tmp_path):
+    codec = build_codec()
+    codec.save_pretrained(tmp_path)
+    torch.save({"head": build_head(codec, 3).state_dict()}, tmp_path / "training_state.pt")
+    load_head(tmp_path, build_codec().to(torch.bfloat16), 3)
+    with pytest.raises(ValueError, match=rf"{tmp_path} is of another .*`fsq_levels` is \[4, 4\], not \[2, 8\]"):
+        load_head(tmp_path, TttCodecModel(TttCodecConfig(**{**codec.config.to_dict(), "fsq_levels": [2, 8]})), 3)
+    codec.save_pretrained(tmp_path / "longer")
+    longer = TttCodecModel.from_pretrained(tmp_path / "longer")
+    with torch.no_grad():
+        longer.encoder.proj_out.weight[0] *= 1.2
+    with pytest.raises(
+        ValueError, match=f"{tmp_path} is of another .* in {tmp_path / 'longer'}: .*weights"
+    ):
+        load_head(tmp_path, longer, 3)

@@ -302,6 +302,7 @@ def test_every_stage_of_the_codec_training_trains_what_it_says(tmp_path, stage, 
     assert changed == trained.get(stage, set())
     state = torch.load(tmp_path / "codec" / stage / "training_state.pt", weights_only=True)
     assert state["step"] == 2
+    assert ("head" in state) == (stage in ("tokenizer", "head"))
     if stage == "head":
         codec = TttCodecModel.from_pretrained(tmp_path / "codec" / "head")
         head = phonemes.load_head(tmp_path / "codec" / "head", codec, phonemes.pronunciations()[1])

@@ -48,7 +48,7 @@ class BestArguments:
     model: str = field(metadata={"help": "Folder of the checkpoint that reads aloud."})
     dataset: str = field(metadata={"help": "Output of build_examples.py."})
     aligner: Path = field(
-        metadata={"help": "Folder of train_codec.py's stage `tokenizer` or `head`, with the phoneme head."}
+        metadata={"help": "Folder of train_codec.py's stage `tokenizer` or `head`, of the model's audio tokenizer."}
     )
     output_dir: Path = field(metadata={"help": "Folder to write: a DatasetDict with the split `train`."})
     settings: list[str] = field(
@@ -232,7 +232,8 @@ def main() -> None:
     model = TttForConditionalGeneration.from_pretrained(args.model).to(args.device).eval()
     spellings, count = pronunciations()
     codec = TttCodecModel.from_pretrained(args.aligner).eval()
-    reader = Reader(model, processor, load_head(args.aligner, codec, count).eval(), codec, spellings, args.batch_size)
+    head = load_head(args.aligner, processor.audio_tokenizer or codec, count).eval()
+    reader = Reader(model, processor, head, codec, spellings, args.batch_size)
     answered: dict[str, list[tuple[list[int], str]]] = defaultdict(list)
     said: dict[bytes, str] = {}  # by the tokens of an answer that are no codes: answers with one text share them
     codes = range(processor.token_ids.audio_code_id_start, processor.token_ids.audio_token_id_end)

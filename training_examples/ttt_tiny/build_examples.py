@@ -58,7 +58,8 @@ class ExampleArguments(MixtureArguments):
     aligner: Path | None = field(
         default=None,
         metadata={
-            "help": "Folder of train_codec.py's stage `tokenizer` or `head`, by which words are cut out of sentences."
+            "help": "Folder of train_codec.py's stage `tokenizer` or `head`, of the model's audio tokenizer, by which "
+            "words are cut out of sentences."
         },
     )
     cut_splices: int = field(default=20_000, metadata={"help": "Dictations spliced of such words, with --aligner."})
@@ -256,7 +257,9 @@ def encode_all(args: ExampleArguments, threads: int = 1) -> dict[str, list[dict]
         raise SystemExit(f"no shards of both kinds in {args.data_dir / 'speech'}: run build_speech.py first")
     settings = {name: getattr(args, name) for name in ("recordings", "shifts", "splices", "sounds", "seed")}
     settings["audio tokenizer"] = fingerprint(codec)
-    if args.aligner is not None:  # only some of the codes are made with it, and they may be made later
+    if args.aligner is not None:
+        load_head(args.aligner, load_codec(codec), pronunciations()[1])  # what does not fit is refused at once
+        # Only some of the codes are made with it, and they may be made later.
         settings["aligner"] = fingerprint(args.aligner)
     begin(folder, settings)
     jobs: list[tuple[Path, Callable[..., Path], tuple]] = []

@@ -12,6 +12,13 @@ from torch.nn import functional as F
 from modeling_ttt.ttt_codec import TttCodecModel
 from training_examples.ttt_tiny.waveforms import pad
 
+# What of an audio tokenizer's configuration decides its codes.
+ENCODER_OPTIONS = (
+    *("sampling_rate", "hop_length", "mel_hop_length", "n_fft", "num_mel_bins", "fsq_levels"),
+    *("hidden_size", "num_encoder_blocks", "encoder_kernel_size"),
+)
+ROUNDING = 0.02  # of a weight's norm: more than half precision changes, and less than training
+
 
 class PhonemeHead(nn.Module):
     """Predicts phonemes at every 20 ms, four positions per code of 80 ms; used in training only.
@@ -65,19 +72,63 @@ def build_head(model: TttCodecModel, num_phonemes: int) -> PhonemeHead:
     return PhonemeHead(len(config.fsq_levels), config.frames_per_code // 2, config.hidden_size, num_phonemes)
 
 
+def read_head(folder: Path) -> dict[str, torch.Tensor] | None:
+    """Return the weights of the trained head that train_codec.py keeps in `folder`; None if there is none."""
+    path = folder / "training_state.pt"
+    state = torch.load(path, weights_only=True) if path.exists() else {}
+    head = state.get("head")
+    if head is None:
+        return None
+    # It used to be kept untrained in the other stages: their optimiser, in which a head comes last, knows none.
+    moments = state.get("optimizer", {}).get("state", {})
+    trained = [moments[index]["exp_avg"].shape for index in sorted(moments)]
+    return head if not trained or trained[-len(head) :] == [value.shape for value in head.values()] else None
+
+
 def load_head(folder: Path, model: TttCodecModel, num_phonemes: int) -> PhonemeHead:
     """
-    Return the head that train_codec.py keeps beside the audio tokenizer of its stages `tokenizer` and `head`.
+    Return the head that train_codec.py keeps beside the audio tokenizer of its stages `tokenizer` and `head`, to be
+    used with the codes of `model`.
 
     Raises:
         FileNotFoundError: If `folder` is of another stage, or was published without it.
+        ValueError: If the audio tokenizer in `folder` makes other codes than `model`.
     """
-    path = folder / "training_state.pt"
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: name the folder of train_codec.py's stage `tokenizer` or `head`")
+    weights = read_head(folder)
+    if weights is None:
+        raise FileNotFoundError(
+            f"{folder} has no trained phoneme head: name the folder of train_codec.py's stage `tokenizer` or `head`"
+        )
+    check_encoder(folder, model)
     head = build_head(model, num_phonemes)
-    head.load_state_dict(torch.load(path, weights_only=True)["head"])
+    head.load_state_dict(weights)
     return head
+
+
+def check_encoder(folder: Path, model: TttCodecModel) -> None:
+    """
+    Compare the encoder in `folder` with that of `model`, whose weights may have been rounded.
+
+    Raises:
+        ValueError: If they make other codes, naming both.
+    """
+    other = TttCodecModel.from_pretrained(folder)
+    name = f"the one in {model.name_or_path}" if model.name_or_path else "the one it is to serve"
+    remedy = "train one of its own with `train_codec.py --stage head --model` and its folder"
+    for option in ENCODER_OPTIONS:
+        theirs, ours = (getattr(config, option, None) for config in (other.config, model.config))
+        if theirs != ours:
+            raise ValueError(
+                f"the phoneme head in {folder} is of another audio tokenizer than {name}: its `{option}` is {theirs}, "
+                f"not {ours}; {remedy}"
+            )
+    weights = model.encoder.state_dict()
+    for key, value in other.encoder.state_dict().items():
+        if (value.float() - weights[key].float().cpu()).norm() > ROUNDING * value.float().norm():
+            raise ValueError(
+                f"the phoneme head in {folder} is of another audio tokenizer than {name}: their encoders' weights "
+                f"differ; {remedy}"
+            )
 
 
 def most_likely(log_probs: torch.Tensor) -> list[int]:

@@ -39,6 +39,7 @@ from training_examples.ttt_tiny.phonemes import (
     load_head,
     phoneme_error_rates,
     pronunciations,
+    read_head,
 )
 from training_examples.ttt_tiny.speech import read_audio, read_list, read_shard, to_int16
 from training_examples.ttt_tiny.waveforms import augment, pad
@@ -381,10 +382,10 @@ def main() -> None:
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
-        head.load_state_dict(state["head"])
+        if head in stages[args.stage]:
+            head.load_state_dict(state["head"])
         step = state["step"]
-    elif args.model is not None and (args.model / state_file.name).exists():
-        known = torch.load(args.model / state_file.name, weights_only=True)["head"]
+    elif args.model is not None and (known := read_head(args.model)) is not None:
         fresh = head.state_dict()
         head.load_state_dict(fresh | {key: value for key, value in known.items() if value.shape == fresh[key].shape})
     set_seed(args.seed + step)
@@ -441,7 +442,9 @@ def main() -> None:
                 log.write(json.dumps(line) + "\n")
         if step % args.save_every == 0 or step == args.max_steps:
             model.save_pretrained(folder)
-            state = {"optimizer": optimizer.state_dict(), "head": head.state_dict(), "step": step}
+            state = {"optimizer": optimizer.state_dict(), "step": step}
+            if head in stages[args.stage]:  # no other stage trains it
+                state["head"] = head.state_dict()
             with whole_file(state_file) as partial:
                 torch.save(state, partial)
             if held_out:
