@@ -25,7 +25,10 @@ def export(tmp_path, monkeypatch):
     folder = tmp_path / "card"
     folder.mkdir()
     (folder / "README.md").write_text("# A card\n")
-    (folder / "old_code.py").write_text("")
+    (folder / "modeling_ttt.py").write_text("")
+    for own in (folder / "own.py", folder / "samples" / "processing_ttt.py"):
+        own.parent.mkdir(exist_ok=True)
+        own.write_text("mine")
 
     def run(*options):
         command = f"--model {tmp_path / 'model'} --audio_tokenizer {tmp_path / 'codec'} --output_dir {folder}"
@@ -41,8 +44,10 @@ def test_the_folder_is_whole_small_and_talks(export, options):
     chosen = {"audio_block_size": 4, "audio_steps_per_block": 2, "audio_order_bias": 0.05}
     chosen |= {"audio_confidence_threshold": 0.9, "max_audio_codes_per_span": None}
     folder = export("--generation", *(f"{name}={json.dumps(value)}" for name, value in chosen.items()), *options)
-    assert (folder / "README.md").read_text() == "# A card\n" and not (folder / "old_code.py").exists()
-    code = list(folder.rglob("*.py"))
+    assert (folder / "README.md").read_text() == "# A card\n"
+    own = [folder / "own.py", folder / "samples" / "processing_ttt.py"]
+    assert [path.read_text() for path in own] == ["mine", "mine"]
+    code = [path for path in folder.rglob("*.py") if path not in own]
     assert {"pipeline_ttt.py", "modeling_ttt.py", "processing_ttt.py"} <= {path.name for path in code}
     assert all(path.is_symlink() == (options == []) and path.stat().st_size for path in code)
     for part in (folder, folder / "audio_tokenizer"):
@@ -56,6 +61,13 @@ def test_the_folder_is_whole_small_and_talks(export, options):
     settings = pipe.model.generation_config
     assert {name: getattr(settings, name) for name in chosen} == chosen
     assert pipe(tone(0.4), generate_kwargs={"max_new_tokens": 30})["text"].startswith("hi")
+
+
+def test_the_code_itself_is_never_replaced():
+    folder = export_tiny.ROOT / "modeling_ttt"
+    with pytest.raises(ValueError, match="modeling_ttt holds the code itself"):
+        export_tiny.code_files(folder)
+    assert export_tiny.code_files(export_tiny.ROOT) == {}
 
 
 def test_without_a_word_the_folder_keeps_the_checkpoints_settings(export, capsys):

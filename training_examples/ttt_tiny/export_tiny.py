@@ -87,11 +87,23 @@ def forget_machine(path: Path) -> None:
     path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
+def code_files(folder: Path) -> dict[Path, Path]:
+    """
+    Return the code files of the exported `folder` and of its audio tokenizer, with the package's files that they are.
+
+    Raises:
+        ValueError: If `folder` is one of the package's own, whose files they would replace.
+    """
+    if folder.resolve() in [ROOT / package for package in PACKAGES]:
+        raise ValueError(f"`--output_dir` {folder} holds the code itself; give another folder")
+    sources = {path.name: path for package in PACKAGES for path in (ROOT / package).glob("*.py")}
+    places = [part / name for part in (folder, folder / "audio_tokenizer") for name in sources]
+    return {path: sources[path.name] for path in places if path.is_symlink() or path.exists()}
+
+
 def link_code(folder: Path) -> None:
     """Replace every copied code file by a relative link to the package's file of the same name."""
-    sources = {path.name: path for package in PACKAGES for path in (ROOT / package).glob("*.py")}
-    for copy in folder.rglob("*.py"):
-        source = sources[copy.name]
+    for copy, source in code_files(folder).items():
         copy.unlink()
         copy.symlink_to(os.path.relpath(source, copy.parent.resolve()))
 
@@ -104,7 +116,7 @@ def main() -> None:
     processor = TttProcessor.from_pretrained(args.processor or args.model)
     if args.audio_tokenizer is not None:
         processor.audio_tokenizer = TttCodecModel.from_pretrained(args.audio_tokenizer).eval()
-    for path in args.output_dir.glob("**/*.py"):
+    for path in code_files(args.output_dir):
         path.unlink()
     save_repository(model, processor, args.output_dir)
     for folder in (args.output_dir, args.output_dir / "audio_tokenizer"):
