@@ -1,6 +1,8 @@
 """The comparison of audio tokenizers for ttt-tiny, from shards of speech to a row of the table."""
 
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,3 +65,37 @@ def test_the_twin_learns_what_can_be_learned(data):
     compare_codecs.train_twin(args, model, collator, examples)
     after, accuracy = compare_codecs.held_out_loss(model, collator, examples)
     assert after < 0.5 * before and accuracy == 1.0
+
+
+def test_every_codec_has_a_row_of_its_own():
+    names = compare_codecs.row_names
+    assert names([Path("a/tokenizer"), Path("b/tokenizer")]) == ["a", "b"]
+    assert names([Path("a/tokenizer"), Path("a/decoder")]) == ["a/tokenizer", "a/decoder"]
+    assert names([Path("x/a/tokenizer"), Path("y/a/tokenizer")]) == ["x/a/tokenizer", "y/a/tokenizer"]
+    with pytest.raises(ValueError, match="--codecs` names a folder twice"):
+        ComparisonArguments([Path("a/tokenizer"), Path("a/../a/tokenizer")], [])
+    with pytest.raises(ValueError, match="--whisper` has two models of one name"):
+        ComparisonArguments([Path("a/tokenizer")], ["first/base", "second/base"])
+
+
+@pytest.mark.parametrize("option", ["shards", "sentences", "max_steps", "batch_size"])
+def test_numbers_below_one_are_refused(option):
+    with pytest.raises(ValueError, match=f"--{option}` is -1; it must be at least 1"):
+        ComparisonArguments([Path("a/tokenizer")], [], **{option: -1})
+
+
+def test_speech_that_is_missing_is_said_before_anything_is_heard(data, monkeypatch):
+    (data / "speech" / "assistant-0000.safetensors").unlink()
+    told = f"--codecs {data / 'codec' / 'tokenizer'} --whisper base --data_dir {data} --output_dir {data / 'out'}"
+    monkeypatch.setattr(sys, "argv", ["compare_codecs.py", *told.split()])
+    monkeypatch.setattr(compare_codecs, "WhisperJudge", None)
+    with pytest.raises(FileNotFoundError, match="no assistant shards in .*speech: run build_speech.py first"):
+        compare_codecs.main()
+
+
+def test_a_batch_is_no_larger_than_what_there_is(data):
+    args = ComparisonArguments([data], [], max_steps=1, batch_size=32)
+    codec = TttCodecModel.from_pretrained(data / "codec" / "tokenizer").eval()
+    model, processor = compare_codecs.build_model(codec, 32, 64, 1, 2)
+    examples = [compare_codecs.write_example(processor, "one two", [1, 2, 3])] * 2
+    compare_codecs.train_twin(args, model, compare_codecs.TttDataCollator(processor), examples)

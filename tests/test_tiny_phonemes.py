@@ -90,7 +90,5 @@ def test_a_head_of_another_audio_tokenizer_is_refused_and_rounded_weights_are_no
     longer = TttCodecModel.from_pretrained(tmp_path / "longer")
     with torch.no_grad():
         longer.encoder.proj_out.weight[0] *= 1.2
-    with pytest.raises(
-        ValueError, match=f"{tmp_path} is of another .* in {tmp_path / 'longer'}: .*weights"
-    ):
+    with pytest.raises(ValueError, match=f"{tmp_path} is of another .* in {tmp_path / 'longer'}: .*weights"):
         load_head(tmp_path, longer, 3)

@@ -12,6 +12,7 @@ kept as it is measured, so a killed run goes on with the next.
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -63,6 +64,16 @@ class ComparisonArguments:
     threads: int = threads_field()
     seed: int = field(default=0, metadata={"help": "Seed of weights and batches."})
 
+    def __post_init__(self) -> None:
+        for name in ("shards", "sentences", "max_steps", "batch_size", "hidden_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`--{name}` is {value}; it must be at least 1.")
+        if len({folder.resolve() for folder in self.codecs}) < len(self.codecs):
+            raise ValueError("`--codecs` names a folder twice; leave one of them out.")
+        if len({Path(name).name for name in self.whisper}) < len(self.whisper):
+            raise ValueError("`--whisper` has two models of one name, which is that of their columns; rename one.")
+
 
 def write_example(processor: TttProcessor, text: str, codes: list[int]) -> dict[str, Any]:
     """Return one example of reading `text` aloud: `input_ids` and `labels`."""
@@ -77,12 +88,33 @@ def write_example(processor: TttProcessor, text: str, codes: list[int]) -> dict[
     return processor.build_conversation_example(messages)
 
 
+def row_names(folders: Sequence[Path]) -> list[str]:
+    """Return what the rows are called: the folder above each; if two have the same, with as much more as tells them."""
+    paths = [folder.resolve() for folder in folders]
+    names, parts = [path.parent.name for path in paths], 2
+    while len(set(names)) < len(names):
+        names, parts = ["/".join(path.parts[-parts:]) for path in paths], parts + 1
+    return names
+
+
+def training_shards(args: ComparisonArguments) -> list[Path]:
+    """
+    Return the shards of the assistant's speech that the small twin learns from.
+
+    Raises:
+        FileNotFoundError: If there are none.
+    """
+    shards = sorted((args.data_dir / "speech").glob("assistant-*.safetensors"))[: args.shards]
+    if not shards:
+        raise FileNotFoundError(f"no assistant shards in {args.data_dir / 'speech'}: run build_speech.py first")
+    return shards
+
+
 def read_training(args: ComparisonArguments, codec: TttCodecModel) -> tuple[list[str], list[list[int]]]:
     """Return the assistant's texts that are not held out, and their codes."""
     texts: list[str] = []
     codes: list[list[int]] = []
-    shards = sorted((args.data_dir / "speech").glob("assistant-*.safetensors"))[: args.shards]
-    for shard in tqdm(shards, desc="encoding", unit="shard"):
+    for shard in tqdm(training_shards(args), desc="encoding", unit="shard"):
         rows, waves = read_shard(shard, codec.config.sampling_rate)
         kept = [index for index, row in enumerate(rows) if not is_held_out(row["text"])]
         texts += [rows[index]["text"] for index in kept]
@@ -97,13 +129,12 @@ def train_twin(
     rng = random.Random(args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
     groups: list[list[dict]] = []
+    size = min(args.batch_size, len(examples))
     model.train()
     for step in tqdm(range(args.max_steps), desc="small twin", unit="step"):
         if not groups:
             order = sorted(rng.sample(examples, len(examples)), key=lambda example: len(example["input_ids"]))
-            groups = [
-                order[i : i + args.batch_size] for i in range(0, len(order) - args.batch_size + 1, args.batch_size)
-            ]
+            groups = [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
             rng.shuffle(groups)
         scale = min((step + 1) / 100, 1 - step / args.max_steps)
         for group in optimizer.param_groups:
@@ -221,6 +252,7 @@ def table(results: dict[str, dict[str, Any]], judges: list[str]) -> str:
 def main() -> None:
     (args,) = ScriptParser(ComparisonArguments, __doc__).parse_args_into_dataclasses()
     use_threads(args.threads)
+    training_shards(args)  # what is missing is said before anything is heard
     judges = {Path(name).name: WhisperJudge(name, num_threads=torch.get_num_threads()) for name in args.whisper}
     names = list(judges)
     settings = {
@@ -229,10 +261,9 @@ def main() -> None:
         "vocoder": args.vocoder,
     }  # fmt: skip
     results: dict[str, dict[str, Any]] = {}
-    for folder in [None, *args.codecs]:
-        name = "original speech" if folder is None else folder.parent.name
+    for name, folder in [("original speech", None), *zip(row_names(args.codecs), args.codecs, strict=True)]:
         own = settings | ({"codec": fingerprint(folder)} if folder else {})
-        path = args.output_dir / f"{name.replace(' ', '_')}.json"
+        path = args.output_dir / f"{name.replace(' ', '_').replace('/', '_')}.json"
         results[name] = remember(path, own, partial(measure, args, folder, judges))
         text = table(results, names)
         (args.output_dir / "codecs.md").write_text(text + "\n", encoding="utf-8")
