@@ -204,6 +204,14 @@ def test_an_aligner_of_another_audio_tokenizer_is_refused_before_anything_is_enc
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("option", ["cut_splices", "cut_questions"])
+def test_splices_of_cut_words_want_an_aligner(option, tmp_path):
+    with pytest.raises(ValueError, match=f"--{option}` 5 has no effect without `--aligner`"):
+        build_examples.ExampleArguments(**{option: 5})
+    with pytest.raises(ValueError, match=f"--{option}` is -1; it must be at least 0"):
+        build_examples.ExampleArguments(aligner=tmp_path, **{option: -1})
+
+
 def test_nothing_is_spliced_of_words_that_the_head_is_not_sure_of(cuts):
     with pytest.raises(ValueError, match="no word could be cut out"):
         build_examples.encode_cut_splices(*cuts, 12, False, [0])

@@ -62,12 +62,24 @@ class ExampleArguments(MixtureArguments):
             "words are cut out of sentences."
         },
     )
-    cut_splices: int = field(default=20_000, metadata={"help": "Dictations spliced of such words, with --aligner."})
-    cut_questions: int = field(default=0, metadata={"help": "Questions spliced of such words, with --aligner."})
+    cut_splices: int | None = field(
+        default=None, metadata={"help": "Dictations spliced of such words, with --aligner (default: 20000)."}
+    )
+    cut_questions: int | None = field(
+        default=None, metadata={"help": "Questions spliced of such words, with --aligner (default: 0)."}
+    )
     sounds: int = field(default=1_500, metadata={"help": "Sounds in which nobody speaks."})
     workers: int = field(default=2, metadata={"help": "Processes side by side."})
     threads: int = threads_field()
     seed: int = field(default=0, metadata={"help": "Seed of recordings and mixture."})
+
+    def __post_init__(self) -> None:
+        for name in ("cut_splices", "cut_questions"):
+            value = getattr(self, name)
+            if value is not None and self.aligner is None:
+                raise ValueError(f"`--{name}` {value} has no effect without `--aligner`; give both or neither")
+            if value is not None and value < 0:
+                raise ValueError(f"`--{name}` is {value}; it must be at least 0.")
 
 
 def record_all(waves: list[np.ndarray], rate: int, seed: list[int]) -> list[np.ndarray]:
@@ -271,7 +283,8 @@ def encode_all(args: ExampleArguments, threads: int = 1) -> dict[str, list[dict]
     splices, sounds = folder / f"spliced-{len(heard):04d}.parquet", folder / "sounds-0000.parquet"
     jobs.append((splices, encode_splices, (codec, heard, splices, args.splices, [args.seed, 10**6])))
     if args.aligner is not None:
-        for kind, count in (("spliced", args.cut_splices), ("questions", args.cut_questions)):
+        splices_of_cuts = 20_000 if args.cut_splices is None else args.cut_splices
+        for kind, count in (("spliced", splices_of_cuts), ("questions", args.cut_questions or 0)):
             for start in range(0, count, CUT_SHARD):
                 most = min(CUT_SHARD, count - start)
                 cuts = folder / f"{kind}-cut-{len(heard):04d}-{start // CUT_SHARD:02d}-{most}.parquet"
