@@ -55,6 +55,9 @@ def test_options_of_generate_are_taken(make):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["?!"], "'\\?!' has no letter or digit"),
+        (["--read_aloud", "..."], "'...' has no letter or digit"),
+        (["--questions", "", "--read_aloud", ""], "`--questions` and `--read_aloud` are empty"),
         (["gone.wav"], "gone.wav: there is no such recording"),
         (["two two", "Two, two!"], "written to two_two.flac"),
         (["two", "--generation", "max_new_tokens=1"], "says nothing"),

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForAudioTokenization, EncodecFeatureExtractor
 
 import modeling_ttt  # noqa: F401  (registers the audio tokenizer, so that no remote code is needed)
+from modeling_ttt.ttt_codec.configuration_ttt_codec import VOCODERS
 from training_examples.command_line import ScriptParser
 from training_examples.evaluation.figures import Figure, markdown_table, normalized, write_figures
 from training_examples.evaluation.recognisers import word_error_rate
@@ -35,7 +36,8 @@ class CodecEvaluationArguments:
     data_dir: Path = field(default=Path("data/ttt_tiny/eval"), metadata={"help": "Folder of the held-out lists."})
     output_dir: Path = field(default=Path("runs/evaluate_codec"), metadata={"help": "Where the report goes."})
     vocoders: list[str] = field(
-        default_factory=lambda: ["neural", "griffin_lim"], metadata={"help": "Ways from mel to waveform to compare."}
+        default_factory=lambda: ["neural", "griffin_lim"],
+        metadata={"help": "Ways from mel to waveform to compare.", "choices": [*VOCODERS]},
     )
     limit: int | None = field(default=None, metadata={"help": "Rows per list; all by default."})
     batch_size: int = field(default=16, metadata={"help": "Waveforms encoded and decoded at once."})
@@ -45,6 +47,12 @@ class CodecEvaluationArguments:
         default="none", metadata={"help": "The voice that PocketSphinx is tuned to: slt is the first edition's."}
     )
     num_workers: int = field(default=2, metadata={"help": "Processes of the recogniser."})
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "batch_size", "num_workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`--{name}` is {value}; it must be at least 1.")
 
 
 @torch.no_grad()

@@ -30,11 +30,11 @@ class SampleArguments:
     output_dir: Path = field(default=Path("model_cards/ttt-tiny/samples"), metadata={"help": "Where the files go."})
     questions: list[str] = field(
         default_factory=lambda: ["tests/fixtures/question.wav", "name the capital of austria"],
-        metadata={"help": "Questions to answer: recordings or texts; the first answer is drawn."},
+        metadata={"help": "Questions to answer: recordings or texts, or '' for none; the first answer is drawn."},
     )
     read_aloud: list[str] = field(
         default_factory=lambda: ["seven golden monkey river saturday morning"],
-        metadata={"help": "Texts to read aloud."},
+        metadata={"help": "Texts to read aloud, or '' for none."},
     )
     generation: list[str] = field(
         default_factory=list, metadata={"help": "OPTION=VALUE of `generate`, such as audio_steps_per_block=8."}
@@ -43,6 +43,10 @@ class SampleArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Allow code in the checkpoint to run."})
 
     def __post_init__(self) -> None:
+        self.questions, self.read_aloud = ([word for word in x if word] for x in (self.questions, self.read_aloud))
+        for text in [*self.questions, *self.read_aloud]:
+            if not file_name(text):
+                raise ValueError(f"{text!r} has no letter or digit to call its file by; ask something else.")
         if not self.questions and not self.read_aloud:
             raise ValueError("`--questions` and `--read_aloud` are empty; give one of them something to say.")
         for question in self.questions:

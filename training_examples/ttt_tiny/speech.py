@@ -131,7 +131,10 @@ def read_list(folder: str | Path, name: str, limit: int | None = None) -> list[d
 
     Raises:
         FileNotFoundError: If there is no such list; the message says which script makes it.
+        ValueError: If `limit` is below 1.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"the limit of rows is {limit}; give at least 1, or none for all")
     path = Path(folder, f"{name}.jsonl")
     if not path.exists():
         raise FileNotFoundError(
