@@ -1,11 +1,14 @@
 """Batches of waveforms that ttt-tiny's audio tokenizer learns on."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from builders import build_codec
 
 from training_examples.ttt_tiny.phonemes import PhonemeHead
-from training_examples.ttt_tiny.train_codec import CodecArguments, Critic, configure
+from training_examples.ttt_tiny.train_codec import CodecArguments, Critic, configure, load_for_stage
 from training_examples.ttt_tiny.waveforms import augment, backgrounds, bands, colors, pad, room_spectra
 
 RATE = 24_000
@@ -81,8 +84,45 @@ def test_the_options_name_the_codec(rate, codes):
 
 
 def test_a_rate_that_frames_do_not_divide_is_refused():
-    with pytest.raises(SystemExit, match="codes_per_second 30"):
-        configure(CodecArguments("tokenizer", codes_per_second=30))
+    for options, message in (
+        ({"codes_per_second": 30}, "codes_per_second 30"),
+        ({"codes_per_second": 0}, "codes_per_second 0"),
+        ({"sampling_rate": 22_050}, "sampling_rate 22050: 10 ms must be whole samples"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            configure(CodecArguments("tokenizer", **options))
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "message"),
+    [
+        ("decoder", {"eval_dir": Path("gone")}, "--eval_dir takes part in the stage tokenizer and head alone"),
+        ("decoder", {"phoneme_weight": 9.0}, "--phoneme_weight takes part in the stage tokenizer alone"),
+        ("decoder", {"fsq_levels": [2, 2]}, "--fsq_levels takes part in the stage tokenizer and vocoder alone"),
+        ("head", {"sampling_rate": 16_000}, "--sampling_rate .* leave it out of the stage head"),
+        ("head", {"batch_size": 1}, "--batch_size is 1; it must be at least 2 in the stage head"),
+        ("vocoder", {"batch_size": 0}, "--batch_size is 0; it must be at least 1"),
+        ("vocoder", {"save_every": 0}, "--save_every is 0; it must be at least 1"),
+        ("vocoder", {"model": Path("gone")}, "--model gone: there is no audio tokenizer"),
+    ],
+)
+def test_options_without_effect_are_refused(stage, options, message):
+    with pytest.raises(ValueError, match=message):
+        CodecArguments(stage, **options)
+
+
+def test_a_stage_goes_on_from_what_there_is_or_says_what_is_missing(tmp_path, capsys):
+    for stage in ("tokenizer", "vocoder"):
+        with pytest.raises(ValueError, match=f"goes on from {tmp_path / stage}, .*run the stage {stage} first"):
+            load_for_stage(CodecArguments("decoder", output_dir=tmp_path), tmp_path / "decoder")
+        build_codec().save_pretrained(tmp_path / stage)
+    folder = tmp_path / "tokenizer"
+    resumed = load_for_stage(CodecArguments("tokenizer", model=tmp_path / "vocoder", fsq_levels=[4, 4]), folder)
+    assert resumed.config.fsq_levels == [4, 4] and "vocoder is not read again" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=rf"--fsq_levels is \[3, 3\], but .* from {folder}, where it is \[4, 4\]"):
+        load_for_stage(CodecArguments("tokenizer", fsq_levels=[3, 3]), folder)
+    with pytest.raises(ValueError, match="--sampling_rate is 24000, but .* where it is 16000"):
+        load_for_stage(CodecArguments("vocoder", model=folder, sampling_rate=24_000), tmp_path / "new")
 
 
 def test_the_critic_learns_to_tell_noise_from_speech_and_teaches_the_decoder_alone():

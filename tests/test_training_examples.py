@@ -364,6 +364,10 @@ def test_a_phoneme_head_takes_part_in_the_decoders_training_and_stays_as_it_was(
     train("decoder", "--aligner", str(aligner), "--batch_size", "2")
     after = torch.load(aligner / "training_state.pt", weights_only=True)["head"]
     assert all(torch.equal(value, after[name]) for name, value in before.items())
+    for steps in ("3", "4"):  # the discriminator goes on where it stopped
+        train("decoder", "--batch_size", "2", "--max_steps", steps, "--adversarial_steps", "2")
+    state = torch.load(tmp_path / "codec" / "decoder" / "training_state.pt", weights_only=True)
+    assert {int(moments["step"]) for moments in state["critic"]["optimizer"]["state"].values()} == {2}
     with pytest.raises(ValueError, match="--aligner takes part in the stage decoder alone"):
         train("vocoder", "--aligner", str(aligner))
     with pytest.raises(ValueError, match="--adversarial_steps takes part in the stage decoder alone"):

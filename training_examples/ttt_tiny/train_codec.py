@@ -19,6 +19,7 @@ import time
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +46,15 @@ from training_examples.ttt_tiny.speech import read_audio, read_list, read_shard,
 from training_examples.ttt_tiny.waveforms import augment, pad
 from training_examples.user_errors import run_command
 
+SHAPE = {"fsq_levels": [5, 5, 4, 4], "codes_per_second": 12.5, "sampling_rate": 24_000, "num_mel_bins": 100}
+# Options that only these stages take.
+STAGES_OF = {
+    **dict.fromkeys(SHAPE, ("tokenizer", "vocoder")),
+    "eval_dir": ("tokenizer", "head"),
+    "phoneme_weight": ("tokenizer",),
+    **dict.fromkeys(("adversarial_steps", "aligner", "clarity_weight"), ("decoder",)),
+}
+
 
 @dataclass
 class CodecArguments:
@@ -63,27 +73,34 @@ class CodecArguments:
     model: Path | None = field(
         default=None,
         metadata={
-            "help": "Audio tokenizer to start from, in place of what earlier stages made; in the stage tokenizer, what "
-            "has another shape starts anew."
+            "help": "Folder of the audio tokenizer to start from, in place of what earlier stages made; in the stage "
+            "tokenizer, what has another shape starts anew. A stage that goes on has started, and does not read it."
         },
     )
-    fsq_levels: list[int] = field(
-        default_factory=lambda: [5, 5, 4, 4], metadata={"help": "Levels of the quantiser; their product are the codes."}
+    fsq_levels: list[int] | None = field(
+        default=None,
+        metadata={"help": "Levels of the quantiser; their product are the codes (default: 5 5 4 4)."},
     )
-    codes_per_second: float = field(default=12.5, metadata={"help": "Codes a second; the published rate is 12.5."})
-    sampling_rate: int = field(default=24_000, metadata={"help": "Of the waveforms in and out, in Hz."})
-    num_mel_bins: int = field(default=100, metadata={"help": "Log-mel channels."})
+    codes_per_second: float | None = field(
+        default=None, metadata={"help": "Codes a second (default: 12.5, the published rate)."}
+    )
+    sampling_rate: int | None = field(
+        default=None, metadata={"help": "Of the waveforms in and out, in Hz (default: 24000)."}
+    )
+    num_mel_bins: int | None = field(default=None, metadata={"help": "Log-mel channels (default: 100)."})
     eval_dir: Path | None = field(
         default=None,
         metadata={
             "help": "Held-out lists: log at every checkpoint what the codes keep of the phonemes of 60 sentences."
         },
     )
-    phoneme_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the codes' phoneme loss beside twice the L1 of log-mels."}
+    phoneme_weight: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the codes' phoneme loss beside twice the L1 of log-mels (default: 1)."},
     )
-    adversarial_steps: int = field(
-        default=0, metadata={"help": "Last steps of the stage decoder in which a discriminator takes part."}
+    adversarial_steps: int | None = field(
+        default=None,
+        metadata={"help": "Last steps of the stage decoder in which a discriminator takes part (default: 0)."},
     )
     aligner: Path | None = field(
         default=None,
@@ -97,6 +114,26 @@ class CodecArguments:
     )
     threads: int = threads_field()
     seed: int = field(default=0, metadata={"help": "Seed of weights, batches and augmentation."})
+
+    def __post_init__(self) -> None:
+        for name, stages in STAGES_OF.items():
+            if getattr(self, name) is not None and self.stage not in stages:
+                raise ValueError(
+                    f"--{name} takes part in the stage {' and '.join(stages)} alone; leave it out of the stage "
+                    f"{self.stage}"
+                )
+        if self.clarity_weight is not None and self.aligner is None:
+            raise ValueError(
+                f"--clarity_weight {self.clarity_weight} has no effect without --aligner; give both or neither"
+            )
+        # Half of a batch are the assistant's sentences, half are questions.
+        batch = 2 if self.stage in ("tokenizer", "head") else 1
+        for name, least in (("max_steps", 1), ("save_every", 1), ("batch_size", batch), ("adversarial_steps", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name} is {value}; it must be at least {least} in the stage {self.stage}")
+        if self.model is not None and not (self.model / "config.json").exists():
+            raise ValueError(f"--model {self.model}: there is no audio tokenizer in that folder")
 
 
 class Speech:
@@ -239,6 +276,15 @@ class Critic:
         self.model, self.rows, self.samples = Discriminator(), rows, samples
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 3e-4, betas=(0.8, 0.9), weight_decay=0.01)
 
+    def state_dict(self) -> dict[str, dict]:
+        """Return what `load_state_dict` goes on from."""
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, dict]) -> None:
+        """Go on from what `state_dict` returned."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
     def losses(self, real: torch.Tensor, decoded: torch.Tensor) -> dict[str, torch.Tensor]:
         """Learn from segments of (batch, samples), and return what the decoder shall learn from them."""
         rows = torch.randperm(len(real))[: self.rows]
@@ -315,33 +361,67 @@ def held_out_sentences(folder: Path, rate: int, words: Container[str]) -> list[t
 
 
 def configure(args: CodecArguments) -> TttCodecConfig:
-    """Return the configuration that the options name, with log-mel frames every 10 ms."""
-    hop = args.sampling_rate / args.codes_per_second
-    frame = args.sampling_rate // 100
-    if hop % (2 * frame):
-        raise SystemExit(f"--codes_per_second {args.codes_per_second}: a code must last a multiple of 20 ms")
+    """
+    Return the configuration that the options name, with log-mel frames every 10 ms.
+
+    Raises:
+        ValueError: If frames are no whole samples, or codes no whole pairs of frames.
+    """
+    shape: dict[str, Any] = SHAPE | {name: getattr(args, name) for name in SHAPE if getattr(args, name) is not None}
+    sampling_rate, codes_per_second = shape["sampling_rate"], shape["codes_per_second"]
+    frame = sampling_rate // 100
+    if sampling_rate < 100 or sampling_rate % 100:
+        raise ValueError(f"--sampling_rate {sampling_rate}: 10 ms must be whole samples; give a multiple of 100")
+    if codes_per_second <= 0 or sampling_rate / codes_per_second % (2 * frame):
+        raise ValueError(f"--codes_per_second {codes_per_second}: a code must last a multiple of 20 ms, as at 12.5")
     return TttCodecConfig(
-        sampling_rate=args.sampling_rate,
-        hop_length=int(hop),
+        sampling_rate=sampling_rate,
+        hop_length=int(sampling_rate / codes_per_second),
         mel_hop_length=frame,
         n_fft=4 * frame,
-        num_mel_bins=args.num_mel_bins,
-        fsq_levels=args.fsq_levels,
+        num_mel_bins=shape["num_mel_bins"],
+        fsq_levels=shape["fsq_levels"],
     )
+
+
+def check_shape(args: CodecArguments, config: TttCodecConfig, folder: Path) -> None:
+    """
+    Compare the shape that options name with that of the audio tokenizer which the stage goes on from.
+
+    Raises:
+        ValueError: If it has another.
+    """
+    found = {name: config.frame_rate if name == "codes_per_second" else getattr(config, name) for name in SHAPE}
+    for name, value in found.items():
+        if getattr(args, name) not in (None, value):
+            raise ValueError(
+                f"--{name} is {getattr(args, name)}, but the stage goes on from {folder}, where it is {value}; leave "
+                "it out, or give another --output_dir"
+            )
 
 
 def load_for_stage(args: CodecArguments, folder: Path) -> TttCodecModel:
     """Load the stage's own checkpoint; else `--model`; else what earlier stages made; else fresh weights."""
     if (folder / "config.json").exists():
-        return TttCodecModel.from_pretrained(folder)
+        if args.model is not None:
+            print(f"the stage goes on from {folder}; --model {args.model} is not read again", flush=True)
+        model = TttCodecModel.from_pretrained(folder)
+        check_shape(args, model.config, folder)
+        return model
     if args.model is not None and args.stage == "tokenizer":
         return TttCodecModel.from_pretrained(args.model, config=configure(args), ignore_mismatched_sizes=True)
     if args.model is not None:
-        return TttCodecModel.from_pretrained(args.model)
+        model = TttCodecModel.from_pretrained(args.model)
+        check_shape(args, model.config, args.model)
+        return model
     if args.stage in ("tokenizer", "vocoder"):
         return TttCodecModel(configure(args))
-    if not (args.output_dir / "tokenizer" / "config.json").exists():
-        raise ValueError(f"the stage {args.stage} goes on from {args.output_dir / 'tokenizer'}, or from --model")
+    for earlier in ("tokenizer", "vocoder") if args.stage == "decoder" else ("tokenizer",):
+        if not (args.output_dir / earlier / "config.json").exists():
+            raise ValueError(
+                f"the stage {args.stage} goes on from {args.output_dir / earlier}, or from --model; run the stage "
+                f"{earlier} first, or give --model"
+            )
     model = TttCodecModel.from_pretrained(args.output_dir / "tokenizer")
     if args.stage == "head":
         return model
@@ -352,13 +432,6 @@ def load_for_stage(args: CodecArguments, folder: Path) -> TttCodecModel:
 
 def main() -> None:
     (args,) = ScriptParser(CodecArguments, __doc__).parse_args_into_dataclasses()
-    for name in ("aligner", "adversarial_steps"):
-        if getattr(args, name) and args.stage != "decoder":
-            raise ValueError(f"--{name} takes part in the stage decoder alone; leave it out of the stage {args.stage}")
-    if args.clarity_weight is not None and args.aligner is None:
-        raise ValueError(
-            f"--clarity_weight {args.clarity_weight} has no effect without --aligner; give both or neither"
-        )
     use_threads(args.threads)
     folder = args.output_dir / args.stage
     folder.mkdir(parents=True, exist_ok=True)
@@ -377,14 +450,14 @@ def main() -> None:
     for p in model.parameters():
         p.requires_grad_(any(p is q for q in parameters))
     optimizer = torch.optim.AdamW(parameters, args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    step = 0
+    step, critic_state = 0, None
     state_file = folder / "training_state.pt"
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
         if head in stages[args.stage]:
             head.load_state_dict(state["head"])
-        step = state["step"]
+        step, critic_state = state["step"], state.get("critic")
     elif args.model is not None and (known := read_head(args.model)) is not None:
         fresh = head.state_dict()
         head.load_state_dict(fresh | {key: value for key, value in known.items() if value.shape == fresh[key].shape})
@@ -396,11 +469,13 @@ def main() -> None:
     question_batches, segments = questions.batches(args.batch_size // 2), answers.segments(args.batch_size, rate)
 
     held_out = []
-    if args.eval_dir is not None and args.stage in ("tokenizer", "head"):
+    if args.eval_dir is not None:
         held_out = held_out_sentences(args.eval_dir, rate, words)
     progress, started = tqdm(total=args.max_steps, initial=step, desc=args.stage), time.time()
     running: dict[str, float] = {}
     critic: Critic | None = None
+    adversarial_steps = args.adversarial_steps or 0
+    phoneme_weight = 1.0 if args.phoneme_weight is None else args.phoneme_weight
     listener = None
     if args.aligner is not None:
         weight = 0.5 if args.clarity_weight is None else args.clarity_weight
@@ -410,16 +485,16 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * scale
         if args.stage == "tokenizer":
-            losses = tokenizer_step(
-                model, head, next(question_batches), next(answer_batches), words, args.phoneme_weight
-            )
+            losses = tokenizer_step(model, head, next(question_batches), next(answer_batches), words, phoneme_weight)
         elif args.stage == "head":
             losses = head_step(model, head, next(question_batches) + next(answer_batches), words)
         elif args.stage == "vocoder":
             losses = vocoder_step(model, next(segments))
         else:
-            if critic is None and step >= args.max_steps - args.adversarial_steps:
+            if critic is None and step >= args.max_steps - adversarial_steps:
                 critic = Critic(rows=8, samples=rate // 2)
+                if critic_state is not None:
+                    critic.load_state_dict(critic_state)
             losses = decoder_step(model, next(answer_batches), critic, listener)
         losses["loss"].backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -445,6 +520,10 @@ def main() -> None:
             state = {"optimizer": optimizer.state_dict(), "step": step}
             if head in stages[args.stage]:  # no other stage trains it
                 state["head"] = head.state_dict()
+            if critic is not None:
+                state["critic"] = critic.state_dict()
+            elif critic_state is not None:
+                state["critic"] = critic_state
             with whole_file(state_file) as partial:
                 torch.save(state, partial)
             if held_out:
