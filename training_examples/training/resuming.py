@@ -68,7 +68,11 @@ def checkpoints(output_dir: str | Path) -> list[tuple[Path, bool]]:
 
 
 def _is_whole(folder: Path) -> bool:
-    return bool(read_state(folder))
+    try:
+        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
