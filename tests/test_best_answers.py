@@ -20,7 +20,7 @@ SETTINGS = ["8:8:0.03", "4:4:0"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model that answers everything with "hi" and 40 codes 3, an untrained phoneme head, and three examples."""
+    """A model that answers everything with "hi" and 40 codes 3, an untrained phoneme head, and five examples."""
     root = tmp_path_factory.mktemp("best")
     processor, codec = build_processor(), build_codec()
     save_repository(build_model(processor), processor, root / "model")
@@ -32,6 +32,9 @@ def folder(tmp_path_factory):
     for index, (answer, task) in enumerate([("hi", "tts"), ("no", "tts"), ("hi", "text_chat"), ("hi", "asr")]):
         example = processor.build_example(answer, [5] * (12 + index), task="text_chat", text="a" * (1 + 7 * index))
         examples.append({**example, "length": len(example["input_ids"]), "task": task})
+    messages = [("user", [{"type": "audio", "audio_codes": [5] * 9}]), ("assistant", [{"type": "text", "text": "hi"}])]
+    example = processor.build_conversation_example([{"role": role, "content": said} for role, said in messages])
+    examples.append({**example, "length": len(example["input_ids"]), "task": "asr"})
     DatasetDict({"train": Dataset.from_list(examples)}).save_to_disk(str(root / "examples"))
     return root, examples
 
@@ -113,14 +116,19 @@ def test_an_aligner_of_another_audio_tokenizer_is_refused(folder, monkeypatch, t
         best_answers.main()
 
 
-def test_chosen_speech_takes_the_place_of_what_was_recorded(folder, monkeypatch):
+@pytest.mark.parametrize("unspoken", [False, True])
+def test_chosen_speech_takes_the_place_of_what_was_recorded(unspoken, folder, monkeypatch):
     root, examples = folder
     told = ["--model", root / "model", "--dataset", root / "examples", "--aligner", root / "aligner"]
     told += ["--output_dir", root / "best", "--settings", *SETTINGS, "--new_texts", 2, "--keep", 1, "--threads", 1]
+    told += ["--keep_unspoken", unspoken]
     monkeypatch.setattr(sys, "argv", ["best_answers.py", *map(str, told)])
     best_answers.main()
-    rows = load_from_disk(str(root / "best"))["train"]
-    assert sorted(rows["task"]) == ["text_chat", "tts"]  # asr has no speech to choose, "no" and new texts were not read
+    rows = load_from_disk(str(root / "best"))["train"].to_list()
+    kept = [row for row in rows if row["task"] == "asr"]
+    assert kept == (examples[-1:] if unspoken else [])  # the other one's speech is not the assistant's to choose
+    rows = [row for row in rows if row["task"] != "asr"]
+    assert sorted(row["task"] for row in rows) == ["text_chat", "tts"]  # "no" and new texts were not read
     processor = build_processor()
     for row in rows:
         prompts = [split_example(example)[0] for example in examples]

@@ -111,6 +111,28 @@ def test_options_may_be_cut_short_and_values_may_hold_dashes():
     assert parsed == Options(Path("a"), -0.5, settings="-- {x}")
 
 
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        ("study/measure_run.py --run r --arm ttt --limit 0", "limit"),
+        ("study/measure_once.py --study s --cost_rows 0", "cost_rows"),
+        ("ttt_tiny/best_answers.py --model m --dataset d --aligner a --output_dir o --batch_size 0", "batch_size"),
+        ("ttt_tiny/build_skill.py --eval_items -1", "eval_items"),
+        ("ttt_tiny/build_speech.py --shard_size 0", "shard_size"),
+        ("ttt_tiny/compare_voices.py --whisper base --sentences 0", "sentences"),
+        ("ttt_tiny/create_tiny.py --num_heads 0", "num_heads"),
+        ("ttt_tiny/evaluate_skill.py --adapter a --limit 0", "limit"),
+        ("ttt_tiny/human_lists.py --strings 0", "strings"),
+    ],
+)
+def test_numbers_too_low_are_refused_by_every_script(words, option, monkeypatch):
+    script, *flags = words.split()
+    main = importlib.import_module("training_examples." + script.removesuffix(".py").replace("/", ".")).main
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    with pytest.raises(ValueError, match=f"`--{option}` is -?[01]; it must be at least [01]"):
+        main()
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=str)
 def test_help_is_a_screen_of_our_options(script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [script.name, "--help"])

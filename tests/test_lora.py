@@ -267,7 +267,7 @@ def test_options_that_lora_users_reach_for(workspace, tmp_path, options):
     ("options", "message"),
     [
         ("--quantize", "--quantize .* bitsandbytes, which is not installed"),
-        ("--r 0", "--r is 0; it must be at least 1"),
+        ("--r 0", "`--r` is 0; it must be at least 1"),
         ("--adapter_strength 0", "--adapter_strength is 0.0; it must be above 0"),
         ("--new_words data/words.txt", "--new_words data/words.txt: there is no such file"),
         ("--label_smoothing_factor 0.1", "--label_smoothing_factor is 0.1"),

@@ -108,6 +108,23 @@ class ScriptParser(HfArgumentParser):
         return "\n".join(lines) + "\n"
 
 
+def check_least(options: Any, **least: float) -> None:
+    """
+    Refuse options below a limit; those that are None have none.
+
+    Args:
+        options (a dataclass): whose values are checked.
+        least (`float`): the lowest value, by the option's name.
+
+    Raises:
+        ValueError: If a value is below, which is named.
+    """
+    for name, lowest in least.items():
+        value = getattr(options, name)
+        if value is not None and not value >= lowest:
+            raise ValueError(f"`--{name}` is {value}; it must be at least {lowest}.")
+
+
 def _short_line(action: Action, width: int) -> str:
     text = (action.help or "").split(". ")[0].split("; ")[0].rstrip(".")
     if action.required:

@@ -24,6 +24,7 @@ from transformers import BitsAndBytesConfig, TrainingArguments
 from modeling_ttt import TttConfig, TttForConditionalGeneration
 from pipelines import save_repository
 from processing import TttProcessor
+from training_examples.command_line import check_least
 from training_examples.training.arguments import ModelArguments, parse_arguments
 from training_examples.training.card import RunCard, write_card
 from training_examples.training.trainer import (
@@ -82,9 +83,7 @@ class LoraArguments(ModelArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("r", "alpha"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
+        check_least(self, r=1, alpha=1)
         if not self.adapter_strength > 0:
             raise ValueError(f"--adapter_strength is {self.adapter_strength}; it must be above 0.")
         self.new_words = [word for item in self.new_words or () for word in read_words(item)]

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from modeling_ttt import TttForConditionalGeneration
 from processing import TttProcessor, deinterleave
-from training_examples.command_line import ScriptParser
+from training_examples.command_line import ScriptParser, check_least
 from training_examples.evaluation.figures import fingerprint
 from training_examples.evaluation.listening import LANGUAGE_HELP, open_listener
 from training_examples.evaluation.options import read_pairs
@@ -73,11 +73,7 @@ class DistillArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Allow code in the checkpoint to run."})
 
     def __post_init__(self) -> None:
-        for name in ("shard_size", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`--{name}` is {getattr(self, name)}; it must be at least 1.")
-        if self.max_word_error_rate < 0:
-            raise ValueError(f"`--max_word_error_rate` is {self.max_word_error_rate}; it must be at least 0.")
+        check_least(self, shard_size=1, batch_size=1, max_records=1, max_word_error_rate=0)
 
     def generation_options(self) -> dict[str, Any]:
         """Return the OPTION=VALUE items, each value read as JSON or, where it is none, as a string."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from training_examples.command_line import check_least
 from training_examples.evaluation.listening import open_listener
 from training_examples.evaluation.rows import Listener
 from training_examples.threads import threads_field
@@ -64,10 +65,7 @@ class EvaluationArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Allow code in the checkpoint to run."})
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`--{name}` is {value}; it must be at least 1.")
+        check_least(self, batch_size=1, limit=1)
 
     def generation_options(self) -> dict[str, Any]:
         """Return the options of `generate`."""

@@ -4,6 +4,7 @@ it lives in first_checkpoint.py."""
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from training_examples.command_line import check_least
 from training_examples.threads import threads_field
 
 # Close to the mean, new tokens take the least from the probabilities of the old ones (Hewitt, 2021).
@@ -55,5 +56,4 @@ class InitArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Allow code in the audio tokenizer's repository."})
 
     def __post_init__(self) -> None:
-        if not self.row_spread >= 0:
-            raise ValueError(f"`--row_spread` is {self.row_spread}; it must be at least 0.")
+        check_least(self, row_spread=0)

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from training_examples.command_line import check_least
 from training_examples.preparation.layouts import LAYOUTS
 from training_examples.preparation.records import FIELDS, TASK_NAMES
 from training_examples.threads import threads_field
@@ -97,9 +98,7 @@ class PrepareArguments:
         for name in ("max_audio_seconds", "max_length", "shard_size", "batch_size", "num_proc"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"`--{name}` is {getattr(self, name)}; it must be above 0.")
-        for name in ("min_audio_seconds", "min_speaking_rate", "max_speaking_rate"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`--{name}` is {getattr(self, name)}; it must be at least 0.")
+        check_least(self, min_audio_seconds=0, min_speaking_rate=0, max_speaking_rate=0)
         for name in ("audio_seconds", "speaking_rate"):
             least, most = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
             if most and least > most:

@@ -15,7 +15,7 @@ from typing import Any
 import soundfile
 import torch
 
-from training_examples.command_line import ScriptParser
+from training_examples.command_line import ScriptParser, check_least
 from training_examples.evaluation.backends import Answer, Sample, TttBackend
 from training_examples.evaluation.listening import open_listener
 from training_examples.evaluation.rows import EvaluationError, Listener, Run
@@ -41,6 +41,9 @@ class OnceArguments:
     cost_rows: int = field(default=8, metadata={"help": "Answers that the cost of a setting is measured on."})
     device: str = field(default="cpu", metadata={"help": "Where the models answer."})
     threads: int = threads_field()
+
+    def __post_init__(self) -> None:
+        check_least(self, limit=1, cost_rows=1)
 
 
 class Recordings:

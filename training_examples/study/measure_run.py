@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from training_examples.command_line import ScriptParser
+from training_examples.command_line import ScriptParser, check_least
 from training_examples.evaluation.backends import TttBackend
 from training_examples.evaluation.listening import open_listener
 from training_examples.evaluation.rows import EvaluationError, Listener, Run
@@ -38,6 +38,9 @@ class MeasureArguments:
     batch_size: int = field(default=32, metadata={"help": "Answers written side by side."})
     device: str = field(default="cpu", metadata={"help": "Where the model answers."})
     threads: int = threads_field()
+
+    def __post_init__(self) -> None:
+        check_least(self, limit=1, batch_size=1)
 
 
 def measure(args: MeasureArguments, listeners: Sequence[Listener]) -> dict[str, Any]:

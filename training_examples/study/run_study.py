@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from training_examples.command_line import ScriptParser
+from training_examples.command_line import ScriptParser, check_least
 from training_examples.evaluation.figures import fingerprint
 from training_examples.files import read_json, write_json
 from training_examples.study.arms import ARMS, Arm, training_flags
@@ -73,17 +73,8 @@ class StudyArguments:
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.arms) - set(ARMS)):
             raise ValueError(f"`--arms` {unknown}: there are {list(ARMS)}")
-        for name, least in (
-            ("max_steps", 2),
-            ("tokens_per_batch", 1),
-            ("eval_steps", 0),
-            ("save_steps", 1),
-            ("workers", 1),
-            ("limit", 1),
-            ("distilled_records", 1),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"`--{name}` is {getattr(self, name)}; it must be at least {least}")
+        check_least(self, max_steps=2, tokens_per_batch=1, eval_steps=0, save_steps=1)
+        check_least(self, workers=1, limit=1, distilled_records=1)
         for name in ("arms", "seeds"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise ValueError(f"`--{name}` {getattr(self, name)}: one is named twice")

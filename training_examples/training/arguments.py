@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import TrainingArguments, set_seed
 
-from training_examples.command_line import ScriptParser
+from training_examples.command_line import ScriptParser, check_least
 from training_examples.evaluation.listening import LANGUAGE_HELP
 from training_examples.files import without_folders
 from training_examples.threads import threads_field, use_threads
@@ -175,9 +175,7 @@ class ModelArguments:
                 "examples, and packed rows are of one length. With --packing, --max_length times the batch size is "
                 "the budget."
             )
-        for name, least in (("sample_steps", 0), ("num_samples", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least {least}.")
+        check_least(self, sample_steps=0, num_samples=1)
         if self.recogniser is not None and not self.sample_steps:
             raise ValueError("--recogniser reads what --sample_steps answers; give that, too.")
         for name in ("model", "processor"):

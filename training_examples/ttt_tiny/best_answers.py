@@ -7,7 +7,8 @@
 audio tokenizer, reads the codes themselves, thousands a second and without a waveform, so that the best of several
 answers can be chosen: the one that makes the text's phonemes likeliest (CTC, Graves et al., 2006). All that the
 assistant says in `--dataset` is read, and new random sequences; the chosen speech takes the place of the recorded one
-in the examples. No recogniser that judges the model has a part in it. Several processes share the texts by `--part`.
+in the examples. No recogniser that judges the model has a part in it. Several processes share the texts by `--part`,
+and train_ttt.py takes the folders of all of them.
 """
 
 import random
@@ -30,7 +31,7 @@ from modeling_ttt import TttForConditionalGeneration
 from modeling_ttt.generation_config_ttt import SURE_RULES
 from modeling_ttt.ttt_codec import TttCodecModel
 from processing import TttProcessor, deinterleave
-from training_examples.command_line import ScriptParser
+from training_examples.command_line import ScriptParser, check_least
 from training_examples.preparation.mixtures import load_mixture
 from training_examples.threads import threads_field, use_threads
 from training_examples.training.samples import answer_prompts, split_example
@@ -58,6 +59,13 @@ class BestArguments:
     new_texts: int = field(default=12_000, metadata={"help": "New random sequences that are read aloud, too."})
     max_texts: int | None = field(default=None, metadata={"help": "Read only so many texts of the dataset."})
     keep: float = field(default=0.8, metadata={"help": "Share of the texts that is kept, the clearest first."})
+    keep_unspoken: bool = field(
+        default=False,
+        metadata={
+            "help": "Write the dataset's examples whose answers are not spoken, such as dictations, too, so that the "
+            "output can be trained on alone."
+        },
+    )
     part: str = field(default="0:1", metadata={"help": "PART:PARTS, which of the texts this process reads."})
     batch_size: int = field(default=64, metadata={"help": "Texts read side by side."})
     device: str = field(default="cpu", metadata={"help": "Where the model runs."})
@@ -65,6 +73,7 @@ class BestArguments:
     threads: int = threads_field()
 
     def __post_init__(self) -> None:
+        check_least(self, new_texts=0, max_texts=0, batch_size=1)
         if not 0 < self.keep <= 1:
             raise ValueError(f"`--keep` is {self.keep}; it is a share, above 0 and at most 1")
         if not self.settings:
@@ -237,12 +246,15 @@ def main() -> None:
     answered: dict[str, list[tuple[list[int], str]]] = defaultdict(list)
     said: dict[bytes, str] = {}  # by the tokens of an answer that are no codes: answers with one text share them
     codes = range(processor.token_ids.audio_code_id_start, processor.token_ids.audio_token_id_end)
+    unspoken: list[dict[str, Any]] = []
     for record in tqdm(load_mixture([args.dataset]), desc="looking", unit="example"):
-        if record["task"] not in ANSWERED:
-            continue
         prompt, reference = split_example(record)
         tokens = np.array(reference)
         is_code = (tokens >= codes.start) & (tokens < codes.stop)
+        if args.keep_unspoken and not is_code.any():
+            unspoken.append(dict(record))
+        if record["task"] not in ANSWERED:
+            continue
         key = tokens[~is_code].tobytes()
         if key not in said:
             said[key] = reader.parts(reference)[0]
@@ -264,6 +276,7 @@ def main() -> None:
         examples += [example_of(prompt, answer, task) for prompt, task in answered.get(text, [])]
         if text not in answered:
             examples.append(example_of(reader.prompt(text), answer, "tts"))
+    examples += unspoken[args.first :: args.parts]
     rng.shuffle(examples)
     DatasetDict({"train": Dataset.from_list(examples)}).save_to_disk(str(args.output_dir))
     print(f"{len(examples)} examples, {sum(example['length'] for example in examples) / 1e6:.1f} M tokens")

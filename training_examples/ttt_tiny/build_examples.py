@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from modeling_ttt.ttt_codec import TttCodecModel
 from processing import TttProcessor
-from training_examples.command_line import ScriptParser
+from training_examples.command_line import ScriptParser, check_least
 from training_examples.evaluation.figures import fingerprint
 from training_examples.files import read_json, whole_file, write_json
 from training_examples.threads import threads_field, use_threads
@@ -78,8 +78,7 @@ class ExampleArguments(MixtureArguments):
             value = getattr(self, name)
             if value is not None and self.aligner is None:
                 raise ValueError(f"`--{name}` {value} has no effect without `--aligner`; give both or neither")
-            if value is not None and value < 0:
-                raise ValueError(f"`--{name}` is {value}; it must be at least 0.")
+        check_least(self, cut_splices=0, cut_questions=0, recordings=0, shifts=0, splices=0, sounds=0, workers=1)
 
 
 def record_all(waves: list[np.ndarray], rate: int, seed: list[int]) -> list[np.ndarray]:

@@ -18,7 +18,7 @@ import numpy as np
 from scipy.signal import resample_poly
 from tqdm import tqdm
 
-from training_examples.command_line import ScriptParser
+from training_examples.command_line import ScriptParser, check_least
 from training_examples.files import write_text
 from training_examples.threads import threads_field, use_threads
 from training_examples.ttt_tiny import domain
@@ -48,6 +48,7 @@ class SkillArguments:
     threads: int = threads_field()
 
     def __post_init__(self):
+        check_least(self, minutes=0, eval_items=0)
         if not 0.0 <= self.replay < 1.0:
             raise ValueError(f"--replay is {self.replay}; it is a share, from 0 to below 1.")
 

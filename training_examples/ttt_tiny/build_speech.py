@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from training_examples.command_line import ScriptParser
+from training_examples.command_line import ScriptParser, check_least
 from training_examples.files import write_text
 from training_examples.threads import threads_field, use_threads
 from training_examples.ttt_tiny import domain, other_sentences
@@ -56,6 +56,10 @@ class BuildArguments:
     workers: int = field(default=1, metadata={"help": "Processes that speak side by side, one thread each."})
     seed: int = field(default=0, metadata={"help": "Seed of every draw."})
     threads: int = threads_field()
+
+    def __post_init__(self) -> None:
+        check_least(self, assistant=0, questions=0, dictations=0, digits=0, words=0, others=0)
+        check_least(self, eval_items=0, development_items=0, shard_size=1, workers=1)
 
 
 def plan_training(args: BuildArguments) -> dict[str, list[dict]]:

@@ -27,7 +27,7 @@ from modeling_ttt import TttForConditionalGeneration
 from modeling_ttt.ttt_codec import TttCodecModel
 from modeling_ttt.ttt_codec.configuration_ttt_codec import VOCODERS
 from processing import TttDataCollator, TttProcessor
-from training_examples.command_line import ScriptParser
+from training_examples.command_line import ScriptParser, check_least
 from training_examples.evaluation.figures import fingerprint, markdown_table, remember
 from training_examples.evaluation.whisper_judge import WhisperJudge, count_word_errors
 from training_examples.threads import threads_field, use_threads
@@ -65,10 +65,7 @@ class ComparisonArguments:
     seed: int = field(default=0, metadata={"help": "Seed of weights and batches."})
 
     def __post_init__(self) -> None:
-        for name in ("shards", "sentences", "max_steps", "batch_size", "hidden_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`--{name}` is {value}; it must be at least 1.")
+        check_least(self, shards=1, sentences=1, max_steps=1, batch_size=1, hidden_size=1)
         if len({folder.resolve() for folder in self.codecs}) < len(self.codecs):
             raise ValueError("`--codecs` names a folder twice; leave one of them out.")
         if len({Path(name).name for name in self.whisper}) < len(self.whisper):

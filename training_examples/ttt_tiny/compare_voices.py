@@ -14,7 +14,7 @@ import librosa
 import numpy as np
 from tqdm import tqdm
 
-from training_examples.command_line import ScriptParser
+from training_examples.command_line import ScriptParser, check_least
 from training_examples.evaluation.figures import markdown_table
 from training_examples.evaluation.whisper_judge import WhisperJudge, count_word_errors
 from training_examples.threads import threads_field, use_threads
@@ -34,6 +34,11 @@ class VoiceArguments:
     output: Path = field(default=Path("runs/voices.md"), metadata={"help": "Where the table goes."})
     seed: int = field(default=7, metadata={"help": "Seed of the sentences."})
     threads: int = threads_field()
+
+    def __post_init__(self) -> None:
+        check_least(self, sentences=1)
+        if len({Path(name).name for name in self.whisper}) < len(self.whisper):
+            raise ValueError("`--whisper` has two models of one name, which is that of their columns; rename one.")
 
 
 def sample_texts(rng: random.Random, count: int) -> list[str]:

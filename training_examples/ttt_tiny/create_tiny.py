@@ -10,7 +10,7 @@ from transformers import set_seed
 
 from modeling_ttt.ttt_codec import TttCodecModel
 from pipelines import save_repository
-from training_examples.command_line import ScriptParser
+from training_examples.command_line import ScriptParser, check_least
 from training_examples.threads import threads_field, use_threads
 from training_examples.ttt_tiny.untrained import build_model
 from training_examples.user_errors import run_command
@@ -26,6 +26,11 @@ class CreateArguments:
     num_heads: int = field(default=6, metadata={"help": "Attention heads of the backbone."})
     seed: int = field(default=0, metadata={"help": "Seed of the weights."})
     threads: int = threads_field()
+
+    def __post_init__(self) -> None:
+        check_least(self, hidden_size=1, intermediate_size=1, num_layers=1, num_heads=1)
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"`--hidden_size` is {self.hidden_size}, no multiple of `--num_heads` {self.num_heads}.")
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from transformers import AutoModelForAudioTokenization, EncodecFeatureExtractor
 
 import modeling_ttt  # noqa: F401  (registers the audio tokenizer, so that no remote code is needed)
 from modeling_ttt.ttt_codec.configuration_ttt_codec import VOCODERS
-from training_examples.command_line import ScriptParser
+from training_examples.command_line import ScriptParser, check_least
 from training_examples.evaluation.figures import Figure, markdown_table, normalized, write_figures
 from training_examples.evaluation.recognisers import word_error_rate
 from training_examples.threads import threads_field, use_threads
@@ -49,10 +49,7 @@ class CodecEvaluationArguments:
     num_workers: int = field(default=2, metadata={"help": "Processes of the recogniser."})
 
     def __post_init__(self) -> None:
-        for name in ("limit", "batch_size", "num_workers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`--{name}` is {value}; it must be at least 1.")
+        check_least(self, limit=1, batch_size=1, num_workers=1)
 
 
 @torch.no_grad()

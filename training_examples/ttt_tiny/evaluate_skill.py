@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from training_examples.command_line import ScriptParser
+from training_examples.command_line import ScriptParser, check_least
 from training_examples.evaluation.backends import Sample, TttBackend, Turn
 from training_examples.evaluation.figures import markdown_table, normalized
 from training_examples.evaluation.measuring import Measured, of_scorer, share_of
@@ -52,6 +52,9 @@ class SkillEvaluationArguments:
     )
     batch_size: int = field(default=32, metadata={"help": "Questions answered at once."})
     threads: int = threads_field()
+
+    def __post_init__(self) -> None:
+        check_least(self, limit=1, batch_size=1)
 
 
 def recognizer(of_slt: bool) -> Recognizer:

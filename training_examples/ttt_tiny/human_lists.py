@@ -22,7 +22,7 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from training_examples.command_line import ScriptParser
+from training_examples.command_line import ScriptParser, check_least
 from training_examples.files import write_text
 from training_examples.threads import threads_field, use_threads
 from training_examples.ttt_tiny import domain
@@ -65,6 +65,9 @@ class HumanArguments:
     control: str = field(default="kokoro:am_adam", metadata={"help": "Trained voice of the control lists."})
     seed: int = field(default=0, metadata={"help": "Seed of the strings."})
     threads: int = threads_field()
+
+    def __post_init__(self) -> None:
+        check_least(self, strings=1)
 
 
 def read_recording(path: Path) -> np.ndarray:

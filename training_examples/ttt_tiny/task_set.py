@@ -23,6 +23,7 @@ import torch
 from tqdm.auto import tqdm
 
 from modeling_ttt.generation_config_ttt import SURE_RULES
+from training_examples.command_line import check_least
 from training_examples.evaluation.backends import Answer, Backend, Sample, TttBackend, Turn
 from training_examples.evaluation.figures import normalized, remember
 from training_examples.evaluation.measuring import Measured, of_median, of_ratio, of_scorer, share_of
@@ -83,6 +84,10 @@ class Arguments(EvaluationArguments):
     )
     timed: int = field(default=20, metadata={"help": "Answers timed one at a time, whole and streamed; 0: none."})
     cold_runs: int = field(default=3, metadata={"help": "Starts of ttt-talk; 0: none."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, sweep_limit=1, timed=0, cold_runs=0)
 
     def sweep_settings(self) -> list[dict[str, Any]]:
         """Return the options of `generate` that the sweep compares."""
