@@ -235,6 +235,23 @@ def test_questions_are_spliced_of_cut_words_with_their_answers(cuts, sure):
     assert len({tuple(row["codes"]) for row in rows}) > 10  # other gaps, other recordings
 
 
+def test_lists_of_words_that_the_assistant_says_are_asked_to_be_repeated(cuts, sure, tmp_path):
+    said = ["cat dog", "dog five cat", "one plus two is three", "cat dog five dog cat five", "cat mouse"]
+    write_shard(tmp_path, "assistant-0000", [{"text": text} for text in said])
+    voice = {"voice": "kokoro:am_adam", "rate": 1.0, "pitch": 1.0, "phrasing": "statement"}
+    row = {"text": "please repeat after me say", "answer": None, "kind": "dictation", **voice}
+    write_shard(tmp_path, "questions-0001", [row])
+    shards, spoken = [*cuts[2], tmp_path / "questions-0001.safetensors"], [tmp_path / "assistant-0000.safetensors"]
+    rows = pq.read_table(
+        build_examples.encode_cut_splices(*cuts[:2], shards, cuts[3], 40, True, [0], spoken)
+    ).to_pylist()
+    repeated = {(row["text"], row["answer"]) for row in rows if row["kind"] == "repeat"}
+    # "plus" and "is" are no content words, six words are too many, and no recording says "mouse".
+    assert {answer for _, answer in repeated} == {"cat dog", "dog five cat"}
+    for question, answer in repeated:
+        assert question.removesuffix(answer) in domain.REPEAT_OPENINGS and not domain.is_held_out(question)
+
+
 def test_questions_whose_words_no_voice_says_end_in_an_error(cuts, sure, monkeypatch):
     monkeypatch.setattr(build_examples, "MOST_DRAWS", 3)
     shards = cuts[2]

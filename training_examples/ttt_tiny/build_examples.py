@@ -10,7 +10,7 @@ with the shards that were spoken meanwhile.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +35,7 @@ from training_examples.ttt_tiny.augmentation import NO_SPEECH, no_speech, record
 from training_examples.ttt_tiny.codes import encode, load_codec
 from training_examples.ttt_tiny.conversations import Messages, Mixture, MixtureArguments, Row, assistant, user
 from training_examples.ttt_tiny.phonemes import load_head, pronunciations
-from training_examples.ttt_tiny.speech import read_audio, read_list, read_shard, to_int16
+from training_examples.ttt_tiny.speech import read_audio, read_list, read_rows, read_shard, to_int16
 from training_examples.user_errors import run_command
 from training_examples.workers import worker_pool
 
@@ -188,12 +188,30 @@ def draw_questions(asked: Sequence[Row], known: Sequence[str], count: int, rng: 
     return [rows[rng.integers(len(rows))] for rows in drawn]
 
 
+def repeat_questions(texts: Iterable[str], rng: np.random.Generator) -> list[Row]:
+    """Return requests to repeat those texts that are lists of 1 to 5 content words; none that is held out."""
+    content, found = set(domain.CONTENT), []
+    for text in sorted(set(texts)):
+        question = str(rng.choice(domain.REPEAT_OPENINGS)) + text
+        if len(text.split()) <= 5 and content.issuperset(text.split()) and not domain.is_held_out(question):
+            found.append({"text": question, "answer": text, "kind": "repeat"})
+    return found
+
+
 def encode_cut_splices(
-    codec_dir: Path, aligner: Path, shards: list[Path], target: Path, count: int, questions: bool, seed: list[int]
+    codec_dir: Path,
+    aligner: Path,
+    shards: list[Path],
+    target: Path,
+    count: int,
+    questions: bool,
+    seed: list[int],
+    spoken: Sequence[Path] = (),
 ) -> Path:
     """
     Write dictations, or questions with their answers, spliced of words cut out of sentences, half of them as if
-    recorded somewhere: `text`, `codes`, and `answer` and `kind` of questions.
+    recorded somewhere: `text`, `codes`, and `answer` and `kind` of questions. The lists of words in `spoken`, shards of
+    the assistant's, are asked to be repeated, too.
 
     Raises:
         ValueError: If no word could be cut out.
@@ -203,7 +221,10 @@ def encode_cut_splices(
     pools = words_of_voices(codec, aligner, shards)
     if not pools:
         raise ValueError(f"no word could be cut out of the sentences by the head in {aligner}: is it trained?")
-    asked = [row for shard in shards for row in read_shard(shard, rate)[0]] if questions else []
+    asked: list[Row] = []
+    if questions:
+        asked += [row for shard in shards for row in read_rows(shard)]
+        asked += repeat_questions((row["text"] for shard in spoken for row in read_rows(shard)), rng)
     shares = np.array([len(pool) for pool in pools]) / sum(map(len, pools))
     rows: list[Row] = []
     while len(rows) < count:
@@ -288,7 +309,8 @@ def encode_all(args: ExampleArguments, threads: int = 1) -> dict[str, list[dict]
                 most = min(CUT_SHARD, count - start)
                 cuts = folder / f"{kind}-cut-{len(heard):04d}-{start // CUT_SHARD:02d}-{most}.parquet"
                 seed = [args.seed, 10**6 + 2, int(kind == "questions"), start]
-                cut = codec, args.aligner, heard, cuts, most, kind == "questions", seed
+                spoken = [shard for shard in shards if shard not in heard]
+                cut = codec, args.aligner, heard, cuts, most, kind == "questions", seed, spoken
                 jobs.append((cuts, encode_cut_splices, cut))
     jobs.append((sounds, encode_sounds, (codec, heard[0], sounds, args.sounds, [args.seed, 10**6 + 1])))
     with worker_pool(args.workers, torch.set_num_threads, (threads,)) as pool:

@@ -104,6 +104,7 @@ CONTENT = list(
 )
 # Ways to begin: each multiplies every question that starts with a question word.
 OPENINGS = ("", "please tell me ", "do you know ", "can you tell me ")
+REPEAT_OPENINGS = ("repeat after me ", "please repeat ", "say ", "repeat ")
 HELD_OUT_PERCENT = 10
 
 
@@ -246,7 +247,7 @@ def random_words(rng: random.Random, shortest: int, longest: int, words: Sequenc
 def repeat_item(rng: random.Random) -> Item:
     """Return a "repeat after me" request of 1 to 5 content words; the request's text decides whether it is held out."""
     words = random_words(rng, 1, 5, CONTENT)
-    return Item("repeat", rng.choice(("repeat after me ", "please repeat ", "say ", "repeat ")) + words, words)
+    return Item("repeat", rng.choice(REPEAT_OPENINGS) + words, words)
 
 
 # How often each kind is asked, in training and in evaluation.

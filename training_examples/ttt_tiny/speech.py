@@ -58,6 +58,12 @@ def read_shard(path: Path, sampling_rate: int) -> tuple[list[dict], list[np.ndar
     return json.loads(metadata["rows"]), [resample_int16(wave, stored, sampling_rate) for wave in waves]
 
 
+def read_rows(path: Path) -> list[dict]:
+    """Return what is known about each sentence of a shard, without its waveforms."""
+    with safe_open(path, "numpy") as shard:
+        return json.loads(shard.metadata()["rows"])
+
+
 def speak_row(row: dict) -> np.ndarray:
     """Return what a row says, in its voice: float32 of shape `(samples,)`, 24 kHz."""
     delivery = Delivery(row["voice"], row["rate"], row["pitch"], row["phrasing"])
