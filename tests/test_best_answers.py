@@ -88,7 +88,12 @@ def test_the_clearest_answer_to_each_text_is_chosen(reader, monkeypatch, capsys)
     found = choose(reader, ["hi", "no"], options, SETTINGS, keep=1.0)
     losses = reader.judge(["hi", "hi"], [[6] * 40, [3] * 40])[0]
     assert found == {"hi": other if losses[0] < losses[1] else answers["4:4:0"][0]}
-    assert "1 of 2 texts read" in capsys.readouterr().out
+    assert "4:4:0: 1 of 2 texts" in capsys.readouterr().out
+    recorded = {"no": {tuple(other)}, "hi": {tuple(other), tuple(answers["4:4:0"][0])}}
+    monkeypatch.setattr(reader, "read", lambda texts, options, title: [None, None])
+    assert choose(reader, ["hi", "no"], options, SETTINGS, 1.0, recorded) == {**found, "no": other}
+    assert "recorded: 2 of 2 texts" in capsys.readouterr().out
+    monkeypatch.setattr(reader, "read", lambda texts, options, title: said[title])
     assert list(choose(reader, ["hi", "no"], options, SETTINGS, keep=0.2)) == ["hi"]  # one at least
     with pytest.raises(ValueError, match="none of 1 texts is read"):
         monkeypatch.setattr(reader, "read", lambda texts, options, title: [None])
@@ -116,23 +121,28 @@ def test_an_aligner_of_another_audio_tokenizer_is_refused(folder, monkeypatch, t
         best_answers.main()
 
 
-@pytest.mark.parametrize("unspoken", [False, True])
-def test_chosen_speech_takes_the_place_of_what_was_recorded(unspoken, folder, monkeypatch):
+@pytest.mark.parametrize(("unspoken", "recorded"), [(False, False), (True, True)])
+def test_chosen_speech_takes_the_place_of_what_was_recorded(unspoken, recorded, folder, monkeypatch):
     root, examples = folder
     told = ["--model", root / "model", "--dataset", root / "examples", "--aligner", root / "aligner"]
     told += ["--output_dir", root / "best", "--settings", *SETTINGS, "--new_texts", 2, "--keep", 1, "--threads", 1]
-    told += ["--keep_unspoken", unspoken]
+    told += ["--keep_unspoken", unspoken, "--recorded", recorded]
     monkeypatch.setattr(sys, "argv", ["best_answers.py", *map(str, told)])
     best_answers.main()
     rows = load_from_disk(str(root / "best"))["train"].to_list()
     kept = [row for row in rows if row["task"] == "asr"]
     assert kept == (examples[-1:] if unspoken else [])  # the other one's speech is not the assistant's to choose
     rows = [row for row in rows if row["task"] != "asr"]
-    assert sorted(row["task"] for row in rows) == ["text_chat", "tts"]  # "no" and new texts were not read
-    processor = build_processor()
+    # New texts were not read, and "no" is said in its recording alone.
+    assert sorted(row["task"] for row in rows) == ["text_chat", "tts", "tts"][: 2 + recorded]
+    processor, said = build_processor(), set()
     for row in rows:
         prompts = [split_example(example)[0] for example in examples]
         prompt, answer = split_example(row)
         assert prompt in prompts and row["length"] == len(row["input_ids"])
-        (said,) = processor.post_process([answer], decode_audio=False)
-        assert said["text"] == "hi" and said["audio_codes"].tolist() == [3] * 40
+        (turn,) = processor.post_process([answer], decode_audio=False)
+        said.add((turn["text"], tuple(turn["audio_codes"].tolist())))
+    if recorded:  # by an untrained head, whatever is likelier: all that say a text say it alike
+        assert sorted(text for text, _ in said) == ["hi", "no"] and ("no", (5,) * 13) in said
+    else:
+        assert said == {("hi", (3,) * 40)}

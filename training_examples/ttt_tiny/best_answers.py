@@ -7,14 +7,14 @@
 audio tokenizer, reads the codes themselves, thousands a second and without a waveform, so that the best of several
 answers can be chosen: the one that makes the text's phonemes likeliest (CTC, Graves et al., 2006). All that the
 assistant says in `--dataset` is read, and new random sequences; the chosen speech takes the place of the recorded one
-in the examples. No recogniser that judges the model has a part in it. Several processes share the texts by `--part`,
+in the examples. With `--recorded true` what was recorded is among the answers to choose from. No recogniser that judges the model has a part in it. Several processes share the texts by `--part`,
 and train_ttt.py takes the folders of all of them.
 """
 
 import random
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,10 @@ class BestArguments:
     new_texts: int = field(default=12_000, metadata={"help": "New random sequences that are read aloud, too."})
     max_texts: int | None = field(default=None, metadata={"help": "Read only so many texts of the dataset."})
     keep: float = field(default=0.8, metadata={"help": "Share of the texts that is kept, the clearest first."})
+    recorded: bool = field(
+        default=False,
+        metadata={"help": "Choose among the dataset's own speech of a text as well: recordings, from all beginnings."},
+    )
     keep_unspoken: bool = field(
         default=False,
         metadata={
@@ -189,28 +193,48 @@ class Reader:
 
 
 def choose(
-    reader: Reader, texts: Sequence[str], generation: Sequence[dict[str, Any]], names: Sequence[str], keep: float
+    reader: Reader,
+    texts: Sequence[str],
+    generation: Sequence[dict[str, Any]],
+    names: Sequence[str],
+    keep: float,
+    recorded: Mapping[str, Collection[tuple[int, ...]]] | None = None,
 ) -> dict[str, list[int]]:
     """
     Read texts at every setting; return the tokens of the clearest answer to each, without the least clear texts.
+
+    Args:
+        reader (`Reader`): who reads, and says how clearly.
+        texts (`Sequence[str]`): what is read.
+        generation (`Sequence[dict]`), names (`Sequence[str]`): options of `generate`, and how they are called.
+        keep (`float`): the share of the texts that is kept.
+        recorded (`Mapping[str, Collection[tuple[int, ...]]]`, *optional*): answers to choose from besides, by text.
 
     Raises:
         ValueError: If no text is read at any setting.
     """
     best: dict[str, tuple[float, list[int]]] = {}
     wrong: dict[str, float] = {}
+
+    def compare(name: str, found: list[tuple[str, list[int]]]) -> None:
+        losses, errors = reader.judge([text for text, _ in found], [reader.parts(answer)[1] for _, answer in found])
+        better = 0
+        for (text, answer), loss, error in zip(found, losses, errors, strict=True):
+            if loss < best.get(text, (np.inf, []))[0]:
+                better += 1
+                best[text], wrong[text] = (loss, answer), error
+        there = len({text for text, _ in found})
+        print(
+            f"{name}: {there} of {len(texts)} texts, {otherwise(errors)}; {better} times the clearest yet", flush=True
+        )
+
+    if recorded is not None:
+        compare("recorded", [(text, list(answer)) for text in texts for answer in recorded.get(text, ())])
     for name, options in zip(names, generation, strict=True):
         begin = time.monotonic()
         answers = reader.read(texts, options, name)
-        read = [(text, answer) for text, answer in zip(texts, answers, strict=True) if answer is not None]
-        losses, errors = reader.judge([text for text, _ in read], [reader.parts(answer)[1] for _, answer in read])
-        print(
-            f"{name}: {len(read)} of {len(texts)} texts read, {otherwise(errors)}, {time.monotonic() - begin:.0f} s",
-            flush=True,
-        )
-        for (text, answer), loss, error in zip(read, losses, errors, strict=True):
-            if loss < best.get(text, (np.inf, []))[0]:
-                best[text], wrong[text] = (loss, answer), error
+        compare(name, [(text, answer) for text, answer in zip(texts, answers, strict=True) if answer is not None])
+        print(f"{name}: {time.monotonic() - begin:.0f} s", flush=True)
     if not best:
         raise ValueError(f"none of {len(texts)} texts is read as it stands: is --model trained?")
     ranked = sorted(best, key=lambda text: best[text][0])[: max(1, round(keep * len(texts)))]
@@ -244,6 +268,7 @@ def main() -> None:
     head = load_head(args.aligner, processor.audio_tokenizer or codec, count).eval()
     reader = Reader(model, processor, head, codec, spellings, args.batch_size)
     answered: dict[str, list[tuple[list[int], str]]] = defaultdict(list)
+    recorded: dict[str, set[tuple[int, ...]]] = defaultdict(set)
     said: dict[bytes, str] = {}  # by the tokens of an answer that are no codes: answers with one text share them
     codes = range(processor.token_ids.audio_code_id_start, processor.token_ids.audio_token_id_end)
     unspoken: list[dict[str, Any]] = []
@@ -261,6 +286,7 @@ def main() -> None:
         text = said[key]
         if is_code.any() and text and all(word in spellings for word in text.split()):
             answered[text].append((prompt, record["task"]))
+            recorded[text].add(tuple(reference))
     known = sorted(answered)
     rng = random.Random(args.seed)
     rng.shuffle(known)
@@ -270,7 +296,7 @@ def main() -> None:
     new += domain.sample_sequences(rng, args.new_texts - half, False, 2, 8, answered)
     texts = [*known, *(text for text in dict.fromkeys(new) if all(word in spellings for word in text.split()))]
     texts = texts[args.first :: args.parts]
-    chosen = choose(reader, texts, args.generation, args.settings, args.keep)
+    chosen = choose(reader, texts, args.generation, args.settings, args.keep, recorded if args.recorded else None)
     examples = []
     for text, answer in chosen.items():
         examples += [example_of(prompt, answer, task) for prompt, task in answered.get(text, [])]
