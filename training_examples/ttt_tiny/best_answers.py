@@ -7,8 +7,9 @@
 audio tokenizer, reads the codes themselves, thousands a second and without a waveform, so that the best of several
 answers can be chosen: the one that makes the text's phonemes likeliest (CTC, Graves et al., 2006). All that the
 assistant says in `--dataset` is read, and new random sequences; the chosen speech takes the place of the recorded one
-in the examples. With `--recorded true` what was recorded is among the answers to choose from. No recogniser that judges the model has a part in it. Several processes share the texts by `--part`,
-and train_ttt.py takes the folders of all of them.
+in the examples. With `--recorded true` what was recorded is among the answers to choose from. No recogniser that judges
+the model has a part in it. Several processes share the texts by `--part`, and train_ttt.py takes the folders of all of
+them.
 """
 
 import random

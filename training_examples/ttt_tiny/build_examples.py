@@ -190,7 +190,8 @@ def draw_questions(asked: Sequence[Row], known: Sequence[str], count: int, rng: 
 
 def repeat_questions(texts: Iterable[str], rng: np.random.Generator) -> list[Row]:
     """Return requests to repeat those texts that are lists of 1 to 5 content words; none that is held out."""
-    content, found = set(domain.CONTENT), []
+    content = set(domain.CONTENT)
+    found: list[Row] = []
     for text in sorted(set(texts)):
         question = str(rng.choice(domain.REPEAT_OPENINGS)) + text
         if len(text.split()) <= 5 and content.issuperset(text.split()) and not domain.is_held_out(question):
