@@ -366,8 +366,8 @@ def test_word_errors_are_those_of_what_was_heard():
     ("options", "message"),
     [
         ({"recogniser": "base"}, "--recogniser reads what --sample_steps answers"),
-        ({"sample_steps": -1}, "--sample_steps is -1"),
-        ({"sample_steps": 1, "num_samples": 0}, "--num_samples is 0"),
+        ({"sample_steps": -1}, "`--sample_steps` is -1"),
+        ({"sample_steps": 1, "num_samples": 0}, "`--num_samples` is 0"),
         ({"sample_steps": 1, "eval_split": "nothing"}, "`split` is 'nothing'"),
     ],
 )
