@@ -125,7 +125,7 @@ def test_options_may_be_cut_short_and_values_may_hold_dashes():
         ("ttt_tiny/human_lists.py --strings 0", "strings"),
     ],
 )
-def test_numbers_too_low_are_refused_by_every_script(words, option, monkeypatch):
+def test_numbers_too_low_are_refused_before_anything_is_done(words, option, monkeypatch):
     script, *flags = words.split()
     main = importlib.import_module("training_examples." + script.removesuffix(".py").replace("/", ".")).main
     monkeypatch.setattr(sys, "argv", [script, *flags])

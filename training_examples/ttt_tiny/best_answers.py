@@ -274,6 +274,8 @@ def main() -> None:
     codes = range(processor.token_ids.audio_code_id_start, processor.token_ids.audio_token_id_end)
     unspoken: list[dict[str, Any]] = []
     for record in tqdm(load_mixture([args.dataset]), desc="looking", unit="example"):
+        if record["task"] not in ANSWERED and not args.keep_unspoken:
+            continue
         prompt, reference = split_example(record)
         tokens = np.array(reference)
         is_code = (tokens >= codes.start) & (tokens < codes.stop)
