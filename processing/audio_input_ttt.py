@@ -249,7 +249,7 @@ def _resolve(address: str, name: str) -> str | bytes:
             pass
         raise FileNotFoundError(
             f"{name}: there is no file {shorten(path)}. Pass the path or address of an audio file; text goes into "
-            "`text`."
+            '`text`, or is asked of a pipeline with `task="text_chat"`.'
         )
     if os.path.isdir(path):
         raise ValueError(f"{name}: {path!r} is a folder. Pass the audio files in it.")

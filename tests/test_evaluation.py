@@ -589,6 +589,20 @@ def test_the_development_split_reads_lists_of_its_own(folder, tmp_path, one_list
     assert HeldOutLists(folder / "eval").name("tts") == "tts"
 
 
+def test_fewer_rows_can_be_listened_to_than_are_answered(folder, tmp_path, one_listener):
+    options = {"split": "development", "sweep": False, "timed": 0}
+    task_set.run(arguments(folder, tmp_path, listen_limit=2, **options))
+    counts = {key: measured.figure.count for key, measured in Report.read(tmp_path).figures.items()}
+    for key in ("tts/exact", "tts/codes_per_step", "spoken_qa_seen/exact", "asr_seen/wer"):
+        assert counts["model", key] == 3, key
+    for section in ("original", "codec", "model"):
+        assert counts[section, "tts/speech/deaf"] == 2, section
+    task_set.run(arguments(folder, tmp_path, listen_limit=2, limit=1, **options))
+    assert Report.read(tmp_path).figures["model", "tts/speech/deaf"].figure.count == 1
+    with pytest.raises(ValueError, match="`--listen_limit` is 0; it must be at least 1"):
+        arguments(folder, tmp_path, listen_limit=0)
+
+
 def test_rows_whose_recording_cannot_be_read_are_named_and_in_no_figure(folder, tmp_path, one_listener):
     lists = shutil.copytree(folder / "eval", tmp_path / "eval")
     row = {"task": "asr", "question": "", "answer": "hi", "kind": "k", "answer_audio": None}

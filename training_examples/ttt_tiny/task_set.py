@@ -67,6 +67,9 @@ class Arguments(EvaluationArguments):
     )
     twin: str | None = field(default=None, metadata={"help": "Folder of the autoregressive twin, measured beside it."})
     lists: list[str] = field(default_factory=list, metadata={"help": "Only these lists (without development_)."})
+    listen_limit: int | None = field(
+        default=None, metadata={"help": "Rows a list that are listened to; all that are answered by default."}
+    )
     sphinx_voice: Literal["slt", "none"] = field(
         default="none", metadata={"help": "The voice that PocketSphinx is tuned to: slt is the first edition's."}
     )
@@ -87,7 +90,7 @@ class Arguments(EvaluationArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(self, sweep_limit=1, timed=0, cold_runs=0)
+        check_least(self, listen_limit=1, sweep_limit=1, timed=0, cold_runs=0)
 
     def sweep_settings(self) -> list[dict[str, Any]]:
         """Return the options of `generate` that the sweep compares."""
@@ -172,6 +175,12 @@ class Evaluation:
         for options in args.sweep_settings() if args.sweep else ():  # refused before anything is answered
             self.model.with_generation(**{**self.model.generation, **options})
 
+    @property
+    def listened(self) -> int | None:
+        """How many rows of a list are listened to; None: all."""
+        limits = [limit for limit in (self.args.limit, self.args.listen_limit) if limit is not None]
+        return min(limits, default=None)
+
     def run_of(self, backend: Backend, part: str, name: str, limit: int | None, keep_audio: bool = True) -> Run:
         """Return the answers of a backend to a list; those that are spoken are kept until they are listened to."""
         samples = self.lists.samples(name, limit)
@@ -192,7 +201,7 @@ class Evaluation:
             run = self.run_of(backend, part, name, self.args.limit, keep_audio=name in SPOKEN)
             rows[name] = run.usable
             if name in SPOKEN:
-                found += self.speech(run, name)
+                found += self.speech(self.run_of(backend, part, name, self.listened), name)
         return [*figures_of(rows), *found]
 
     def speech(self, run: Run, name: str, only_first: bool = False) -> list[Measured]:
@@ -213,7 +222,7 @@ class Evaluation:
         backend, found = Recordings(self.lists, codec), []
         for name in ORIGINALS:
             if name in self.present and self.lists.read(name, 1)[0]["answer_audio"]:
-                run = self.run_of(backend, backend.name, name, self.args.limit, keep_audio=True)
+                run = self.run_of(backend, backend.name, name, self.listened)
                 found += self.speech(run, name)
         return found
 
