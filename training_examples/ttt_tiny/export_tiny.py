@@ -1,6 +1,6 @@
 """Lay a trained model out as its Hub repository, in half precision, with this package's own files as its code.
 
-    python training_examples/ttt_tiny/export_tiny.py --model runs/tiny/ttt --audio_tokenizer runs/codec/decoder \
+    python training_examples/ttt_tiny/export_tiny.py --model runs/tiny/c --audio_tokenizer runs/codec/decoder \
         --generation audio_block_size=26 audio_prefix_probability=0.15 --output_dir model_cards/ttt-tiny
 
 `--generation` is how the model answers where its user says nothing: any option of TttGenerationConfig, chosen on the
