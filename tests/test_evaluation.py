@@ -614,6 +614,10 @@ def test_rows_whose_recording_cannot_be_read_are_named_and_in_no_figure(folder, 
     assert "asr_seen: 1 of 3 rows have no recording that can be read" in text and "lost.wav" in text
     figure = Report.read(tmp_path / "out").figures["model", "asr_seen/wer"].figure
     assert figure.count == 2 and figure.value == 0  # it says "hi" wherever it is asked
+    spoken = [{**row, "task": "spoken_qa", "answer_audio": "speech.wav"} for row in broken]
+    write_rows(lists, "development_spoken_qa_seen", spoken)
+    args = dataclasses.replace(args, lists=["spoken_qa_seen"], listen_limit=2, output_dir=tmp_path / "fewer")
+    assert "spoken_qa_seen: 1 of 3 rows have no recording that can be read" in task_set.run(args)  # not of 2
 
 
 def test_lists_that_are_all_missing_are_named(folder, tmp_path):

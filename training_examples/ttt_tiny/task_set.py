@@ -160,7 +160,7 @@ class Evaluation:
     def __init__(self, args: Arguments):
         self.args, self.lists, self.listeners = args, HeldOutLists(args.data_dir, args.split), listeners(args)
         wanted = args.lists or [*SPLITS[args.split], *([ORIGINALS[-1]] if args.split == "evaluation" else [])]
-        self.unusable: dict[str, str] = {}  # what is said of recordings that cannot be asked, by list
+        self.unusable: dict[str, tuple[int, str]] = {}  # by list: of how many rows some cannot be asked, what is said
         self.missing = [name for name in wanted if not self.lists.has(name)]
         self.present = [name for name in wanted if name not in self.missing]
         if not self.present:
@@ -188,7 +188,8 @@ class Evaluation:
         run = Run(self.args.output_dir / part, self.lists.name(name), self.lists.task(name), samples, settings)
         run.answer(backend, self.args.batch_size, keep_audio)
         if unusable := run.unusable:
-            self.unusable[name] = name_unusable(unusable, len(samples))
+            said = len(samples), name_unusable(unusable, len(samples))
+            self.unusable[name] = max(said, self.unusable.get(name, said))  # of most rows, if fewer are listened to
         return run
 
     def answers(self, backend: Backend, part: str) -> list[Measured]:
@@ -428,7 +429,7 @@ def write(sections: Sequence[Section], args: Arguments, evaluation: Evaluation) 
     text = body(sections, names)
     if evaluation.missing:
         text += f"\n\nNot measured, for the lists are not there: {', '.join(evaluation.missing)}."
-    for name, said in evaluation.unusable.items():
+    for name, (_, said) in evaluation.unusable.items():
         text += f"\n\n{name}: {said}"
     title = f"ttt-tiny on the {args.split} lists"
     if args.limit:
