@@ -100,6 +100,45 @@ def test_the_clearest_answer_to_each_text_is_chosen(reader, monkeypatch, capsys)
         choose(reader, ["no"], options, SETTINGS, keep=1.0)
 
 
+class Hears:
+    """Says "hi" of every waveform that is as long as told, and "no" of the others; counts them."""
+
+    def __init__(self, samples):
+        self.samples, self.heard = samples, 0
+
+    def open(self):
+        return self
+
+    def transcribe(self, waveforms, sampling_rate):
+        self.heard += len(waveforms)
+        return ["hi" if len(wave) == self.samples else "no" for wave in waveforms]
+
+
+def test_a_recogniser_chooses_among_the_likeliest(reader, monkeypatch, capsys):
+    """The first answer that it hears right, in the order of their likelihood, whatever is likelier."""
+    ids, codec = reader.processor.token_ids, reader.processor.audio_tokenizer
+    (answer,) = reader.read(["hi"], read_setting(SETTINGS[0]), "hi")
+    token = ids.audio_code_id_start + 3
+    first = answer.index(token)
+    answers = [[*answer[: first + count], *answer[first + 40 :]] for count in (10, 20, 30)]
+    losses = reader.judge(["hi"] * 3, [reader.parts(answer)[1] for answer in answers])[0]
+    order = np.argsort(losses)
+    monkeypatch.setattr(reader, "read", lambda texts, options, title: [answers[int(title)]])
+    options = [read_setting(SETTINGS[0])] * 3
+
+    def chosen(listener, most=8):
+        return answers.index(choose(reader, ["hi"], options, "012", 1.0, listener=listener, listen_to=most)["hi"])
+
+    lengths = [codec.decode(torch.tensor([[3] * count])).audio_values.shape[-1] for count in (10, 20, 30)]
+    assert len(set(lengths)) == 3
+    for place, index in enumerate(order):
+        listener = Hears(lengths[index])
+        assert chosen(listener) == index and listener.heard == place + 1
+    assert "heard without an error: 0.0 % of the texts in the likeliest answer, 100.0 %" in capsys.readouterr().out
+    assert chosen(Hears(lengths[order[2]]), most=2) == order[0]  # nothing is heard right: the likeliest
+    assert chosen(None) == order[0]
+
+
 def test_answers_that_stop_at_their_last_span_are_read_too(reader):
     """As ttt-tiny's do; in the examples they have the end of the turn."""
     ids = reader.processor.token_ids

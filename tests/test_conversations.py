@@ -10,7 +10,7 @@ import pytest
 import torch
 from builders import build_codec
 
-from training_examples.ttt_tiny import build_examples, domain, speech
+from training_examples.ttt_tiny import build_examples, domain, speech, synthesis
 from training_examples.ttt_tiny.conversations import Mixture, MixtureArguments
 from training_examples.ttt_tiny.phonemes import build_head, pronunciations
 
@@ -260,6 +260,52 @@ def test_questions_whose_words_no_voice_says_end_in_an_error(cuts, sure, monkeyp
     speech.write_shard(shards[0], rows, waves)
     with pytest.raises(ValueError, match="no question can be spliced"):
         build_examples.encode_cut_splices(*cuts, 20, True, [0])
+
+
+def installed(voice):
+    try:
+        return len(synthesis.speak("one", voice)) > 0
+    except (OSError, ValueError):
+        return False
+
+
+@pytest.mark.skipif(not (installed("flite:slt") and installed("espeak:en-us")), reason="Flite or eSpeak NG is missing")
+def test_quick_voices_say_dictations_and_questions(cuts, monkeypatch):
+    monkeypatch.setattr(build_examples, "CHUNK", 25)
+    voices = []
+    monkeypatch.setattr(
+        build_examples, "speak", lambda text, delivery: voices.append(delivery) or synthesis.speak(text, delivery)
+    )
+    codec, _, shards, target = cuts
+    rows = pq.read_table(build_examples.encode_quick_voices(codec, shards, target, 40, False, [0])).to_pylist()
+    assert len(rows) == 40 and len({row["text"] for row in rows}) > 30 and all(row["codes"] for row in rows)
+    assert not any(domain.is_held_out(row["text"]) for row in rows if " " in row["text"])
+    assert {delivery.voice.partition(":")[0] for delivery in voices} == {"flite", "espeak"}
+    assert {delivery.voice for delivery in voices} <= set(synthesis.TRAINED_VOICES)
+    pitches = [delivery.pitch for delivery in voices]
+    assert min(pitches) < 0.86 and max(pitches) > 1.12
+    asked = pq.read_table(build_examples.encode_quick_voices(codec, shards, target, 10, True, [0])).to_pylist()
+    assert [(row["text"], row["answer"], row["kind"]) for row in asked] == [
+        ("one plus two is three", "three", "addition")
+    ] * 10
+
+
+def test_recordings_are_played_slower_and_faster():
+    tone = (np.sin(np.arange(24_000) * 2 * np.pi * 440 / 24_000) * 9_000).astype(np.int16)
+    assert build_examples.play([tone], 24_000, (1.0, 1.0), [0])[0] is tone
+    played = build_examples.play([tone] * 40, 24_000, (0.8, 1.25), [0])
+    for wave in played:
+        assert wave.dtype == np.int16
+        peak = np.abs(np.fft.rfft(wave * np.hanning(len(wave)))).argmax() * 24_000 / len(wave)
+        assert peak == pytest.approx(440 * 24_000 / len(wave), abs=2)  # a shorter wave is a higher one
+    lengths = [len(wave) for wave in played]
+    assert min(lengths) < 20_500 and max(lengths) > 28_000
+
+
+@pytest.mark.parametrize("speeds", [[1.0], [1.2, 0.8], [0.1, 1.0], [1.0, 3.0]])
+def test_impossible_speeds_are_refused(speeds):
+    with pytest.raises(ValueError, match="--speeds"):
+        build_examples.ExampleArguments(speeds=speeds)
 
 
 def test_sentences_begin_elsewhere_within_a_code():

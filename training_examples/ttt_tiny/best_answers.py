@@ -8,8 +8,9 @@ audio tokenizer, reads the codes themselves, thousands a second and without a wa
 answers can be chosen: the one that makes the text's phonemes likeliest (CTC, Graves et al., 2006). All that the
 assistant says in `--dataset` is read, and new random sequences; the chosen speech takes the place of the recorded one
 in the examples. With `--recorded true` what was recorded is among the answers to choose from. No recogniser that judges
-the model has a part in it. Several processes share the texts by `--part`, and train_ttt.py takes the folders of all of
-them.
+the model has a part in it, unless one is named: with `--recogniser` the likeliest answers are decoded, and the first of
+them that is heard without an error is taken, or the one with the fewest. Several processes share the texts by `--part`,
+and train_ttt.py takes the folders of all of them.
 """
 
 import random
@@ -33,6 +34,8 @@ from modeling_ttt.generation_config_ttt import SURE_RULES
 from modeling_ttt.ttt_codec import TttCodecModel
 from processing import TttProcessor, deinterleave
 from training_examples.command_line import ScriptParser, check_least
+from training_examples.evaluation.listening import Listener, open_listener
+from training_examples.evaluation.text_forms import count_errors
 from training_examples.preparation.mixtures import load_mixture
 from training_examples.threads import threads_field, use_threads
 from training_examples.training.samples import answer_prompts, split_example
@@ -64,6 +67,16 @@ class BestArguments:
         default=False,
         metadata={"help": "Choose among the dataset's own speech of a text as well: recordings, from all beginnings."},
     )
+    recogniser: str | None = field(
+        default=None,
+        metadata={
+            "help": "Who listens to the answers before one is chosen: a faster-whisper folder or name (tiny.en), or "
+            "transformers:NAME. Name it where the model is measured by it."
+        },
+    )
+    listen_to: int = field(
+        default=8, metadata={"help": "With --recogniser, how many answers to a text it hears at most, likeliest first."}
+    )
     keep_unspoken: bool = field(
         default=False,
         metadata={
@@ -78,7 +91,7 @@ class BestArguments:
     threads: int = threads_field()
 
     def __post_init__(self) -> None:
-        check_least(self, new_texts=0, max_texts=0, batch_size=1)
+        check_least(self, new_texts=0, max_texts=0, listen_to=1, batch_size=1)
         if not 0 < self.keep <= 1:
             raise ValueError(f"`--keep` is {self.keep}; it is a share, above 0 and at most 1")
         if not self.settings:
@@ -193,6 +206,15 @@ class Reader:
         return self.head(features, grid)[0][:, 0]
 
 
+@dataclass(frozen=True, order=True)
+class Candidate:
+    """An answer to a text: nats a phoneme, the share of phonemes read otherwise, its tokens."""
+
+    loss: float
+    error: float
+    answer: tuple[int, ...]
+
+
 def choose(
     reader: Reader,
     texts: Sequence[str],
@@ -200,6 +222,8 @@ def choose(
     names: Sequence[str],
     keep: float,
     recorded: Mapping[str, Collection[tuple[int, ...]]] | None = None,
+    listener: Listener | None = None,
+    listen_to: int = 8,
 ) -> dict[str, list[int]]:
     """
     Read texts at every setting; return the tokens of the clearest answer to each, without the least clear texts.
@@ -210,41 +234,85 @@ def choose(
         generation (`Sequence[dict]`), names (`Sequence[str]`): options of `generate`, and how they are called.
         keep (`float`): the share of the texts that is kept.
         recorded (`Mapping[str, Collection[tuple[int, ...]]]`, *optional*): answers to choose from besides, by text.
+        listener (`Listener`, *optional*): a recogniser that decides first, the likelihood of the phonemes then.
+        listen_to (`int`, *optional*, defaults to 8): how many answers to a text it hears at most.
 
     Raises:
         ValueError: If no text is read at any setting.
     """
-    best: dict[str, tuple[float, list[int]]] = {}
-    wrong: dict[str, float] = {}
+    found: dict[str, set[Candidate]] = defaultdict(set)
 
-    def compare(name: str, found: list[tuple[str, list[int]]]) -> None:
-        losses, errors = reader.judge([text for text, _ in found], [reader.parts(answer)[1] for _, answer in found])
+    def judge(name: str, said: list[tuple[str, list[int]]]) -> None:
+        losses, errors = reader.judge([text for text, _ in said], [reader.parts(answer)[1] for _, answer in said])
         better = 0
-        for (text, answer), loss, error in zip(found, losses, errors, strict=True):
-            if loss < best.get(text, (np.inf, []))[0]:
-                better += 1
-                best[text], wrong[text] = (loss, answer), error
-        there = len({text for text, _ in found})
+        for (text, answer), loss, error in zip(said, losses, errors, strict=True):
+            if np.isfinite(loss):
+                better += not found[text] or loss < min(found[text]).loss
+                found[text].add(Candidate(float(loss), float(error), tuple(answer)))
+        there = len({text for text, _ in said})
         print(
             f"{name}: {there} of {len(texts)} texts, {otherwise(errors)}; {better} times the clearest yet", flush=True
         )
 
     if recorded is not None:
-        compare("recorded", [(text, list(answer)) for text in texts for answer in recorded.get(text, ())])
+        judge("recorded", [(text, list(answer)) for text in texts for answer in recorded.get(text, ())])
     for name, options in zip(names, generation, strict=True):
         begin = time.monotonic()
         answers = reader.read(texts, options, name)
-        compare(name, [(text, answer) for text, answer in zip(texts, answers, strict=True) if answer is not None])
+        judge(name, [(text, answer) for text, answer in zip(texts, answers, strict=True) if answer is not None])
         print(f"{name}: {time.monotonic() - begin:.0f} s", flush=True)
-    if not best:
+    ordered = {text: sorted(candidates) for text, candidates in found.items() if candidates}
+    if not ordered:
         raise ValueError(f"none of {len(texts)} texts is read as it stands: is --model trained?")
-    ranked = sorted(best, key=lambda text: best[text][0])[: max(1, round(keep * len(texts)))]
+    wrong = dict.fromkeys(ordered, 0.0)
+    best = {text: candidates[0] for text, candidates in ordered.items()}
+    if listener is not None:
+        best, wrong = listen(reader, listener, {text: several[:listen_to] for text, several in ordered.items()})
+    ranked = sorted(best, key=lambda text: (wrong[text], best[text].loss))[: max(1, round(keep * len(texts)))]
     print(
-        f"the clearest of each: {otherwise(list(wrong.values()))}; {len(ranked)} of {len(texts)} texts kept, "
-        f"{otherwise([wrong[text] for text in ranked])}",
+        f"the clearest of each: {otherwise([said.error for said in best.values()])}; {len(ranked)} of {len(texts)} "
+        f"texts kept, {otherwise([best[text].error for text in ranked])}",
         flush=True,
     )
-    return {text: best[text][1] for text in ranked}
+    return {text: list(best[text].answer) for text in ranked}
+
+
+def listen(
+    reader: Reader, listener: Listener, candidates: Mapping[str, Sequence[Candidate]]
+) -> tuple[dict[str, Candidate], dict[str, float]]:
+    """
+    Decode the answers to each text, in their order, until a recogniser hears one without an error.
+
+    Returns:
+        `tuple[dict[str, Candidate], dict[str, float]]`: of each text the answer with the fewest errors, the first of
+            several, and its errors a word.
+    """
+    recogniser, codec = listener.open(), reader.processor.audio_tokenizer
+    best: dict[str, Candidate] = {}
+    wrong: dict[str, float] = {}
+    first: dict[str, float] = {}
+    for place in range(max(map(len, candidates.values()))):
+        left = [text for text in candidates if wrong.get(text) != 0.0 and place < len(candidates[text])]
+        for start in tqdm(range(0, len(left), reader.batch_size), desc=f"listening, answer {place + 1}", unit="batch"):
+            heard = left[start : start + reader.batch_size]
+            waves = []
+            for text in heard:
+                codes = torch.tensor(reader.parts(candidates[text][place].answer)[1], device=codec.device)
+                with torch.no_grad():
+                    waves.append(codec.decode(codes[None]).audio_values[0, 0].float().cpu().numpy())
+            transcripts = recogniser.transcribe(waves, codec.config.sampling_rate)
+            for text, (errors, words) in zip(heard, count_errors(heard, transcripts, "en"), strict=True):
+                rate = errors / max(words, 1)
+                first.setdefault(text, rate)
+                if rate < wrong.get(text, np.inf):
+                    best[text], wrong[text] = candidates[text][place], rate
+    sure = [np.mean([rates[text] == 0 for text in candidates]) for rates in (first, wrong)]
+    print(
+        f"heard without an error: {100 * sure[0]:.1f} % of the texts in the likeliest answer, {100 * sure[1]:.1f} % in "
+        "the one chosen",
+        flush=True,
+    )
+    return best, wrong
 
 
 def otherwise(errors: Sequence[float] | np.ndarray) -> str:
@@ -261,7 +329,8 @@ def example_of(prompt: list[int], answer: list[int], task: str) -> dict[str, Any
 
 def main() -> None:
     (args,) = ScriptParser(BestArguments, __doc__).parse_args_into_dataclasses()
-    use_threads(args.threads)
+    threads = use_threads(args.threads)
+    listener = None if args.recogniser is None else open_listener(args.recogniser, threads=threads)
     processor = TttProcessor.from_pretrained(args.model)
     model = TttForConditionalGeneration.from_pretrained(args.model).to(args.device).eval()
     spellings, count = pronunciations()
@@ -299,7 +368,8 @@ def main() -> None:
     new += domain.sample_sequences(rng, args.new_texts - half, False, 2, 8, answered)
     texts = [*known, *(text for text in dict.fromkeys(new) if all(word in spellings for word in text.split()))]
     texts = texts[args.first :: args.parts]
-    chosen = choose(reader, texts, args.generation, args.settings, args.keep, recorded if args.recorded else None)
+    said_before = recorded if args.recorded else None
+    chosen = choose(reader, texts, args.generation, args.settings, args.keep, said_before, listener, args.listen_to)
     examples = []
     for text, answer in chosen.items():
         examples += [example_of(prompt, answer, task) for prompt, task in answered.get(text, [])]

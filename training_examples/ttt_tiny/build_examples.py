@@ -4,18 +4,20 @@
 
 Every question is encoded clean and as if recorded somewhere (augmentation.py), every sentence of the assistant's from
 several beginnings within a code, which all give other codes; dictations are also spliced of single words and, with
---aligner, of words cut out of all that is asked, and sounds in which nobody speaks are made up. conversations.py says
-what becomes of them. Codes are kept shard by shard (Parquet), so a killed run goes on where it stopped, and goes on
-with the shards that were spoken meanwhile.
+--aligner, of words cut out of all that is asked; with --quick_voices eSpeak NG and Flite, whose speech costs little,
+say more; and sounds in which nobody speaks are made up. conversations.py says what becomes of them. Codes are kept
+shard by shard (Parquet), so a killed run goes on where it stopped, and goes on with the shards that were spoken
+meanwhile.
 """
 
 import random
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import librosa
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -36,11 +38,14 @@ from training_examples.ttt_tiny.codes import encode, load_codec
 from training_examples.ttt_tiny.conversations import Messages, Mixture, MixtureArguments, Row, assistant, user
 from training_examples.ttt_tiny.phonemes import load_head, pronunciations
 from training_examples.ttt_tiny.speech import read_audio, read_list, read_rows, read_shard, to_int16
+from training_examples.ttt_tiny.synthesis import SAMPLING_RATE, TRAINED_VOICES, random_delivery, speak
 from training_examples.user_errors import run_command
 from training_examples.workers import worker_pool
 
 MANY_WORDS = 100  # a voice that says so many is spliced by itself
 CUT_SHARD = 25_000  # splices of cut words that one process makes
+QUICK_SHARD = 2_500  # what quick voices say that one process makes
+QUICK_PITCHES = (0.78, 1.2)  # of their own: wider than for Kokoro, since they are few
 CHUNK = 1_000  # of these, how many waveforms are held at a time
 MOST_DRAWS = 1_000  # voices drawn in vain before it is said that nothing can be spliced
 
@@ -51,6 +56,13 @@ class ExampleArguments(MixtureArguments):
     data_dir: Path = field(default=Path("data/ttt_tiny"), metadata={"help": "Output of build_speech.py."})
     output_dir: Path = field(default=Path("data/ttt_tiny/examples"), metadata={"help": "Where the examples go."})
     recordings: int = field(default=2, metadata={"help": "How often a question is as if recorded somewhere."})
+    speeds: list[float] = field(
+        default_factory=lambda: [1.0, 1.0],
+        metadata={
+            "help": "LOW HIGH: how much faster the recorded versions are played, drawn anew for each; 0.87 1.15 makes "
+            "other voices of the same, deeper ones of slower ones."
+        },
+    )
     shifts: int = field(
         default=3, metadata={"help": "How often a sentence of the assistant's begins elsewhere within its first code."}
     )
@@ -68,6 +80,10 @@ class ExampleArguments(MixtureArguments):
     cut_questions: int | None = field(
         default=None, metadata={"help": "Questions spliced of such words, with --aligner (default: 0)."}
     )
+    quick_voices: int = field(
+        default=0,
+        metadata={"help": "Dictations and questions, half of each, that eSpeak NG's and Flite's voices say besides."},
+    )
     sounds: int = field(default=1_500, metadata={"help": "Sounds in which nobody speaks."})
     workers: int = field(default=2, metadata={"help": "Processes side by side."})
     threads: int = threads_field()
@@ -78,7 +94,11 @@ class ExampleArguments(MixtureArguments):
             value = getattr(self, name)
             if value is not None and self.aligner is None:
                 raise ValueError(f"`--{name}` {value} has no effect without `--aligner`; give both or neither")
-        check_least(self, cut_splices=0, cut_questions=0, recordings=0, shifts=0, splices=0, sounds=0, workers=1)
+        check_least(self, cut_splices=0, cut_questions=0, quick_voices=0, recordings=0, shifts=0, splices=0, sounds=0)
+        check_least(self, workers=1)
+        if len(self.speeds) != 2 or not 0.5 <= self.speeds[0] <= self.speeds[1] <= 2:
+            given = " ".join(map(str, self.speeds))
+            raise ValueError(f"`--speeds` {given}: give two numbers from 0.5 to 2, the lower one first")
 
 
 def record_all(waves: list[np.ndarray], rate: int, seed: list[int]) -> list[np.ndarray]:
@@ -87,6 +107,18 @@ def record_all(waves: list[np.ndarray], rate: int, seed: list[int]) -> list[np.n
     return [
         to_int16(record(wave, rate, np.random.default_rng([*seed, place]), others=speech))
         for place, wave in enumerate(speech)
+    ]
+
+
+def play(waves: list[np.ndarray], rate: int, speeds: Sequence[float], seed: list[int]) -> list[np.ndarray]:
+    """Return int16 waveforms played at speeds drawn between two from `seed`: pitch and vocal tract change with them."""
+    low, high = speeds
+    if low == high == 1:
+        return waves
+    drawn = np.random.default_rng(seed).uniform(low, high, len(waves))
+    return [
+        to_int16(np.clip(librosa.resample(wave / np.float32(32767), orig_sr=rate * speed, target_sr=rate), -1, 1))
+        for wave, speed in zip(waves, drawn, strict=True)
     ]
 
 
@@ -103,8 +135,13 @@ def shift_all(waves: list[np.ndarray], hop_length: int, seed: list[int]) -> list
     return [np.pad(wave, (int(start), 0)) for wave, start in zip(waves, starts, strict=True)]
 
 
-def encode_shard(codec_dir: Path, shard: Path, target: Path, others: int, seed: list[int]) -> Path:
-    """Write the rows of one shard with their `codes`, and `other_codes`: other versions of the same speech."""
+def encode_shard(
+    codec_dir: Path, shard: Path, target: Path, others: int, seed: list[int], speeds: Sequence[float] = (1.0, 1.0)
+) -> Path:
+    """
+    Write the rows of one shard with their `codes`, and `other_codes`: other versions of the same speech, as if recorded
+    somewhere at other `speeds` if it is asked, begun elsewhere within a code if it is the assistant's.
+    """
     codec = load_codec(codec_dir)
     rate = codec.config.sampling_rate
     rows, waves = read_shard(shard, rate)
@@ -112,7 +149,7 @@ def encode_shard(codec_dir: Path, shard: Path, target: Path, others: int, seed: 
     versions = []
     for version in range(others):
         changed = (
-            record_all(waves, rate, [*seed, version])
+            record_all(play(waves, rate, speeds, [*seed, version, 1]), rate, [*seed, version])
             if shard.name.startswith("questions")
             else shift_all(waves, codec.config.hop_length, [*seed, version])
         )
@@ -250,6 +287,40 @@ def encode_cut_splices(
     return write_rows(target, {key: [row[key] for row in rows] for key in rows[0]})
 
 
+def encode_quick_voices(
+    codec_dir: Path, shards: list[Path], target: Path, count: int, questions: bool, seed: list[int]
+) -> Path:
+    """
+    Write dictations, or questions that `shards` ask with their answers, said by a voice of Flite in 7 of 10 and else of
+    eSpeak NG, half of them as if recorded somewhere: `text`, `codes`, and `answer` and `kind` of questions.
+    """
+    codec = load_codec(codec_dir)
+    rate, rng, draw = codec.config.sampling_rate, np.random.default_rng(seed), random.Random(str(seed))
+    voices = [[voice for voice in TRAINED_VOICES if voice.startswith(engine)] for engine in ("flite", "espeak")]
+    asked = [row for shard in shards for row in read_rows(shard)] if questions else []
+    known = domain.vocabulary()
+    rows: list[Row] = []
+    while len(rows) < count:
+        many = min(CHUNK, count - len(rows))
+        if questions:
+            found = draw_questions(asked, known, many, rng)
+        else:
+            texts = [
+                domain.random_words(draw, 1, 8, domain.CONTENT if draw.random() < 0.6 else None) for _ in range(many)
+            ]
+            found = [{"text": text} for text in texts if " " not in text or not domain.is_held_out(text)]
+        if not found:
+            raise ValueError(f"{shards[0].parent} asks no question whose words are all of the domain")
+        waves = []
+        for row in found:
+            delivery = random_delivery(draw, voices[0] if draw.random() < 0.7 else voices[1])
+            spoken = speak(row["text"], replace(delivery, pitch=round(draw.uniform(*QUICK_PITCHES), 3)))
+            waves.append(to_int16(librosa.resample(spoken, orig_sr=SAMPLING_RATE, target_sr=rate)))
+        waves[::2] = record_all(waves[::2], rate, [*seed, len(rows)])
+        rows += [{**row, "codes": codes} for row, codes in zip(found, encode(codec, waves), strict=True)]
+    return write_rows(target, {key: [row[key] for row in rows] for key in rows[0]})
+
+
 def encode_sounds(codec_dir: Path, shard: Path, target: Path, count: int, seed: list[int]) -> Path:
     """Write sounds in which nobody speaks, of half a second to five: `kind`, `codes`. Babble is made of `shard`."""
     codec = load_codec(codec_dir)
@@ -289,6 +360,7 @@ def encode_all(args: ExampleArguments, threads: int = 1) -> dict[str, list[dict]
     if not heard or len(heard) == len(shards):
         raise SystemExit(f"no shards of both kinds in {args.data_dir / 'speech'}: run build_speech.py first")
     settings = {name: getattr(args, name) for name in ("recordings", "shifts", "splices", "sounds", "seed")}
+    settings["speeds"] = list(args.speeds)
     settings["audio tokenizer"] = fingerprint(codec)
     if args.aligner is not None:
         load_head(args.aligner, load_codec(codec), pronunciations()[1])  # what does not fit is refused at once
@@ -299,7 +371,7 @@ def encode_all(args: ExampleArguments, threads: int = 1) -> dict[str, list[dict]
     for index, shard in enumerate(shards):
         target = folder / f"{shard.stem}.parquet"
         others = args.recordings if shard in heard else args.shifts
-        jobs.append((target, encode_shard, (codec, shard, target, others, [args.seed, index])))
+        jobs.append((target, encode_shard, (codec, shard, target, others, [args.seed, index], args.speeds)))
     # Splices want all words of a voice: they are made anew when there are more shards.
     splices, sounds = folder / f"spliced-{len(heard):04d}.parquet", folder / "sounds-0000.parquet"
     jobs.append((splices, encode_splices, (codec, heard, splices, args.splices, [args.seed, 10**6])))
@@ -313,6 +385,13 @@ def encode_all(args: ExampleArguments, threads: int = 1) -> dict[str, list[dict]
                 spoken = [shard for shard in shards if shard not in heard]
                 cut = codec, args.aligner, heard, cuts, most, kind == "questions", seed, spoken
                 jobs.append((cuts, encode_cut_splices, cut))
+    half = args.quick_voices // 2
+    for kind, count in (("spliced", args.quick_voices - half), ("questions", half)):
+        for start in range(0, count, QUICK_SHARD):
+            most = min(QUICK_SHARD, count - start)
+            said = folder / f"{kind}-quick-{start // QUICK_SHARD:03d}-{most}.parquet"
+            seed = [args.seed, 10**6 + 3, int(kind == "questions"), start]
+            jobs.append((said, encode_quick_voices, (codec, heard, said, most, kind == "questions", seed)))
     jobs.append((sounds, encode_sounds, (codec, heard[0], sounds, args.sounds, [args.seed, 10**6 + 1])))
     with worker_pool(args.workers, torch.set_num_threads, (threads,)) as pool:
         running: list[Future] = [pool.submit(job, *rest) for target, job, rest in jobs if not target.exists()]
