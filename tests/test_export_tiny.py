@@ -77,6 +77,25 @@ def test_without_a_word_the_folder_keeps_the_checkpoints_settings(export, capsys
     assert "it answers with max_audio_codes_per_span 40" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_mean_of_two_trainings_is_exported(export, tied, tmp_path):
+    processor = build_processor()
+    models = [build_model(processor, tie_word_embeddings=tied) for _ in range(2)]
+    with torch.no_grad():
+        for number, model in enumerate(models):
+            for parameter in model.parameters():
+                parameter.fill_(number * 3.0)
+    models[0].save_pretrained(tmp_path / "model")
+    models[1].save_pretrained(tmp_path / "other")
+    folder = export("--average_with", str(tmp_path / "other"))
+    weights = load_file(folder / "model.safetensors")
+    assert ("lm_head.weight" in str(list(weights))) != tied
+    assert all((value == 1.5).all() for value in weights.values())
+    build_model(processor, hidden_size=16, num_attention_heads=2).save_pretrained(tmp_path / "small")
+    with pytest.raises(ValueError, match="--average_with.*weight .* is .* in --model and .* there"):
+        export("--average_with", str(tmp_path / "small"))
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [

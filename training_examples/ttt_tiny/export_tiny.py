@@ -38,6 +38,10 @@ PACKAGES = ("modeling_ttt", "modeling_ttt/ttt_codec", "processing", "pipelines")
 @dataclass
 class ExportArguments:
     model: Path = field(default=Path("runs/tiny/ttt"), metadata={"help": "Trained model with its processor."})
+    average_with: Path | None = field(
+        default=None,
+        metadata={"help": "Another training of the same model: the mean of both, weight by weight, is exported."},
+    )
     processor: Path | None = field(default=None, metadata={"help": "Folder of the processor, if not the model's."})
     audio_tokenizer: Path | None = field(
         default=None, metadata={"help": "Audio tokenizer in place of the model's own."}
@@ -66,6 +70,23 @@ def set_defaults(config: TttGenerationConfig, options: Mapping[str, Any]) -> Non
             raise ValueError(f"`--generation` {name}: TttGenerationConfig has no such option{hint}")
         setattr(config, name, options[name])
     config.validate()
+
+
+def average(model: torch.nn.Module, other: torch.nn.Module) -> None:
+    """
+    Give `model` the mean of its weights and those of `other` ("model soup", Wortsman et al., 2022, arXiv 2203.05482).
+
+    Raises:
+        ValueError: If the two have other weights, naming one.
+    """
+    ours, theirs = dict(model.named_parameters()), dict(other.named_parameters())  # tied weights once
+    for name in [*ours, *theirs]:
+        if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape:
+            shapes = [tuple(state[name].shape) if name in state else "none" for state in (ours, theirs)]
+            raise ValueError(f"`--average_with`: weight {name} is {shapes[0]} in --model and {shapes[1]} there")
+    with torch.no_grad():
+        for name, value in ours.items():
+            value.lerp_(theirs[name], 0.5)
 
 
 def halve(folder: Path) -> None:
@@ -112,6 +133,8 @@ def main() -> None:
     (args,) = ScriptParser(ExportArguments, __doc__).parse_args_into_dataclasses()
     use_threads(args.threads)
     model = TttForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32).eval()
+    if args.average_with is not None:
+        average(model, TttForConditionalGeneration.from_pretrained(args.average_with, dtype=torch.float32))
     set_defaults(model.generation_config, read_pairs("generation", args.generation))
     processor = TttProcessor.from_pretrained(args.processor or args.model)
     if args.audio_tokenizer is not None:
