@@ -1,6 +1,7 @@
 """What Whisper writes is counted as it sounds: numbers, signs and spellings, and the model itself where it is there."""
 
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -109,6 +110,32 @@ def test_the_reading_is_given_back_for_the_rows_of_a_report():
 def test_as_many_transcripts_as_references_are_wanted():
     with pytest.raises(ValueError):
         count_word_errors(["one"], [])
+
+
+@pytest.mark.parametrize(
+    ("answers", "heard", "sizes"),
+    [
+        (["Go ahead and " * 70, "Good honey"], "Good honey", [0, 3]),
+        (
+            ["two two three three two two five five, seven seven"],
+            "two two three three two two five five, seven seven",
+            [0],
+        ),
+    ],
+)
+def test_a_transcript_without_end_is_written_anew(answers, heard, sizes):
+    """As Whisper base hears "good honey" of an unclear voice; what is merely repetitive stays."""
+    left, asked = list(answers), []
+
+    class Model:
+        def transcribe(self, waveform, **options):
+            asked.append(options.get("no_repeat_ngram_size", 0))
+            return [SimpleNamespace(text=left.pop(0))], None
+
+    judge = object.__new__(WhisperJudge)
+    judge.prompt, judge.language, judge._model = None, "en", Model()
+    assert judge.transcribe([np.ones(16_000)], 16_000) == [heard]
+    assert asked == sizes
 
 
 @pytest.mark.slow

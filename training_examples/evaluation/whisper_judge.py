@@ -5,6 +5,7 @@ thirty", "for" for "four"). `closest_reading` undoes that before words are count
 """
 
 import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from rapidfuzz.distance import Levenshtein
 from tqdm.auto import tqdm
 
 SAMPLING_RATE = 16_000
+LOOP_COMPRESSION = 2.4  # above it Whisper's own decoding takes a transcript for failed
+LONGEST_REPETITION = 3  # tokens, where a transcript is written anew
 # Makes Whisper spell numbers. It is no sentence of the domain and is the same for everything that is judged.
 NUMBER_PROMPT = "one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty."
 
@@ -45,6 +48,12 @@ SOUND_ALIKE = {
     for word in group.split()[1:]
 }  # fmt: skip
 LONGEST_CUT = 10  # digits; longer runs are not tried in every cut
+
+
+def repeats_itself(transcript: str) -> bool:
+    """Return whether a transcript is a loop, by the measure of Whisper's own decoding: it compresses too well."""
+    data = transcript.encode()
+    return len(data) / len(zlib.compress(data)) > LOOP_COMPRESSION
 
 
 def number_words(number: int) -> str:
@@ -178,6 +187,9 @@ class WhisperJudge:
     """
     Whisper over whole waveforms, greedy, without memory of what came before.
 
+    Where it repeats itself without end, as it may after unclear words, it is asked again and may not write the same
+    three tokens twice: else the transcript of one such row has more errors than a hundred others.
+
     Args:
         model (`str` or `Path`): a folder in faster-whisper's (CTranslate2's) format, a name such as `"base"` or
             `"tiny.en"`, or a Hub repository in that format.
@@ -230,7 +242,13 @@ class WhisperJudge:
             return ""
         if sampling_rate != SAMPLING_RATE:
             waveform = librosa.resample(waveform, orig_sr=sampling_rate, target_sr=SAMPLING_RATE)
-        options: dict[str, Any] = {"beam_size": 1, "temperature": 0.0, "condition_on_previous_text": False}
+        transcript = self._decode(waveform)
+        if repeats_itself(transcript):
+            transcript = self._decode(waveform, no_repeat_ngram_size=LONGEST_REPETITION)
+        return transcript
+
+    def _decode(self, waveform: np.ndarray, **options: Any) -> str:
+        options |= {"beam_size": 1, "temperature": 0.0, "condition_on_previous_text": False}
         segments, _ = self._model.transcribe(
             waveform, language=self.language, initial_prompt=self.prompt, without_timestamps=True, **options
         )

@@ -1,7 +1,7 @@
 """Lay a trained model out as its Hub repository, in half precision, with this package's own files as its code.
 
-    python training_examples/ttt_tiny/export_tiny.py --model runs/tiny/c --audio_tokenizer runs/codec/decoder \
-        --generation audio_block_size=26 audio_prefix_probability=0.15 --output_dir model_cards/ttt-tiny
+    python training_examples/ttt_tiny/export_tiny.py --model runs/tiny/d --audio_tokenizer runs/codec/decoder \
+        --generation audio_block_size=26 audio_prefix_probability=0.8 --output_dir model_cards/ttt-tiny
 
 `--generation` is how the model answers where its user says nothing: any option of TttGenerationConfig, chosen on the
 development lists, with null for one that the checkpoint is to lose. Weights are stored in float16 and computed in
