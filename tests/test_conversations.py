@@ -282,8 +282,8 @@ def test_quick_voices_say_dictations_and_questions(cuts, monkeypatch):
     assert not any(domain.is_held_out(row["text"]) for row in rows if " " in row["text"])
     assert {delivery.voice.partition(":")[0] for delivery in voices} == {"flite", "espeak"}
     assert {delivery.voice for delivery in voices} <= set(synthesis.TRAINED_VOICES)
-    pitches = [delivery.pitch for delivery in voices]
-    assert min(pitches) < 0.86 and max(pitches) > 1.12
+    pitches = [delivery.pitch for delivery in voices if delivery.voice.startswith("flite")]
+    assert min(pitches) < 0.86 and max(pitches) > 1.14  # wider than elsewhere
     asked = pq.read_table(build_examples.encode_quick_voices(codec, shards, target, 10, True, [0])).to_pylist()
     assert [(row["text"], row["answer"], row["kind"]) for row in asked] == [
         ("one plus two is three", "three", "addition")
