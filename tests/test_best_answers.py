@@ -54,7 +54,16 @@ def test_a_setting_of_another_form_is_refused(setting):
 
 
 @pytest.mark.parametrize(
-    "options", [{"keep": 0.0}, {"keep": 1.1}, {"settings": []}, {"part": "2:2"}, {"part": "1"}, {"part": "-1:2"}]
+    "options",
+    [
+        {"keep": 0.0},
+        {"keep": 1.1},
+        {"settings": []},
+        {"part": "2:2"},
+        {"part": "1"},
+        {"part": "-1:2"},
+        {"listen_to": 3},
+    ],
 )
 def test_impossible_options_are_refused(options, tmp_path):
     with pytest.raises(ValueError, match="--" + next(iter(options))):

@@ -304,8 +304,10 @@ def test_recordings_are_played_slower_and_faster():
 
 @pytest.mark.parametrize("speeds", [[1.0], [1.2, 0.8], [0.1, 1.0], [1.0, 3.0]])
 def test_impossible_speeds_are_refused(speeds):
-    with pytest.raises(ValueError, match="--speeds"):
+    with pytest.raises(ValueError, match="--speeds` .*give two numbers"):
         build_examples.ExampleArguments(speeds=speeds)
+    with pytest.raises(ValueError, match="--speeds` has no effect with `--recordings 0"):
+        build_examples.ExampleArguments(speeds=[0.9, 1.1], recordings=0)
 
 
 def test_sentences_begin_elsewhere_within_a_code():

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 SAMPLING_RATE = 16_000
 LOOP_COMPRESSION = 2.4  # above it Whisper's own decoding takes a transcript for failed
+FASTEST_SPEECH = 30  # letters a second
 LONGEST_REPETITION = 3  # tokens, where a transcript is written anew
 # Makes Whisper spell numbers. It is no sentence of the domain and is the same for everything that is judged.
 NUMBER_PROMPT = "one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty."
@@ -50,10 +51,13 @@ SOUND_ALIKE = {
 LONGEST_CUT = 10  # digits; longer runs are not tried in every cut
 
 
-def repeats_itself(transcript: str) -> bool:
-    """Return whether a transcript is a loop, by the measure of Whisper's own decoding: it compresses too well."""
+def repeats_itself(transcript: str, seconds: float) -> bool:
+    """
+    Return whether a transcript of so many seconds is a loop: by the measure of Whisper's own decoding it compresses too
+    well, and it is more than anyone says in that time, which a list of one word is not.
+    """
     data = transcript.encode()
-    return len(data) / len(zlib.compress(data)) > LOOP_COMPRESSION
+    return len(data) > FASTEST_SPEECH * seconds and len(data) / len(zlib.compress(data)) > LOOP_COMPRESSION
 
 
 def number_words(number: int) -> str:
@@ -243,7 +247,7 @@ class WhisperJudge:
         if sampling_rate != SAMPLING_RATE:
             waveform = librosa.resample(waveform, orig_sr=sampling_rate, target_sr=SAMPLING_RATE)
         transcript = self._decode(waveform)
-        if repeats_itself(transcript):
+        if repeats_itself(transcript, len(waveform) / SAMPLING_RATE):
             transcript = self._decode(waveform, no_repeat_ngram_size=LONGEST_REPETITION)
         return transcript
 

@@ -74,8 +74,9 @@ class BestArguments:
             "transformers:NAME. Name it where the model is measured by it."
         },
     )
-    listen_to: int = field(
-        default=8, metadata={"help": "With --recogniser, how many answers to a text it hears at most, likeliest first."}
+    listen_to: int | None = field(
+        default=None,
+        metadata={"help": "How many answers to a text --recogniser hears at most, likeliest first (default: 8)."},
     )
     keep_unspoken: bool = field(
         default=False,
@@ -92,6 +93,10 @@ class BestArguments:
 
     def __post_init__(self) -> None:
         check_least(self, new_texts=0, max_texts=0, listen_to=1, batch_size=1)
+        if self.listen_to is not None and self.recogniser is None:
+            raise ValueError(
+                f"`--listen_to` {self.listen_to} has no effect without `--recogniser`; give both or neither"
+            )
         if not 0 < self.keep <= 1:
             raise ValueError(f"`--keep` is {self.keep}; it is a share, above 0 and at most 1")
         if not self.settings:
@@ -369,7 +374,9 @@ def main() -> None:
     texts = [*known, *(text for text in dict.fromkeys(new) if all(word in spellings for word in text.split()))]
     texts = texts[args.first :: args.parts]
     said_before = recorded if args.recorded else None
-    chosen = choose(reader, texts, args.generation, args.settings, args.keep, said_before, listener, args.listen_to)
+    chosen = choose(
+        reader, texts, args.generation, args.settings, args.keep, said_before, listener, args.listen_to or 8
+    )
     examples = []
     for text, answer in chosen.items():
         examples += [example_of(prompt, answer, task) for prompt, task in answered.get(text, [])]

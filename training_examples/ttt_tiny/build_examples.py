@@ -99,6 +99,10 @@ class ExampleArguments(MixtureArguments):
         if len(self.speeds) != 2 or not 0.5 <= self.speeds[0] <= self.speeds[1] <= 2:
             given = " ".join(map(str, self.speeds))
             raise ValueError(f"`--speeds` {given}: give two numbers from 0.5 to 2, the lower one first")
+        if self.speeds != [1.0, 1.0] and not self.recordings:
+            raise ValueError(
+                "`--speeds` has no effect with `--recordings 0`: it is the recorded versions that are played"
+            )
 
 
 def record_all(waves: list[np.ndarray], rate: int, seed: list[int]) -> list[np.ndarray]:
