@@ -66,6 +66,13 @@ class ModelArguments:
             "--per_device_train_batch_size."
         },
     )
+    code_noise: float | None = field(
+        default=None,
+        metadata={
+            "help": "Replace in training up to this share of the audio codes that the model hears, at most 1; another "
+            "share in each example. Less is learnt by heart."
+        },
+    )
     # None: as the model's configuration says; a new model's says what was published.
     audio_objective: str | None = field(
         default=None,
@@ -174,6 +181,10 @@ class ModelArguments:
                 f"--tokens_per_batch and {other} do not go together: batches by length need the lengths of all "
                 "examples, and packed rows are of one length. With --packing, --max_length times the batch size is "
                 "the budget."
+            )
+        if self.code_noise is not None and not 0 < self.code_noise <= 1:
+            raise ValueError(
+                f"--code_noise is {self.code_noise}; a share of codes is above 0 and at most 1. Leave it out for none."
             )
         check_least(self, sample_steps=0, num_samples=1)
         if self.recogniser is not None and not self.sample_steps:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.compute
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from modeling_ttt import TttConfig
@@ -21,6 +21,7 @@ from training_examples.preparation.shards import FEATURES
 from training_examples.training.arguments import ModelArguments
 from training_examples.training.batches import BatchCollator, TokenBatches
 from training_examples.training.card import CardTrainer, RunCard
+from training_examples.training.code_noise import CodeNoise
 from training_examples.training.metrics import EvaluationMetrics, TrainingScores, plot_curves, write_log
 from training_examples.training.resuming import (
     DataOrder,
@@ -152,6 +153,19 @@ def pack(dataset: Any, max_length: int | None, training: TrainingArguments) -> A
         )
 
 
+def add_code_noise(dataset: Any, processor: TttProcessor, most: float, seed: int = 0) -> tuple[Any, CodeNoise]:
+    """
+    Return training data, streamed or not, whose heard codes are disturbed whenever they are read, and the callback that
+    tells the noise its epoch: `CodeNoise`.
+    """
+    ids = processor.token_ids
+    levels = getattr(getattr(processor.audio_tokenizer, "config", None), "fsq_levels", None)
+    noise = CodeNoise(ids.audio_code_id_start, ids.num_audio_codes, most, levels, seed)
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(noise, batched=True, with_indices=True), noise
+    return dataset.with_transform(noise), noise
+
+
 class ShardedTrainer(CardTrainer):
     """
     The Trainer of a model that Transformers has sharded over the processes (`from_pretrained(distributed_config=...)`):
@@ -205,6 +219,10 @@ def make_trainer(
             if (said := describe_cutting(dataset, args.max_length, name)) is not None:
                 print(said, flush=True)
     train_dataset = pack(data[0], args.max_length, training) if args.packing else data[0]
+    callbacks: list[TrainerCallback] = [DataOrder(), *([RankSeed()] if training.world_size > 1 else [])]
+    if args.code_noise is not None:
+        train_dataset, noise = add_code_noise(train_dataset, processor, args.code_noise, training.seed)
+        callbacks.append(noise)
     collator: Any = TttDataCollator(processor, max_length=args.max_length)
     if args.tokens_per_batch is not None:
         train_dataset = TokenBatches(train_dataset, args.tokens_per_batch, training.seed, args.max_length)
@@ -218,7 +236,7 @@ def make_trainer(
         eval_dataset=data[1],
         data_collator=collator,
         compute_metrics=EvaluationMetrics(),
-        callbacks=[DataOrder(), *([RankSeed()] if training.world_size > 1 else [])],
+        callbacks=callbacks,
         **options,
     )
     scores = TrainingScores.attach_to(trainer)

@@ -156,8 +156,8 @@ def phoneme_error_rates(
     wrong, count = [0, 0], 0
     for text, wave in sentences:
         said = [phoneme for word in text.split() for phoneme in words[word]]
-        samples, _ = pad([wave], model.config.hop_length)
-        mask = torch.ones(1, samples.shape[1] // model.config.hop_length, dtype=torch.long)
+        samples = pad([wave], model.config.hop_length)[0].to(model.device)
+        mask = torch.ones(1, samples.shape[1] // model.config.hop_length, dtype=torch.long, device=model.device)
         features = model.encoder.extract_features(model.log_mel(samples), mask)
         grid = model.quantizer(model.encoder.project(features))
         for place, log_probs in enumerate(head(features, grid)):

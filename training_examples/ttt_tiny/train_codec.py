@@ -112,6 +112,7 @@ class CodecArguments:
     clarity_weight: float | None = field(
         default=None, metadata={"help": "Weight of what --aligner hears (default: 0.5)."}
     )
+    device: str = field(default="cpu", metadata={"help": "Where the steps run, such as cuda."})
     threads: int = threads_field()
     seed: int = field(default=0, metadata={"help": "Seed of weights, batches and augmentation."})
 
@@ -132,6 +133,8 @@ class CodecArguments:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name} is {value}; it must be at least {least} in the stage {self.stage}")
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"--device is {self.device}, but PyTorch finds no GPU; leave it out for the CPU")
         if self.model is not None and not (self.model / "config.json").exists():
             raise ValueError(f"--model {self.model}: there is no audio tokenizer in that folder")
 
@@ -190,7 +193,7 @@ def spectral_loss(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor
     """Return the multi-resolution short-time Fourier loss (Yamamoto et al., 2020) of (batch, samples) waveforms."""
     loss = predicted.new_zeros(())
     for n_fft in (128, 256, 512, 1024, 2048):
-        window = torch.hann_window(n_fft)
+        window = torch.hann_window(n_fft, device=predicted.device)
         x, y = (
             torch.stft(wave.float(), n_fft, n_fft // 4, window=window, return_complex=True).abs().clamp(min=1e-4)
             for wave in (predicted, target)
@@ -220,10 +223,9 @@ def draw_waveforms(sentences: list[tuple[str, np.ndarray]], hop: int) -> tuple[t
 def phoneme_losses(log_probs, mask: torch.Tensor, positions: int, sentences, words) -> list[torch.Tensor]:
     """Return the CTC losses of what a head hears in the codes, and in the features before them."""
     labels = [torch.tensor([p for word in text.split() for p in words[word]]) for text, _ in sentences]
-    label_lengths = torch.tensor([len(x) for x in labels])
-    return [
-        F.ctc_loss(x, torch.cat(labels), mask.sum(-1) * positions, label_lengths, zero_infinity=True) for x in log_probs
-    ]
+    targets, lengths = torch.cat(labels).to(mask.device), torch.tensor([len(x) for x in labels])
+    heard = (mask.sum(-1) * positions).cpu()  # ctc_loss wants lengths there
+    return [F.ctc_loss(x, targets, heard, lengths, zero_infinity=True) for x in log_probs]
 
 
 def tokenizer_step(
@@ -231,9 +233,11 @@ def tokenizer_step(
 ) -> dict[str, torch.Tensor]:
     said, frames = len(answers), model.config.frames_per_code
     clean, mask = draw_waveforms(answers + questions, model.config.hop_length)
+    noisy = augment(clean, model.config.sampling_rate)
+    noisy, clean, mask = (tensor.to(model.device) for tensor in (noisy, clean, mask))
     with torch.no_grad():
-        noisy, target = model.log_mel(augment(clean, model.config.sampling_rate)), model.log_mel(clean[:said])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+        noisy, target = model.log_mel(noisy), model.log_mel(clean[:said])
+    with torch.autocast(model.device.type, dtype=torch.bfloat16):
         features = model.encoder.extract_features(noisy, mask)
         grid = model.quantizer(model.encoder.project(features))
         log_probs = head(features, grid)
@@ -246,9 +250,10 @@ def tokenizer_step(
 
 def head_step(model: TttCodecModel, head: PhonemeHead, sentences, words) -> dict[str, torch.Tensor]:
     clean, mask = draw_waveforms(sentences, model.config.hop_length)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    noisy, mask = augment(clean, model.config.sampling_rate).to(model.device), mask.to(model.device)
+    with torch.autocast(model.device.type, dtype=torch.bfloat16):
         with torch.no_grad():
-            features = model.encoder.extract_features(model.log_mel(augment(clean, model.config.sampling_rate)), mask)
+            features = model.encoder.extract_features(model.log_mel(noisy), mask)
             grid = model.quantizer(model.encoder.project(features))
         log_probs = head(features, grid)
     ctc, feature_ctc = phoneme_losses(log_probs, mask, head.positions, sentences, words)
@@ -256,10 +261,11 @@ def head_step(model: TttCodecModel, head: PhonemeHead, sentences, words) -> dict
 
 
 def vocoder_step(model: TttCodecModel, segments: torch.Tensor) -> dict[str, torch.Tensor]:
+    segments = segments.to(model.device)
     with torch.no_grad():
         mel = model.log_mel(segments)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        waveform = model.vocoder(mel, torch.ones(mel.shape[:2]))
+    with torch.autocast(model.device.type, dtype=torch.bfloat16):
+        waveform = model.vocoder(mel, torch.ones(mel.shape[:2], device=model.device))
     spectral = spectral_loss(waveform, segments)
     return {"loss": spectral + (model.log_mel(waveform) - mel).abs().mean(), "spectral": spectral}
 
@@ -270,10 +276,11 @@ class Critic:
     Args:
         rows (`int`): segments it sees of every batch.
         samples (`int`): their length.
+        device (`torch.device`): where it learns.
     """
 
-    def __init__(self, rows: int, samples: int):
-        self.model, self.rows, self.samples = Discriminator(), rows, samples
+    def __init__(self, rows: int, samples: int, device: torch.device):
+        self.model, self.rows, self.samples = Discriminator().to(device), rows, samples
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 3e-4, betas=(0.8, 0.9), weight_decay=0.01)
 
     def state_dict(self) -> dict[str, dict]:
@@ -305,12 +312,12 @@ class Listener:
     """A trained phoneme head that takes part in the stage decoder: what it does not hear was not said clearly."""
 
     def __init__(self, folder: Path, model: TttCodecModel, num_phonemes: int, words, weight: float):
-        self.head = load_head(folder, model, num_phonemes).requires_grad_(False)
+        self.head = load_head(folder, model, num_phonemes).requires_grad_(False).to(model.device)
         self.words, self.weight = words, weight
 
     def loss(self, model: TttCodecModel, mel: torch.Tensor, mask: torch.Tensor, sentences) -> torch.Tensor:
         """Return the CTC loss of what is said, heard in decoded log-mels (batch, frames, bins)."""
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(model.device.type, dtype=torch.bfloat16):
             heard = self.head.proj_features(model.encoder.extract_features(mel, mask))
         log_probs = heard.float().log_softmax(-1).transpose(0, 1)
         return phoneme_losses([log_probs], mask, self.head.positions, sentences, self.words)[0]
@@ -320,12 +327,12 @@ def decoder_step(
     model: TttCodecModel, answers, critic: Critic | None = None, listener: Listener | None = None
 ) -> dict[str, torch.Tensor]:
     hop, frames, piece = model.config.hop_length, model.config.frames_per_code, round(model.config.frame_rate)
-    clean, lengths = pad([wave for _, wave in answers], hop)
-    encoded = model.encode(clean, torch.arange(clean.shape[1]) < lengths[:, None])
+    clean, lengths = (tensor.to(model.device) for tensor in pad([wave for _, wave in answers], hop))
+    encoded = model.encode(clean, torch.arange(clean.shape[1], device=clean.device) < lengths[:, None])
     # One loudness for all sentences: codes are local and cannot tell how loud the whole was.
     clean = clean * (0.1 / (clean.pow(2).sum(-1) / lengths).sqrt())[:, None]
     target, mask = model.log_mel(clean), encoded.audio_codes_mask
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(model.device.type, dtype=torch.bfloat16):
         mel = model.decode_mel(encoded.audio_codes[:, 0], mask)
         # The vocoder learns on segments of about a second: what matters to it is local.
         start = random.randrange(max(int(mask.sum(-1).min()) - piece, 0) + 1)
@@ -338,7 +345,7 @@ def decoder_step(
     sound = (spoken - target[:, frame_slice]).abs().mean()
     # The frozen encoder hears phonemes: what it hears in the decoded speech shall be what it hears in the original.
     segment_mask = mask[:, start : start + piece]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(model.device.type, dtype=torch.bfloat16):
         heard = model.encoder.extract_features(spoken, segment_mask)
         with torch.no_grad():
             said = model.encoder.extract_features(model.log_mel(segments), segment_mask)
@@ -437,9 +444,9 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     set_seed(args.seed)
     words, num_phonemes = pronunciations()
-    model = load_for_stage(args, folder)
+    model = load_for_stage(args, folder).to(args.device)
     config = model.config
-    head = build_head(model, num_phonemes)
+    head = build_head(model, num_phonemes).to(model.device)
     stages: dict[str, list[torch.nn.Module]] = {
         "tokenizer": [model.encoder, model.decoder, head],
         "vocoder": [model.vocoder],
@@ -492,7 +499,7 @@ def main() -> None:
             losses = vocoder_step(model, next(segments))
         else:
             if critic is None and step >= args.max_steps - adversarial_steps:
-                critic = Critic(rows=8, samples=rate // 2)
+                critic = Critic(rows=8, samples=rate // 2, device=model.device)
                 if critic_state is not None:
                     critic.load_state_dict(critic_state)
             losses = decoder_step(model, next(answer_batches), critic, listener)
