@@ -13,6 +13,7 @@ from test_training_runs import start
 
 from pipelines import save_repository
 from training_examples.training import trainer
+from training_examples.training.batches import TokenBatches
 from training_examples.training.code_noise import CodeNoise
 from training_examples.training.trainer import add_code_noise
 
@@ -167,6 +168,19 @@ def test_the_audio_tokenizer_says_which_codes_are_near(workspace):
     assert add_code_noise(data, processor, 0.5)[1].levels.tolist() == list(levels)
     processor.audio_tokenizer = None
     assert add_code_noise(data, processor, 0.5)[1].levels is None
+
+
+def test_batches_by_length_are_made_without_reading_the_examples(workspace):
+    data = DatasetDict.load_from_disk(str(workspace / "data"))["train"]
+    read = []
+
+    def transform(batch):
+        read.append(batch)
+        return batch
+
+    batches = TokenBatches(data.with_transform(transform), 128)
+    assert not read
+    assert len(batches[0]) > 1 and len(read) == 1
 
 
 @pytest.mark.parametrize("value", [0, -0.1, 1.1])

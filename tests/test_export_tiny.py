@@ -96,6 +96,29 @@ def test_the_mean_of_two_trainings_is_exported(export, tied, tmp_path):
         export("--average_with", str(tmp_path / "small"))
 
 
+def test_the_mean_of_several_decoders_of_one_encoder_is_exported(export, tmp_path):
+    folders = [tmp_path / f"codec-{number}" for number in range(3)]
+    for number, folder in enumerate(folders):
+        codec = build_codec()
+        with torch.no_grad():
+            for part in (codec.decoder, codec.vocoder):
+                for parameter in part.parameters():
+                    parameter.fill_(number**2)
+        codec.save_pretrained(folder)
+    weights = load_file(export("--audio_tokenizer", *map(str, folders)) / "audio_tokenizer" / "model.safetensors")
+    expected = build_codec().encoder.state_dict()
+    for name, value in weights.items():
+        if name.startswith("encoder."):
+            assert torch.equal(value, expected[name.removeprefix("encoder.")].half()), name
+        elif name.startswith(("decoder.", "vocoder.")):
+            assert torch.allclose(value.float(), torch.tensor(5 / 3), atol=1e-3), name
+    with torch.no_grad():
+        next(codec.encoder.parameters()).add_(1)
+    codec.save_pretrained(folders[2])
+    with pytest.raises(ValueError, match="codec-2 makes other codes than .*codec-0: their encoders' weights differ"):
+        export("--audio_tokenizer", *map(str, folders))
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [

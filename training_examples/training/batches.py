@@ -55,7 +55,7 @@ class TokenBatches(torch.utils.data.Dataset):
 
     def __init__(self, dataset: Any, tokens: int, seed: int = 0, max_length: int | None = None):
         self.dataset = dataset
-        lengths = np.asarray(dataset["length"])
+        lengths = np.asarray(dataset.with_format(None)["length"])  # no transform of the examples
         self.batches = bucket_by_length(
             lengths if max_length is None else np.minimum(lengths, max_length), tokens, seed
         )

@@ -42,10 +42,6 @@ class CodeNoise(TrainerCallback):
         self.levels = None if levels is None else np.asarray(levels)
         self.epoch = torch.zeros(1, dtype=torch.long).share_memory_()  # a loader's workers read it, too
 
-    def __deepcopy__(self, memo: dict) -> "CodeNoise":
-        """Return itself: `datasets` copies a dataset with its transform, which has to go on learning the epoch."""
-        return self
-
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.epoch.fill_(int(state.epoch or 0))
 

@@ -13,7 +13,7 @@ import difflib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from processing import TttProcessor
 from training_examples.command_line import ScriptParser
 from training_examples.evaluation.options import read_pairs
 from training_examples.threads import threads_field, use_threads
+from training_examples.ttt_tiny.phonemes import describe_other_encoder
 from training_examples.user_errors import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,8 +44,12 @@ class ExportArguments:
         metadata={"help": "Another training of the same model: the mean of both, weight by weight, is exported."},
     )
     processor: Path | None = field(default=None, metadata={"help": "Folder of the processor, if not the model's."})
-    audio_tokenizer: Path | None = field(
-        default=None, metadata={"help": "Audio tokenizer in place of the model's own."}
+    audio_tokenizer: list[Path] | None = field(
+        default=None,
+        metadata={
+            "help": "Audio tokenizer in place of the model's own; of several with the same encoder, the mean of their "
+            "decoders."
+        },
     )
     output_dir: Path = field(default=Path("model_cards/ttt-tiny"), metadata={"help": "The folder to write."})
     copy_code: bool = field(default=False, metadata={"help": "Copy code files instead of linking them."})
@@ -72,9 +77,14 @@ def set_defaults(config: TttGenerationConfig, options: Mapping[str, Any]) -> Non
     config.validate()
 
 
-def average(model: torch.nn.Module, other: torch.nn.Module) -> None:
+def average(model: torch.nn.Module, other: torch.nn.Module, share: float = 0.5, option: str = "average_with") -> None:
     """
     Give `model` the mean of its weights and those of `other` ("model soup", Wortsman et al., 2022, arXiv 2203.05482).
+
+    Args:
+        model, other (`torch.nn.Module`): of one shape.
+        share (`float`, *optional*, defaults to 0.5): what `other` counts.
+        option (`str`, *optional*): that names `other`, for the error.
 
     Raises:
         ValueError: If the two have other weights, naming one.
@@ -83,10 +93,31 @@ def average(model: torch.nn.Module, other: torch.nn.Module) -> None:
     for name in [*ours, *theirs]:
         if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape:
             shapes = [tuple(state[name].shape) if name in state else "none" for state in (ours, theirs)]
-            raise ValueError(f"`--average_with`: weight {name} is {shapes[0]} in --model and {shapes[1]} there")
+            before = "--model" if option == "average_with" else "the one before"
+            raise ValueError(f"`--{option}`: weight {name} is {shapes[0]} in {before} and {shapes[1]} there")
     with torch.no_grad():
         for name, value in ours.items():
-            value.lerp_(theirs[name], 0.5)
+            value.lerp_(theirs[name], share)
+
+
+def mean_audio_tokenizer(folders: Sequence[Path]) -> TttCodecModel:
+    """
+    Return the mean of audio tokenizers, which differ in their decoders alone.
+
+    Raises:
+        ValueError: If their encoders make other codes, or they have other weights.
+    """
+    codec = TttCodecModel.from_pretrained(folders[0]).eval()
+    for count, folder in enumerate(folders[1:], start=2):
+        other = TttCodecModel.from_pretrained(folder)
+        difference = describe_other_encoder(other, codec)
+        if difference is not None:
+            raise ValueError(
+                f"`--audio_tokenizer` {folder} makes other codes than {folders[0]}: {difference}; only decoders of one "
+                "encoder have a mean"
+            )
+        average(codec, other, 1 / count, "audio_tokenizer")
+    return codec
 
 
 def halve(folder: Path) -> None:
@@ -138,7 +169,7 @@ def main() -> None:
     set_defaults(model.generation_config, read_pairs("generation", args.generation))
     processor = TttProcessor.from_pretrained(args.processor or args.model)
     if args.audio_tokenizer is not None:
-        processor.audio_tokenizer = TttCodecModel.from_pretrained(args.audio_tokenizer).eval()
+        processor.audio_tokenizer = mean_audio_tokenizer(args.audio_tokenizer)
     for path in code_files(args.output_dir):
         path.unlink()
     save_repository(model, processor, args.output_dir)

@@ -105,6 +105,19 @@ def load_head(folder: Path, model: TttCodecModel, num_phonemes: int) -> PhonemeH
     return head
 
 
+def describe_other_encoder(other: TttCodecModel, model: TttCodecModel) -> str | None:
+    """Return in which way `other` makes other codes than `model`; None if their encoders differ by rounding at most."""
+    for option in ENCODER_OPTIONS:
+        theirs, ours = (getattr(config, option, None) for config in (other.config, model.config))
+        if theirs != ours:
+            return f"its `{option}` is {theirs}, not {ours}"
+    weights = model.encoder.state_dict()
+    for key, value in other.encoder.state_dict().items():
+        if (value.float() - weights[key].float().cpu()).norm() > ROUNDING * value.float().norm():
+            return "their encoders' weights differ"
+    return None
+
+
 def check_encoder(folder: Path, model: TttCodecModel) -> None:
     """
     Compare the encoder in `folder` with that of `model`, whose weights may have been rounded.
@@ -112,23 +125,13 @@ def check_encoder(folder: Path, model: TttCodecModel) -> None:
     Raises:
         ValueError: If they make other codes, naming both.
     """
-    other = TttCodecModel.from_pretrained(folder)
-    name = f"the one in {model.name_or_path}" if model.name_or_path else "the one it is to serve"
-    remedy = "train one of its own with `train_codec.py --stage head --model` and its folder"
-    for option in ENCODER_OPTIONS:
-        theirs, ours = (getattr(config, option, None) for config in (other.config, model.config))
-        if theirs != ours:
-            raise ValueError(
-                f"the phoneme head in {folder} is of another audio tokenizer than {name}: its `{option}` is {theirs}, "
-                f"not {ours}; {remedy}"
-            )
-    weights = model.encoder.state_dict()
-    for key, value in other.encoder.state_dict().items():
-        if (value.float() - weights[key].float().cpu()).norm() > ROUNDING * value.float().norm():
-            raise ValueError(
-                f"the phoneme head in {folder} is of another audio tokenizer than {name}: their encoders' weights "
-                f"differ; {remedy}"
-            )
+    difference = describe_other_encoder(TttCodecModel.from_pretrained(folder), model)
+    if difference is not None:
+        name = f"the one in {model.name_or_path}" if model.name_or_path else "the one it is to serve"
+        raise ValueError(
+            f"the phoneme head in {folder} is of another audio tokenizer than {name}: {difference}; train one of its "
+            "own with `train_codec.py --stage head --model` and its folder"
+        )
 
 
 def most_likely(log_probs: torch.Tensor) -> list[int]:
