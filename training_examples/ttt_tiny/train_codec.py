@@ -276,10 +276,10 @@ class Critic:
     Args:
         rows (`int`): segments it sees of every batch.
         samples (`int`): their length.
-        device (`torch.device`): where it learns.
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): where it learns.
     """
 
-    def __init__(self, rows: int, samples: int, device: torch.device):
+    def __init__(self, rows: int, samples: int, device: torch.device | str = "cpu"):
         self.model, self.rows, self.samples = Discriminator().to(device), rows, samples
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 3e-4, betas=(0.8, 0.9), weight_decay=0.01)
 
