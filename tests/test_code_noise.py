@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from test_training_runs import start
 
 from pipelines import save_repository
+from training_examples import finetune_lora
 from training_examples.training import trainer
 from training_examples.training.batches import TokenBatches
 from training_examples.training.code_noise import CodeNoise
@@ -122,6 +123,7 @@ def workspace(tmp_path_factory):
         {"per_device_train_batch_size": 1, "tokens_per_batch": 128},
         {"per_device_train_batch_size": 2, "packing": True, "max_length": 64, "dataloader_num_workers": 1},
         {"per_device_train_batch_size": 2, "streaming": True},
+        {"per_device_train_batch_size": 4, "script": finetune_lora},
     ],
 )
 def test_a_run_hears_other_codes_in_every_epoch_and_an_evaluation_the_recorded_ones(
