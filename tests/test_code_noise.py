@@ -121,7 +121,8 @@ def workspace(tmp_path_factory):
     [
         {"per_device_train_batch_size": 4},
         {"per_device_train_batch_size": 1, "tokens_per_batch": 128},
-        {"per_device_train_batch_size": 2, "packing": True, "max_length": 64, "dataloader_num_workers": 1},
+        {"per_device_train_batch_size": 2, "packing": True, "max_length": 64},
+        {"per_device_train_batch_size": 4, "dataloader_num_workers": 1, "dataloader_persistent_workers": True},
         {"per_device_train_batch_size": 2, "streaming": True},
         {"per_device_train_batch_size": 4, "script": finetune_lora},
     ],

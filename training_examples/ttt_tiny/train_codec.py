@@ -133,8 +133,13 @@ class CodecArguments:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name} is {value}; it must be at least {least} in the stage {self.stage}")
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"--device is {self.device}, but PyTorch finds no GPU; leave it out for the CPU")
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:  # no such device; PyTorch built without it
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"--device is {self.device}, which cannot be used here ({reason}); leave it out for the CPU"
+            ) from error
         if self.model is not None and not (self.model / "config.json").exists():
             raise ValueError(f"--model {self.model}: there is no audio tokenizer in that folder")
 
