@@ -5,6 +5,7 @@ Heavy imports wait until the arguments are read."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -226,6 +227,10 @@ def _check_output(job: Job, jobs: list[Job], arguments: argparse.Namespace) -> N
             raise UsageError(f"{job.output} is a question; it would be overwritten")
         if other is not job and other.output is not None and other.output.resolve() == path:
             raise UsageError(f"{other.name} and {job.name} would both be written to {job.output}; rename one")
+    folder = next(parent for parent in path.parents if os.path.exists(parent))
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        reason = "may not be written to" if folder.is_dir() else "is no folder"
+        raise UsageError(f"{job.output} cannot be written: {folder} {reason}. Name another folder")
     if path.exists() and not _is_answer(path):
         remedies = "Give the answer another name"
         if arguments.files and job.output == Path(arguments.files[-1]):
@@ -424,7 +429,12 @@ def answer(pipe: Any, job: Job, arguments: argparse.Namespace, show: TextIO | No
 
 
 def write_speech(output: Path | None, waveform: np.ndarray, rate: int) -> None:
-    """Write a WAV file, which appears whole, or to standard output."""
+    """
+    Write a WAV file, which appears whole, or to standard output.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
     import soundfile
 
     content = io.BytesIO()
@@ -436,8 +446,13 @@ def write_speech(output: Path | None, waveform: np.ndarray, rate: int) -> None:
         sys.stdout.buffer.flush()
         return
     partial = output.with_name(f"{output.name}.partial")
-    partial.write_bytes(content.getvalue())
-    partial.replace(output)
+    try:
+        partial.write_bytes(content.getvalue())
+        partial.replace(output)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise OSError(f"the speech cannot be written to {output} ({error.strerror})") from error
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -467,7 +482,7 @@ def run(arguments: argparse.Namespace) -> int:
     single = len(jobs) == 1
     question = jobs[0].audio
     if single and question not in (None, STANDARD) and not _is_address(question) and not Path(question).exists():
-        raise FileNotFoundError(f"there is no file {question}")
+        raise FileNotFoundError(f"there is no file {question}. A typed question goes into --text")
     pipe = load_pipeline(arguments, processor or load_processor(arguments))
     from tqdm import tqdm
 

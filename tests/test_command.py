@@ -262,12 +262,21 @@ def test_threads_of_the_command_line_are_those_that_compute(talk, question):
         (["a.wav", "-", "--play"], "leave out --play"),
         (["-", "-", "-"], "would both be written to reply.wav"),
         (["--text", "hi", "question.wav"], "question.wav exists"),
+        (["a.wav", "question.wav/reply.wav"], "question.wav is no folder. Name another folder"),
+        (["a.wav", "b.wav", "--output_dir", "question.wav/out"], "question.wav is no folder"),
     ],
 )
 def test_wrong_arguments_exit_with_2_before_any_model_is_loaded(talk, question, arguments, message, monkeypatch):
     monkeypatch.setattr(ttt_talk, "load_pipeline", lambda *arguments: pytest.fail("loaded"))
     status, out, err = talk(*arguments)
     assert status == 2 and out == "" and message in err and "usage: ttt-talk" in err
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written_to_is_refused(talk, question, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o555)
+    status, _, err = talk(question, "locked/reply.wav")
+    assert status == 2 and "locked may not be written to. Name another folder" in err
 
 
 def test_what_fails_exits_with_1_and_says_why(talk, question, model, tmp_path, monkeypatch, capsys):
@@ -279,7 +288,7 @@ def test_what_fails_exits_with_1_and_says_why(talk, question, model, tmp_path, m
     small = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
     Qwen2ForCausalLM(Qwen2Config(**small, num_hidden_layers=1, num_key_value_heads=1)).save_pretrained(tmp_path / "llm")
     for arguments, message in [
-        (["missing.wav"], "there is no file missing.wav"),
+        (["missing.wav"], "there is no file missing.wav. A typed question goes into --text"),
         ([question, "--model", "no/such/model"], "there is no folder no/such/model"),
         ([question, "--model", "/missing"], "there is no folder /missing"),
         ([question, "--model", "nobody/nothing"], "nobody/nothing"),
@@ -292,7 +301,7 @@ def test_what_fails_exits_with_1_and_says_why(talk, question, model, tmp_path, m
         ([question, "--model", str(tmp_path / "cut")], "cut cannot be loaded"),
         ([question, "--model", str(tmp_path / "broken")], "not a valid JSON file"),
         ([question, "--processor", str(tmp_path / "llm")], "llm has no processor that can be loaded"),
-        ([question, f"{question}/reply.wav"], "File exists"),
+        ([question, "a" * 251 + ".wav"], "aa.wav (File name too long)"),
         ([question, "--steps", "1000", "--max_new_tokens", "99999"], "max_position_embeddings"),
     ]:
         status, out, err = talk(*arguments)
