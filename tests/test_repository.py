@@ -40,7 +40,7 @@ SERVING = ROOT / "pipelines" / "serving"
 MODEL_FOLDERS = [path.parent for path in sorted((ROOT / "model_cards").glob("*/config.json"))]
 TINY = ROOT / "model_cards" / "ttt-tiny"
 needs_tiny = pytest.mark.skipif(not (TINY / "model.safetensors").exists(), reason="the default model is not there")
-QUESTION = ROOT / "tests" / "fixtures" / "question.wav"  # "what is seven plus eight"
+QUESTION = ROOT / "tests" / "fixtures" / "question.wav"  # "how much is seven plus eight"
 ANSWER = "seven plus eight is fifteen"
 SERVED = "http://127.0.0.1:8000"  # where ttt-serve answers
 
