@@ -26,7 +26,7 @@ from training_examples.evaluation.judging import AGREE_PROMPT, RATE_PROMPT, Judg
 from training_examples.evaluation.listening import open_listener
 from training_examples.evaluation.openai_backend import AddressError, OpenAIBackend
 from training_examples.evaluation.reports import Report
-from training_examples.evaluation.rows import read_rows
+from training_examples.evaluation.rows import Run, read_rows
 from training_examples.evaluation.scoring import load_scorer
 from training_examples.evaluation.tasks import TASKS, read_samples, references_of
 
@@ -554,6 +554,22 @@ def test_two_turns_are_asked_of_an_address_one_after_the_other(address):
     name = json.loads(openai_backend.urllib.request.urlopen(f"{address}/models").read())["data"][0]["id"]
     (answer,) = OpenAIBackend(address, name).answer([Sample("a", (Turn(text="x"), Turn(text="y")))], "text_chat")
     assert answer.text == "hi" and answer.earlier == ["hi"]
+
+
+def test_of_samples_that_are_asked_side_by_side_those_that_are_answered_are_not_asked_again(address, tmp_path):
+    def answered() -> int:
+        metrics = openai_backend.urllib.request.urlopen(address.removesuffix("v1") + "metrics").read().decode()
+        asked = 'ttt_http_requests_total{path="/v1/chat/completions",status="200"} '
+        return int(float(next((line for line in metrics.splitlines() if line.startswith(asked)), "0").split()[-1]))
+
+    name = json.loads(openai_backend.urllib.request.urlopen(f"{address}/models").read())["data"][0]["id"]
+    texts = ["x", "too long " * 1000, "y"]
+    samples = [Sample(str(place), (Turn(text=text),), ("hi",)) for place, text in enumerate(texts)]
+    before = answered()
+    rows = Run(tmp_path, "own", "text_chat", samples, {}).answer(OpenAIBackend(address, name), batch_size=3)
+    assert answered() - before == 2
+    assert [row["text"] for row in rows] == ["hi", "", "hi"]
+    assert "AddressError" in rows[1]["error"] and "send 4096 or fewer" in rows[1]["error"]
 
 
 def test_a_model_behind_an_address_is_measured_by_the_same_command(address, tmp_path, monkeypatch, capsys):

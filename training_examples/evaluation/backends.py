@@ -90,8 +90,9 @@ class Backend(Protocol):
     name: str
     settings: Mapping[str, Any]
 
-    def answer(self, samples: Sequence[Sample], task: str) -> list[Answer]:
-        """Answer samples of one of the processor's tasks as one batch."""
+    def answer(self, samples: Sequence[Sample], task: str) -> Sequence[Answer | Exception]:
+        """Answer samples of one of the processor's tasks as one batch. Where samples fail by themselves, each of these
+        has its error in the place of its answer; what is raised is the whole batch's."""
         ...
 
 

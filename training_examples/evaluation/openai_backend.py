@@ -86,13 +86,21 @@ class OpenAIBackend:
             "model": model, "address": address, "voice": voice, "options": self.options
         }  # fmt: skip
 
-    def answer(self, samples: Sequence[Sample], task: str) -> list[Answer]:
+    def answer(self, samples: Sequence[Sample], task: str) -> list[Answer | Exception]:
         """Answer samples, each turn by turn; earlier answers are sent back as text. An address knows no tasks, so where
-        a sample has no words of its own, recognition is asked for in words."""
+        a sample has no words of its own, recognition is asked for in words. A sample that fails has its error in the
+        place of its answer, so that the others need not be asked again."""
         # Our own server is told the task in its extension of the request: `ttt={"task": "asr"}`.
         request = TRANSCRIBE if task == "asr" and "ttt" not in self.options else None
+
+        def answer(sample: Sample) -> Answer | Exception:
+            try:
+                return self._answer(sample, request)
+            except Exception as error:
+                return error
+
         with ThreadPoolExecutor(len(samples)) as pool:
-            return list(pool.map(lambda sample: self._answer(sample, request), samples))
+            return list(pool.map(answer, samples))
 
     def _answer(self, sample: Sample, request: str | None) -> Answer:
         begin = time.perf_counter()

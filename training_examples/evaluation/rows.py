@@ -174,9 +174,9 @@ class Run:
         """
         Answer what is not answered yet, in batches, and return the rows of all samples.
 
-        A batch that fails is asked one by one; a sample that fails alone becomes a row with `error`, whose answer
-        counts as empty, and is asked again by the next run. Where the fault is the recording's, which is not there or
-        cannot be read, the row has `unusable`, too, and any number of others go on.
+        A batch that fails as a whole is asked one by one; a sample that fails alone becomes a row with `error`, whose
+        answer counts as empty, and is asked again by the next run. Where the fault is the recording's, which is not
+        there or cannot be read, the row has `unusable`, too, and any number of others go on.
 
         Raises:
             EvaluationError: If several samples fail one after the other, or all of them.
@@ -215,13 +215,18 @@ class Run:
         except Exception as error:
             if len(batch) > 1:
                 return [row for sample in batch for row in self._ask(backend, [sample], keep_audio)]
-            if problem := recording_problem(batch[0]):
-                return [self._unusable(batch[0], problem)]
-            return [self._row(batch[0]) | {"text": "", "error": f"{type(error).__name__}: {error}"}]
+            answers = [error]
         return [
-            self._row(sample) | self._answered(sample, answer, keep_audio)
+            self._failed(sample, answer)
+            if isinstance(answer, Exception)
+            else self._row(sample) | self._answered(sample, answer, keep_audio)
             for sample, answer in zip(batch, answers, strict=True)
         ]
+
+    def _failed(self, sample: Sample, error: Exception) -> Row:
+        if problem := recording_problem(sample):
+            return self._unusable(sample, problem)
+        return self._row(sample) | {"text": "", "error": f"{type(error).__name__}: {error}"}
 
     def _unusable(self, sample: Sample, problem: str) -> Row:
         return self._row(sample) | {"text": "", "error": problem, "unusable": problem}
