@@ -375,7 +375,7 @@ def test_what_ends_early_ends_for_its_reason():
         assert one.reason == "length" and len(one.token_ids) == 1
 
 
-def test_a_request_that_fails_ends_alone():
+def test_a_request_that_fails_ends_alone(caplog):
     model = varied()
     options = {"max_new_tokens": 20, "min_new_tokens": 20}
     with Engine(model, PROCESSOR) as engine:
@@ -391,6 +391,7 @@ def test_a_request_that_fails_ends_alone():
             engine._changed.notify_all()
         end = job.generation.result(60)[2]
         assert (end.reason, str(end.error)) == ("failed", "a processor's own")
+        assert "RuntimeError: a processor's own" in caplog.text  # where its client is told to look
         assert good.result(60)[2].token_ids == alone(model, [1, 2, 3], options)
 
 

@@ -77,6 +77,7 @@ WEBM = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "webm"}
         ("/v1/audio/speech", {**SPEECH, "voice": "my aunt"}, "voice", "invalid_value"),
         ("/v1/audio/speech", {**SPEECH, "voice": {"id": "x"}}, "voice", "invalid_value"),
         ("/v1/audio/speech", {**SPEECH, "voice": None}, "voice", "invalid_value"),
+        ("/v1/audio/speech", {**SPEECH, "ttt": {"task": ""}}, "ttt.task", "invalid_value"),
         ("/v1/audio/speech", {**SPEECH, "ttt": {"audio_top_k": 0}}, "ttt.audio_top_k", "invalid_value"),
         ("/v1/audio/speech", {**SPEECH, "ttt": {"audio_top_p": 0}}, "ttt.audio_top_p", "invalid_value"),
         ("/v1/audio/speech", {**SPEECH, "instructions": "be glad"}, "instructions", "unknown_parameter"),
@@ -119,7 +120,7 @@ WEBM = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "webm"}
         ),
         *(
             ("/v1/chat/completions", {"model": "ttt-tiny", "messages": SYSTEM, "ttt": {"task": task}}, "ttt.task", None)
-            for task in ("text_chat", "sing", "asr")
+            for task in ("text_chat", "sing", "asr", "")
         ),
         ("/v1/chat/completions", {**CHAT, "stream_options": {}}, "stream_options", "invalid_value"),
         ("/v1/chat/completions", {**CHAT, "temperature": -1}, "temperature", "invalid_value"),
@@ -251,6 +252,21 @@ def test_a_websocket_is_told_where_there_is_none(server, path):
     assert path in json.loads(refused.value.response.body)["error"]["message"]
 
 
+def test_who_asks_a_websocket_for_a_page_is_told_what_it_is(server):
+    status, headers, body = server.request("/v1/realtime?model=ttt-tiny")
+    assert status == 426 and headers["upgrade"] == "websocket"
+    assert "/v1/realtime is a WebSocket" in json.loads(body)["error"]["message"]
+
+
+def test_next_to_no_temperature_is_none(server):
+    def text(**options) -> str:
+        status, _, body = server.request("/v1/chat/completions", {**CHAT, **options})
+        assert status == 200, body
+        return json.loads(body)["choices"][0]["message"]["content"]
+
+    assert text(temperature=1e-300, top_p=0.5) == text(temperature=0.0) == text()
+
+
 def test_paths_and_models_that_there_are_not(server):
     status, error = server.error("/v1/audio/speech", {**SPEECH, "model": "gpt-4o"})
     assert status == 404 and error["code"] == "model_not_found"
@@ -363,6 +379,22 @@ def test_a_form_that_has_too_much_is_refused_with_a_code(server, fields, files, 
     body, headers = form(fields, files)
     status, error = server.error("/v1/audio/transcriptions", body, headers=headers)
     assert status == 400 and error["code"] == "invalid_form" and error["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("prompt", "send 4096 or fewer"), ("model", "at most 256 characters"), ("tone", "Leave it out")]
+)
+def test_a_field_of_a_form_that_is_far_too_long_is_refused_by_its_name(locked, name, told):
+    body, headers = form({"model": "ttt-tiny", name: "a" * 1_100_000}, {"file": wav(tone(0.5))})
+    headers["Authorization"] = f"Bearer {KEY}"
+    status, error = locked.error("/v1/audio/transcriptions", body, headers=headers)
+    assert status == 400 and error["param"] == name and told in error["message"]
+
+
+def test_a_text_that_is_far_too_long_is_told_how_long_it_may_be(locked):
+    body = {**SPEECH, "input": "a" * 1_100_000}
+    status, error = locked.error("/v1/audio/speech", body, headers={"Authorization": f"Bearer {KEY}"})
+    assert status == 400 and error["code"] == "too_long" and "send 4096 or fewer" in error["message"]
 
 
 def test_bodies_have_a_size(server):

@@ -95,6 +95,8 @@ def test_an_update_changes_what_it_names_and_nothing_else(client):
         ({"output_modalities": ["audio", "text"]}, "session.output_modalities"),
         ({"type": "transcription"}, "session.type"),
         ({"instructions": "y" * 301}, "session.instructions"),
+        ({"audio": {"input": {"transcription": {"prompt": "y" * 301}}}}, "session.audio.input.transcription.prompt"),
+        ({"ttt": {"task": ""}}, "session.ttt.task"),
         ({"ttt": {"task": "sing"}}, "session.ttt.task"),
         ({"ttt": {"audio_top_k": 0}}, "session.ttt.audio_top_k"),
         ({"ttt": {"audio_top_p": 0}}, "session.ttt.audio_top_p"),
@@ -115,6 +117,11 @@ def test_a_response_with_a_task_that_there_is_not_is_refused_before_it_is_one(cl
     assert error["param"] == "response.ttt.task" and error["event_id"] == "mine" and "spoken_chat" in error["message"]
     error = client.error("response.create", event_id="mine", response={"instructions": "y" * 301})
     assert error["param"] == "response.instructions" and error["event_id"] == "mine"
+
+
+def test_a_text_that_is_far_too_long_is_told_how_long_it_may_be(client):
+    error = client.error("session.update", session={"instructions": "y" * 200_000})
+    assert error["code"] == "too_long" and "send 300 or fewer" in error["message"]
 
 
 def test_a_bound_that_is_no_number_is_told_the_word_for_none(client):

@@ -14,15 +14,15 @@ from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.routing import Match, Mount, Route
+from starlette.routing import Match, Mount, Route, WebSocketRoute
 
 from . import http_chat, http_speech, http_status, http_transcriptions, realtime
 from .errors import ApiError
 from .http_support import error_response
-from .schema import Wire
+from .schema import LONGEST_TEXT, Wire
 from .security import Guard, KeyRing, deny
 from .service import Service
-from .wire_http import LONGEST_TEXT, ChatRequest, SpeechRequest, TranscriptionFields
+from .wire_http import ChatRequest, SpeechRequest, TranscriptionFields
 
 STATIC = Path(__file__).resolve().parent / "static"
 ENDPOINTS = (http_status, http_speech, http_transcriptions, http_chat, realtime)
@@ -104,6 +104,11 @@ async def _http_error(request: Request, error: Exception) -> Response:
     path, taken = request.url.path, _methods(request)
     if not taken and error.status_code == 405 and not path.startswith("/v1/"):
         taken = ["GET", "HEAD"]
+    if not taken and any(path == route.path for route in realtime.router.routes if isinstance(route, WebSocketRoute)):
+        message = f"{path} is a WebSocket: open it as ws:// or wss://. A proxy on the way must pass upgrades through."
+        response = error_response(ApiError(message, 426, "upgrade_required"))
+        response.headers["Upgrade"] = "websocket"
+        return response
     if not taken:
         return error_response(ApiError(f"There is nothing at {path[:100]}.", 404))
     message = f"{path[:100]} does not take {request.method[:20]}; it takes {' and '.join(taken)}."

@@ -493,6 +493,8 @@ class Engine:
 
     def _retire(self, rows: list[Row]) -> None:
         for row in rows:
+            if row.call.error is not None:
+                logger.error("An answer failed.", exc_info=row.call.error)
             self._finish(self._live[row], row.reason or "stop", row.call.error)
 
     def _finish(self, job: _Job, reason: str, error: BaseException | None = None) -> None:

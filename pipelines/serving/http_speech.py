@@ -45,7 +45,7 @@ async def speech(request: Request) -> Response:
     check_texts([("input", body.input)], service.limits.text_length)
     if not body.input.strip():
         raise ApiError("'input' is empty.", code="invalid_value", param="input")
-    task = body.ttt.task or "tts"
+    task = "tts" if body.ttt.task is None else body.ttt.task
     system = service.system_prompt(task, None, has_audio=False)
     messages = [{"role": "system", "content": system}] if system else []
     ids = await service.prompt([*messages, {"role": "user", "content": [{"type": "text", "text": body.input}]}])

@@ -47,7 +47,7 @@ logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of eve
 async def transcriptions(request: Request) -> Response:
     """Write down what is said."""
     service = service_of(request)
-    fields, content = await _read_form(request)
+    fields, content = await _read_form(request, service.limits.body_bytes)
     service.check_model(fields.model)
     check_texts([("prompt", fields.prompt)], service.limits.text_length)
     samples, rate = await asyncio.to_thread(decode_file, content, service.limits, "file")
@@ -76,8 +76,11 @@ async def transcriptions(request: Request) -> Response:
     return JSONResponse({"text": text, "usage": _usage(seconds)})
 
 
-async def _read_form(request: Request) -> tuple[TranscriptionFields, bytes]:
-    """Return the fields of a form, and its file. Its encoding is checked first: Python has some that take minutes."""
+async def _read_form(request: Request, most_bytes: int) -> tuple[TranscriptionFields, bytes]:
+    """
+    Return the fields of a form, and its file. Its encoding is checked first: Python has some that take minutes. A field
+    may be as large as the whole, which is bounded: one that is too long is refused by its name.
+    """
     kind, options = parse_options_header(request.headers.get("content-type"))
     if kind != b"multipart/form-data":
         raise ApiError("Send the file as multipart/form-data.", 415, "unsupported_content_type")
@@ -85,7 +88,7 @@ async def _read_form(request: Request) -> tuple[TranscriptionFields, bytes]:
         message = f"Forms in '{shorten(charset)}' are not read; send UTF-8."
         raise ApiError(message, 415, "unsupported_content_type")
     try:
-        async with request.form(max_files=1, max_fields=MOST_FIELDS) as form:
+        async with request.form(max_files=1, max_fields=MOST_FIELDS, max_part_size=most_bytes) as form:
             return await _read(list(form.multi_items()))
     except HTTPException as error:  # how Starlette tells of a form that is malformed or has too much
         param = "file" if "files" in error.detail else None

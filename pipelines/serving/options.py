@@ -31,6 +31,7 @@ Voice = Literal[
 ]  # fmt: skip
 Speed = Annotated[float, AfterValidator(own_pace), Field(json_schema_extra={"const": 1.0})]
 Probability = Annotated[float, Field(gt=0.0, le=1.0)]
+LEAST_TEMPERATURE = 1e-5  # logits divided by less may be infinite; the likeliest token is what they come to
 
 
 class TttOptions(Wire):
@@ -75,10 +76,11 @@ class TttOptions(Wire):
 
 
 def sampling(temperature: float | None, top_p: float | None) -> dict[str, Any]:
-    """Return options of `generate` for OpenAI's `temperature` and `top_p`; with neither, text is the likeliest."""
+    """Return options of `generate` for OpenAI's `temperature` and `top_p`; with neither, or next to no temperature,
+    text is the likeliest."""
     if temperature is None and top_p is None:
         return {}
-    if temperature == 0.0:
+    if temperature is not None and temperature < LEAST_TEMPERATURE:
         return {"do_sample": False}
     options: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_p": top_p}
     return {name: value for name, value in options.items() if value is not None}

@@ -242,7 +242,11 @@ class RealtimeSession:
 
     def _update(self, event: SessionUpdateEvent) -> None:
         changes = event.session
-        check_texts([("session.instructions", changes.instructions)], self.service.limits.text_length)
+        heard = None if changes.audio is None or changes.audio.input is None else changes.audio.input.transcription
+        texts = [("session.instructions", changes.instructions)]
+        if heard is not None:
+            texts.append(("session.audio.input.transcription.prompt", heard.prompt))
+        check_texts(texts, self.service.limits.text_length)
         if changes.ttt is not None:
             # Refuses a task that there is not.
             self.service.system_prompt(changes.ttt.task, None, True, "session.ttt.task")

@@ -4,15 +4,17 @@ objects of it."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
 from .errors import ApiError
 
 Model = TypeVar("Model", bound="Wire")
 LONGEST_QUOTE = 100  # characters of a client's words in an error
+LONGEST_TEXT = 2**25  # more than a request holds; `Limits.text_length` is what is taken, and told
+Text = Annotated[str, Field(max_length=LONGEST_TEXT)]
 
 
 class Wire(BaseModel):

@@ -90,7 +90,8 @@ class Service:
             ApiError: if there is no such task, or it is about sound and there is none.
         """
         try:
-            settings = self.processor.get_task(task or ("spoken_chat" if has_audio else "text_chat"))
+            default = "spoken_chat" if has_audio else "text_chat"
+            settings = self.processor.get_task(default if task is None else task)
         except ValueError as error:
             raise ApiError(str(error), code="invalid_value", param=param) from None
         if settings.needs_audio and not has_audio:

@@ -9,12 +9,10 @@ from pydantic import BeforeValidator, Field, field_validator
 
 from .errors import ApiError
 from .options import Speed, TttOptions, Voice
-from .schema import Wire, nothing
+from .schema import Text, Wire, nothing
 from .sound import FORMATS_WRITTEN
 
-LONGEST_TEXT = 1_000_000  # that is read; `Limits.text_length` is what is taken
 SPOKEN_FORMATS = ("wav", "flac", "pcm16")  # of chats: OpenAI's name for bare PCM is another one there than in speech
-Text = Annotated[str, Field(max_length=LONGEST_TEXT)]
 Name = Annotated[str, Field(max_length=256)]
 Tokens = Annotated[int, Field(ge=1, le=100_000)]
 Temperature = Annotated[float, Field(ge=0.0, le=2.0)]

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field
 from .conversation import Item, Part, Role, new_id
 from .errors import ApiError
 from .options import Speed, TttOptions, Voice
-from .schema import Wire, nothing
+from .schema import Text, Wire, nothing
 from .sound import WIRE_RATE
 
 
@@ -27,7 +27,6 @@ def number_or_inf(value: Any) -> Any:
 
 
 Id = Annotated[str, Field(min_length=1, max_length=64)]
-Text = Annotated[str, Field(max_length=100_000)]
 Name = Annotated[str, Field(max_length=256)]
 Modalities = Annotated[list[Literal["audio", "text"]], Field(min_length=1, max_length=1)]
 MostTokens = Annotated[Annotated[int, Field(ge=1, le=100_000)] | Literal["inf"] | None, BeforeValidator(number_or_inf)]
