@@ -81,7 +81,7 @@ def make_service(arguments: argparse.Namespace) -> Service:
     from . import ttt_serve
 
     served = ttt_serve.build_parser().parse_args([])
-    for name in ("model", "processor", "device", "dtype", "threads", "trust_remote_code"):
+    for name in ("model", "processor", "device", "dtype", "threads", "trust_remote_code", "max_new_tokens"):
         setattr(served, name, getattr(arguments, name))
     try:
         return ttt_serve.build_service(served)

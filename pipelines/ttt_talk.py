@@ -281,6 +281,7 @@ def load_processor(arguments: argparse.Namespace) -> TttProcessor:
         FileNotFoundError: as `locate_model`, or if there is no model where an adapter expects it.
         OSError: if the processor cannot be loaded.
         RuntimeError: if PEFT is needed for an adapter and is not installed.
+        UsageError: if --max_new_tokens is more than the model has positions.
         ValueError: if the folder holds a model of another architecture.
     """
     model_path = locate_model(arguments.model)
@@ -293,14 +294,19 @@ def load_processor(arguments: argparse.Namespace) -> TttProcessor:
 
     base_path = _base_model(model_path)
     try:
-        model_type = TttConfig.get_config_dict(base_path)[0].get("model_type")
+        config = TttConfig.get_config_dict(base_path)[0]
     except OSError as error:
         raise OSError(f"the model {base_path} cannot be loaded: {error}") from error
+    model_type = config.get("model_type")
     if model_type != TttConfig.model_type:
         raise ValueError(
             f"{base_path} holds a model of type {model_type!r}, not {TttConfig.model_type!r}. init_from_llm.py makes a "
             "TtT model of a language model, `python -m pipelines.convert_ttt_to_hf` of a published checkpoint"
         )
+    most = (config.get("text_config") or {}).get("max_position_embeddings")
+    longest = getattr(arguments, "max_new_tokens", None)  # ttt-serve has no such option
+    if most is not None and longest is not None and longest >= most:
+        raise UsageError(f"--max_new_tokens is {longest}, but the model has {most} positions for question and answer")
     path = arguments.processor or base_path
     try:
         return TttProcessor.from_pretrained(path, trust_remote_code=arguments.trust_remote_code or None)

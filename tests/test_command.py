@@ -264,6 +264,7 @@ def test_threads_of_the_command_line_are_those_that_compute(talk, question):
         (["--text", "hi", "question.wav"], "question.wav exists"),
         (["a.wav", "question.wav/reply.wav"], "question.wav is no folder. Name another folder"),
         (["a.wav", "b.wav", "--output_dir", "question.wav/out"], "question.wav is no folder"),
+        (["--text", "hi", "--max_new_tokens", "99999"], "--max_new_tokens is 99999, but the model has 2048 positions"),
     ],
 )
 def test_wrong_arguments_exit_with_2_before_any_model_is_loaded(talk, question, arguments, message, monkeypatch):
@@ -302,7 +303,7 @@ def test_what_fails_exits_with_1_and_says_why(talk, question, model, tmp_path, m
         ([question, "--model", str(tmp_path / "broken")], "not a valid JSON file"),
         ([question, "--processor", str(tmp_path / "llm")], "llm has no processor that can be loaded"),
         ([question, "a" * 251 + ".wav"], "aa.wav (File name too long)"),
-        ([question, "--steps", "1000", "--max_new_tokens", "99999"], "max_position_embeddings"),
+        ([question, "--steps", "1000", "--max_new_tokens", "2047"], "max_position_embeddings"),
     ]:
         status, out, err = talk(*arguments)
         assert status == 1 and message in err and "Traceback" not in err, arguments
