@@ -14,7 +14,7 @@ from pipelines.serving.conversation import Conversation, Item, Part, Rhythm, mes
 from pipelines.serving.errors import ApiError
 from pipelines.serving.limits import Limits, RateLimit
 from pipelines.serving.outbox import ROOM_BYTES, Outbox
-from pipelines.serving.ray_app import http_options
+from pipelines.serving.ray_app import build_replica_parser, check, http_options
 from pipelines.serving.security import KeyRing, is_loopback, read_api_keys
 from pipelines.serving.sound import (
     FileStream,
@@ -28,6 +28,7 @@ from pipelines.serving.sound import (
 from pipelines.serving.truncation import codes_heard, cut_answer
 from pipelines.serving.vad import SpeechDetector, SpeechEvent
 from pipelines.ttt_serve import build_parser
+from pipelines.ttt_talk import UsageError
 
 # ---- sound ---------------------------------------------------------------------------------------------------------
 
@@ -168,7 +169,19 @@ def test_replicas_are_served_by_https_where_that_is_asked_for(tmp_path):
     assert http_options(arguments) == {"host": "127.0.0.1", "port": 8000, **{k: str(v) for k, v in paths.items()}}
 
 
-@pytest.mark.parametrize("ids", [["a", None, "../b"], ["1", 1], ["a/b"]])
+@pytest.mark.parametrize(
+    ("options", "got"),
+    [(["--max_replicas", "0"], "1 and 0"), (["--replicas", "3", "--max_replicas", "2"], "3 and 2")],
+)
+def test_numbers_of_replicas_that_make_no_sense_are_refused(options, got):
+    arguments = build_replica_parser().parse_args(["--replicas", "2"])
+    check(arguments)
+    assert arguments.max_replicas == 2
+    with pytest.raises(UsageError, match=f"--max_replicas no less; got {got}"):
+        check(build_replica_parser().parse_args(options))
+
+
+@pytest.mark.parametrize("ids", [[None], ["a", None], ["../b"], ["1", 1], ["a/b"]])
 def test_questions_of_a_dataset_have_ids_that_name_a_file_each(ids):
     check_ids(["1", "2", "q-3.a"])
     with pytest.raises(ValueError, match="which is to name a file"):

@@ -122,9 +122,10 @@ def check_ids(ids: Iterable[Any]) -> None:
         ValueError: naming the first.
     """
     seen: set[str] = set()
-    for name in map(str, ids):
-        if not re.fullmatch(r"[\w.-]+", name):
-            raise ValueError(f"a question has the id {name!r}, which is to name a file; use letters and digits")
+    for given in ids:
+        name = str(given)
+        if given is None or not re.fullmatch(r"[\w.-]+", name):
+            raise ValueError(f"a question has the id {given!r}, which is to name a file; use letters and digits")
         if name in seen:
             raise ValueError(f"two questions have the id {name!r}, which is to name a file; number them")
         seen.add(name)

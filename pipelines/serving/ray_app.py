@@ -93,6 +93,19 @@ class Replica:
             raise RuntimeError("the engine has died")
 
 
+def build_replica_parser() -> argparse.ArgumentParser:
+    """Return the options: those of `ttt-serve`, and how many replicas there are."""
+    parser = build_parser()
+    parser.prog = "python -m pipelines.serving.ray_app"
+    replicas = parser.add_argument_group("replicas")
+    replicas.add_argument("--replicas", type=int, default=1, metavar="N", help="at least as many (default: 1)")
+    replicas.add_argument("--max_replicas", type=int, metavar="N", help="more of them while requests wait")
+    replicas.add_argument("--cpus", type=float, default=1.0, metavar="N", help="cores of each (default: 1)")
+    replicas.add_argument("--gpus", type=float, default=0.0, metavar="N", help="GPUs of each (default: 0)")
+    replicas.add_argument("--address", help="of a Ray cluster (default: a new one on this machine)")
+    return parser
+
+
 def check(arguments: argparse.Namespace) -> list[str]:
     """
     Check the arguments, and return the keys that open the replicas.
@@ -101,8 +114,11 @@ def check(arguments: argparse.Namespace) -> list[str]:
         UsageError: if they make no sense together.
     """
     check_arguments(arguments)
+    if arguments.max_replicas is None:
+        arguments.max_replicas = arguments.replicas
     if not 1 <= arguments.replicas <= arguments.max_replicas:
-        raise UsageError(f"--replicas must be 1 or more, and --max_replicas no less; got {arguments.replicas}")
+        got = f"{arguments.replicas} and {arguments.max_replicas}"
+        raise UsageError(f"--replicas must be 1 or more, and --max_replicas no less; got {got}")
     for name in ("cpus", "gpus"):
         if not 0 <= getattr(arguments, name) < math.inf:
             raise UsageError(f"--{name} must be a number of 0 or more, got {getattr(arguments, name):g}")
@@ -157,16 +173,8 @@ def http_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    parser = build_parser()
-    parser.prog = "python -m pipelines.serving.ray_app"
-    replicas = parser.add_argument_group("replicas")
-    replicas.add_argument("--replicas", type=int, default=1, metavar="N", help="at least as many (default: 1)")
-    replicas.add_argument("--max_replicas", type=int, metavar="N", help="more of them while requests wait")
-    replicas.add_argument("--cpus", type=float, default=1.0, metavar="N", help="cores of each (default: 1)")
-    replicas.add_argument("--gpus", type=float, default=0.0, metavar="N", help="GPUs of each (default: 0)")
-    replicas.add_argument("--address", help="of a Ray cluster (default: a new one on this machine)")
+    parser = build_replica_parser()
     arguments = parser.parse_args(argv)
-    arguments.max_replicas = arguments.max_replicas or arguments.replicas
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
     from ray import serve
