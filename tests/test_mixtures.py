@@ -143,3 +143,15 @@ def test_what_cannot_be_mixed_is_named(tmp_path):
         load_mixture([source], stopping_strategy="never")
     with pytest.raises(FileNotFoundError, match="no folder of examples"):
         load_mixture([str(tmp_path / "nowhere")])
+
+
+def test_what_holds_no_prepared_examples_is_named(tmp_path):
+    recordings = Dataset.from_dict({"audio": ["a.wav"], "text": ["hello"]})
+    recordings.to_parquet(tmp_path / "folder" / "data" / "train-00000-of-00001.parquet")
+    DatasetDict({"train": recordings}).save_to_disk(str(tmp_path / "saved"))
+    for name in ("folder", "saved"):
+        for streaming in (False, True):
+            with pytest.raises(
+                ValueError, match="no column input_ids, labels, length, task, but audio, text: these are"
+            ):
+                load_mixture([str(tmp_path / name)], streaming)

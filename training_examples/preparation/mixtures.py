@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow.parquet as pq
 from datasets import (
     Dataset,
     DatasetDict,
@@ -58,7 +59,7 @@ def load_mixture(
     Raises:
         FileNotFoundError: If a path is no folder of examples.
         ValueError: If there are no sources, a split is not there, a weight is not positive, the strategy is unknown, or
-            what is not streamed shall be endless.
+            what is not streamed shall be endless, or a folder holds something else than prepared examples.
     """
     if not sources:
         raise ValueError("`sources` is empty; give at least one folder of prepared examples.")
@@ -101,6 +102,7 @@ def parse_source(source: str) -> tuple[Path, float | None]:
 def _load(path: Path, streaming: bool, split: str) -> Dataset | IterableDataset:
     shards = ShardFolder(path, split).shards()
     if shards:
+        _check_columns(path, pq.read_schema(shards[0]).names)
         files = [str(shard) for shard in shards]
         return load_dataset("parquet", data_files=files, split="train", streaming=streaming)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
@@ -108,12 +110,21 @@ def _load(path: Path, streaming: bool, split: str) -> Dataset | IterableDataset:
         if isinstance(dataset, DatasetDict):
             _check_split(path, split, list(dataset))
             dataset = dataset[split]
+        _check_columns(path, dataset.column_names)
         dataset = dataset.select_columns([name for name in FEATURES if name in dataset.column_names])
         if dataset.features != FEATURES:
             dataset = dataset.cast(FEATURES)  # mixtures need columns of the same types
         return dataset.to_iterable_dataset(num_shards=min(128, len(dataset))) if streaming else dataset
     _check_split(path, split, sorted({file.name.split("-")[0] for file in (path / "data").glob("*.parquet")}))
     raise FileNotFoundError(f"{path} is no folder of examples: make one with prepare_dataset.py.")
+
+
+def _check_columns(path: Path, available: Sequence[str]) -> None:
+    if missing := [name for name in FEATURES if name not in available]:
+        raise ValueError(
+            f"{path} has no column {', '.join(missing)}, but {', '.join(available)}: these are no prepared examples; "
+            "prepare_dataset.py makes them."
+        )
 
 
 def _check_split(path: Path, split: str, available: Sequence[str]) -> None:
