@@ -29,6 +29,7 @@ from training_examples.study.run_study import Processes, Stage, StudyArguments
 from training_examples.study.samples import read_samples
 from training_examples.training.arguments import CONFIG_OPTIONS, ModelArguments, parse_arguments
 from training_examples.training.arguments import TttTrainingArguments as TrainingArguments
+from training_examples.training.trainer import check_effect
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 ROOT = Path(__file__).parent.parent
@@ -54,7 +55,16 @@ def test_every_arm_is_a_configuration_that_training_takes(name, tmp_path):
         key: list(value) if isinstance(value, tuple) else value for key, value in ARMS[name].options.items()
     }
     assert set(options) == set(CONFIG_OPTIONS), "an option that is left out would be that of the start"
-    TttConfig(**options)
+    check_effect(parsed, TttConfig(**options))
+
+
+@pytest.mark.parametrize("stage_of", [lambda args: run_study.measuring_stage(args, "ttt", 0), run_study.last_stage])
+def test_an_arm_with_another_setting_is_measured_again(args, monkeypatch, stage_of):
+    stage = stage_of(args)
+    stage.remember(1.0, finished=True)
+    assert stage_of(args).is_finished()
+    monkeypatch.setitem(ARMS, "ttt", replace(ARMS["ttt"], settings=ARMS["ttt"].settings[:2]))
+    assert not stage_of(args).is_finished()
 
 
 def test_an_ablated_arm_differs_from_the_published_one_in_one_option():

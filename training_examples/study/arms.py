@@ -23,6 +23,14 @@ PUBLISHED: Mapping[str, Any] = {
     "noise_epsilon": 0.001,
     "stratified_noise": True,  # the published λ of each sample, spread evenly over a batch: less variance for all arms
 }
+# No code is masked, so that no strategy has a part.
+AUTOREGRESSIVE: Mapping[str, Any] = {
+    **PUBLISHED,
+    "audio_objective": "autoregressive",
+    "clean_batch_probability": 0.0,
+    "prefix_preservation_probability": 0.0,
+    "span_truncation_probability": 0.0,
+}
 # Blocks as sampling shows them: the prefix is clean and nothing follows, so that PPM and SST have no part. Three in ten
 # batches stay clean, as published: only there is text scored that comes after the block.
 BLOCK_ALIGNED: Mapping[str, Any] = {
@@ -94,11 +102,11 @@ class Arm:
 
 
 ARMS: dict[str, Arm] = {
-    "ar": Arm("pure autoregressive", {**PUBLISHED, "audio_objective": "autoregressive"}, ({},)),
-    # Text has no objective of its own here, so that BANOM and PPM have no part; SST has.
+    "ar": Arm("pure autoregressive", AUTOREGRESSIVE, ({},)),
+    # Text has no objective of its own here, so that BANOM has no part, nor PPM where an answer is one turn; SST has.
     "nar": Arm(
         "pure diffusion, text too",
-        {**PUBLISHED, "text_objective": "diffusion"},
+        {**PUBLISHED, "text_objective": "diffusion", "clean_batch_probability": 0.0},
         in_blocks((26, 2), (26, 8), (26, 26)),
     ),
     "ttt": Arm("TtT as published", PUBLISHED),

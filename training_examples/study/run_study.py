@@ -29,7 +29,7 @@ from typing import Any
 from training_examples.command_line import ScriptParser, check_least
 from training_examples.evaluation.figures import fingerprint
 from training_examples.files import read_json, write_json
-from training_examples.study.arms import ARMS, Arm, training_flags
+from training_examples.study.arms import ARMS, Arm, setting_name, training_flags
 from training_examples.study.lists import SPLITS, choose_lists, hash_lists
 from training_examples.user_errors import run_command
 
@@ -193,17 +193,23 @@ def stages_of(args: StudyArguments, name: str, seed: int, depends: Any = None) -
 
 
 def measuring_stage(args: StudyArguments, name: str, seed: int, depends: Any = None) -> Stage:
-    """Return the stage that measures one run. `depends` says which lists lie in the folder."""
+    """Return the stage that measures one run, at its arm's settings. `depends` says which lists lie in the folder."""
     folder = args.output_dir / f"{name}-{seed}"
     options = ["--run", str(folder), "--arm", name, "--threads", "1", *measuring_options(args)]
-    return Stage(f"measured-{args.split}", folder, "study/measure_run.py", options, depends)
+    return Stage(f"measured-{args.split}", folder, "study/measure_run.py", options, [depends, settings_of(name)])
 
 
 def last_stage(args: StudyArguments, depends: Any = None) -> Stage:
     """Return the stage that measures what is needed once, by the runs of the first seed."""
     options = ["--study", str(args.output_dir), "--arms", *args.arms, "--seed", str(args.seeds[0]), "--threads", "1"]
     options += measuring_options(args)
+    depends = [depends, {name: settings_of(name) for name in args.arms}]
     return Stage(f"measured-{args.split}", args.output_dir / "once", "study/measure_once.py", options, depends)
+
+
+def settings_of(name: str) -> list[str]:
+    """Return what an arm is measured at."""
+    return [setting_name(setting) for setting in ARMS[name].settings]
 
 
 def measuring_options(args: StudyArguments) -> list[str]:
