@@ -15,6 +15,7 @@ from pipelines import save_repository
 from training_examples import finetune_lora
 from training_examples.training import trainer
 from training_examples.training.batches import TokenBatches
+from training_examples.training.card import CardTrainer
 from training_examples.training.code_noise import CodeNoise
 from training_examples.training.trainer import add_code_noise
 
@@ -190,3 +191,26 @@ def test_batches_by_length_are_made_without_reading_the_examples(workspace):
 def test_a_share_of_no_codes_is_refused(workspace, tmp_path, value):
     with pytest.raises(ValueError, match=f"--code_noise is {float(value)}; a share"):
         start(workspace, tmp_path / "run", code_noise=value)
+
+
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+def test_lengths_are_read_without_the_noise_and_at_once(workspace, tmp_path, monkeypatch, strategy):
+    """Else the codes of every example would be disturbed, and in each epoch, only to know its length."""
+    disturbed = []
+    noise = CodeNoise.__call__
+    monkeypatch.setattr(
+        CodeNoise, "__call__", lambda self, rows, *others: disturbed.append(rows) or noise(self, rows, *others)
+    )
+    samplers = []
+    sample = CardTrainer._get_train_sampler
+    monkeypatch.setattr(CardTrainer, "_get_train_sampler", lambda *args: samplers.append(sample(*args)) or samplers[-1])
+    start(
+        workspace,
+        tmp_path,
+        code_noise=0.5,
+        train_sampling_strategy=strategy,
+        max_steps=1,
+        per_device_train_batch_size=2,
+    )
+    assert type(samplers[0].lengths) is list and len(samplers[0].lengths) == 8
+    assert sum(len(rows["input_ids"]) for rows in disturbed) < 8

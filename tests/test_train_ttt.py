@@ -328,13 +328,13 @@ def test_each_model_of_the_papers_comparison_learns(workspace, tmp_path, objecti
 
 def test_a_run_keeps_the_settings_of_its_model_where_it_sets_none(workspace, tmp_path):
     """A twin goes on as a twin; what a run sets is written into the model it saves."""
-    options = {"block_masking_probability": 0.5, "block_lengths": [4, 8], "stratified_noise": True}
+    options = {"block_lengths": [4, 8], "stratified_noise": True}
     train(workspace, tmp_path / "first", max_steps=1, audio_objective="autoregressive", noise_epsilon=0.05, **options)
-    train(workspace, tmp_path / "second", max_steps=1, model=tmp_path / "first", clean_batch_probability=0.1)
+    train(workspace, tmp_path / "second", max_steps=1, model=tmp_path / "first", block_filling_weight=0.1)
     config = TttConfig.from_pretrained(tmp_path / "second")
     assert (config.audio_objective, config.noise_epsilon) == ("autoregressive", 0.05)
-    assert (config.clean_batch_probability, config.span_truncation_probability) == (0.1, 0.5)
-    assert (config.block_masking_probability, config.block_lengths, config.stratified_noise) == (0.5, [4, 8], True)
+    assert (config.block_filling_weight, config.span_truncation_probability) == (0.1, 0.5)
+    assert (config.block_lengths, config.stratified_noise) == ([4, 8], True)
     train(workspace, tmp_path / "new", max_steps=1)
     assert TttConfig.from_pretrained(tmp_path / "new").stratified_noise is False
     train(workspace, tmp_path / "off", max_steps=1, model=tmp_path / "first", stratified_noise=False)
@@ -389,6 +389,34 @@ def test_mixtures_with_weights_and_an_evaluation_set_elsewhere(workspace, tmp_pa
                 "block_masking_probability",
             )
         ),
+        *(
+            (
+                {"audio_objective": "autoregressive", f"{name}_probability": 0.5},
+                f"--{name}_probability is 0.5, but has no effect where --audio_objective is autoregressive",
+            )
+            for name in ("clean_batch", "prefix_preservation", "block_masking", "span_truncation")
+        ),
+        (
+            {"text_objective": "diffusion", "clean_batch_probability": 0.5},
+            "--clean_batch_probability is 0.5, but has no effect where --text_objective is diffusion",
+        ),
+        *(
+            (
+                {"train_sampling_strategy": strategy, **option},
+                f"--train_sampling_strategy {strategy} has no effect with --{next(iter(option))}",
+            )
+            for strategy in ("group_by_length", "batch_rebalance")
+            for option in (
+                {"packing": True, "max_length": 128},
+                {"streaming": True},
+                {"tokens_per_batch": 512, "per_device_train_batch_size": 1},
+            )
+        ),
+        ({"eval_steps": 2}, "--eval_steps has no effect without --eval_strategy steps"),
+        ({"eval_dataset": ["elsewhere"]}, "--eval_dataset has no effect without --eval_strategy or --sample_steps"),
+        ({"eval_split": "test"}, "--eval_split has no effect without --eval_strategy or --sample_steps"),
+        ({"num_samples": 2}, "--num_samples has no effect without --sample_steps"),
+        ({"shuffle_buffer_size": 8}, "--shuffle_buffer_size has no effect without --streaming"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_trained(workspace, tmp_path, options, message):
@@ -412,10 +440,25 @@ def test_a_processor_of_another_model_is_refused(workspace, tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_examples_of_another_tokenizer_are_refused(workspace, tmp_path, streaming):
+    """Larger ids would end in a crash of the embedding; smaller ones would train audio as text, in silence."""
+    size = len(TttProcessor.from_pretrained(workspace / "model").tokenizer)
+    too_large = f"the token {size}, but the tokenizer has {size}"
+    no_codes = "No example of --dataset that was looked at has an audio code"
+    for name, token, message in (("larger", size, too_large), ("smaller", 70, no_codes)):
+        row = {"input_ids": [70, token, 71], "labels": [70, token, 71], "length": 3, "task": "tts"}
+        Dataset.from_list([row] * 8).to_parquet(tmp_path / name / "data" / "train-0000-000000.parquet")
+        if name == "smaller" and streaming:
+            continue  # whose examples are not known before they come
+        with pytest.raises(ValueError, match=f"{message}.*prepare it with that of --model"):
+            train(workspace, tmp_path / "run", dataset=tmp_path / name, streaming=streaming, max_steps=2)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_an_example_longer_than_the_model_is_refused_unless_it_is_cut(workspace, tmp_path, streaming):
-    long = {"input_ids": [70] * 200, "labels": [70] * 200, "length": 200, "task": "tts"}
+    long = {"input_ids": [70] * 200, "labels": [70] * 200, "length": 200, "task": "text_chat"}
     Dataset.from_list([long] * 8).to_parquet(tmp_path / "data" / "data" / "train-0000-000000.parquet")
-    options = {"dataset": tmp_path / "data", "streaming": streaming, "shuffle_buffer_size": 8, "max_steps": 2}
+    options = {"dataset": tmp_path / "data", "streaming": streaming, "max_steps": 2}
     with pytest.raises(ValueError, match="200 tokens, but the model has 128 positions: set --max_length 128"):
         train(workspace, tmp_path / "run", **options)
     assert train(workspace, tmp_path / "run", **options, max_length=128)[-1]["step"] == 2

@@ -30,6 +30,7 @@ from training_examples.training.card import RunCard, write_card
 from training_examples.training.trainer import (
     check_effect,
     check_lengths,
+    check_tokens,
     check_vocabulary,
     leave_group,
     load_data,
@@ -232,6 +233,8 @@ def main() -> None:
     check_effect(arguments, config)
     train_dataset = check_lengths(arguments, config, train_dataset)
     eval_dataset = check_lengths(arguments, config, eval_dataset, "the evaluation split")
+    train_dataset = check_tokens(processor, train_dataset)
+    eval_dataset = check_tokens(processor, eval_dataset, "the evaluation split")
     tokens = trainable_tokens(processor, arguments.new_words or (), arguments.train_audio_tokens)
     with no_false_alarm():
         model = get_peft_model(load_base(arguments, config), lora_config(arguments, config, tokens))

@@ -26,6 +26,7 @@ from training_examples.training.resuming import last_complete_checkpoint
 from training_examples.training.trainer import (
     check_effect,
     check_lengths,
+    check_tokens,
     check_vocabulary,
     leave_group,
     load_data,
@@ -74,6 +75,8 @@ def main() -> None:
     check_effect(arguments, config)
     train_dataset = check_lengths(arguments, config, train_dataset)
     eval_dataset = check_lengths(arguments, config, eval_dataset, "the evaluation split")
+    train_dataset = check_tokens(processor, train_dataset)
+    eval_dataset = check_tokens(processor, eval_dataset, "the evaluation split")
     model = TttForConditionalGeneration.from_pretrained(
         arguments.weights(training),
         config=config,

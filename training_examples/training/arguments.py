@@ -32,6 +32,7 @@ CONFIG_OPTIONS = (
     "noise_epsilon",
     "stratified_noise",
 )
+BY_LENGTH = ("group_by_length", "batch_rebalance")  # sampling strategies of the Trainer
 OBJECTIVES = ["diffusion", "autoregressive"]
 Arguments = TypeVar("Arguments", bound="ModelArguments")
 
@@ -327,12 +328,34 @@ def check_together(arguments: ModelArguments, training: TrainingArguments) -> No
             f"--hub_strategy {training.hub_strategy.value} would push checkpoints that name the best of them by a "
             f"folder of this machine: give --output_dir relative to the folder you are in, not {training.output_dir}."
         )
+    evaluates, listens = training.eval_strategy != "no", bool(arguments.sample_steps)
+    for name, given, needed, has in (
+        ("eval_steps", training.eval_steps is not None, "--eval_strategy steps", evaluates),
+        ("eval_dataset", arguments.eval_dataset is not None, "--eval_strategy or --sample_steps", evaluates or listens),
+        ("eval_split", arguments.eval_split != "eval", "--eval_strategy or --sample_steps", evaluates or listens),
+        ("num_samples", arguments.num_samples != ModelArguments.num_samples, "--sample_steps", listens),
+        (
+            "shuffle_buffer_size",
+            arguments.shuffle_buffer_size != ModelArguments.shuffle_buffer_size,
+            "--streaming",
+            arguments.streaming,
+        ),
+    ):
+        if given and not has:
+            raise ValueError(f"--{name} has no effect without {needed}: give that, too, or leave it out.")
+    if training.train_sampling_strategy in BY_LENGTH:
+        reasons = {"streaming": "a stream is read in its own order", "packing": "packed rows are of one length"}
+        reasons["tokens_per_batch"] = "it puts like lengths together itself"
+        for name, reason in reasons.items():
+            if getattr(arguments, name):
+                raise ValueError(
+                    f"--train_sampling_strategy {training.train_sampling_strategy} has no effect with --{name}: "
+                    f"{reason}. Leave it out."
+                )
     if arguments.tokens_per_batch is not None:
         size = training.per_device_train_batch_size
         if size not in (1, TrainingArguments.per_device_train_batch_size):
             raise ValueError(
                 f"--tokens_per_batch takes the place of --per_device_train_batch_size, which is {size}; leave it out."
             )
-        if training.train_sampling_strategy == "group_by_length":
-            raise ValueError("--tokens_per_batch puts like lengths together; leave --train_sampling_strategy out.")
         training.per_device_train_batch_size = 1  # batch

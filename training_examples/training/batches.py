@@ -41,6 +41,11 @@ def bucket_by_length(lengths: Sequence[int] | np.ndarray, tokens: int, seed: int
     return [*batches, order[first:]] if len(order) else []
 
 
+def read_lengths(dataset: Any) -> list[int]:
+    """Return the column `length` of a `datasets.Dataset`, read at once and without the transform of the examples."""
+    return dataset.with_format(None)["length"][:]
+
+
 class TokenBatches(torch.utils.data.Dataset):
     """
     A dataset whose items are batches of `bucket_by_length`: lists of examples, for a loader of batch size 1. The
@@ -55,7 +60,7 @@ class TokenBatches(torch.utils.data.Dataset):
 
     def __init__(self, dataset: Any, tokens: int, seed: int = 0, max_length: int | None = None):
         self.dataset = dataset
-        lengths = np.asarray(dataset.with_format(None)["length"])  # no transform of the examples
+        lengths = np.asarray(read_lengths(dataset))
         self.batches = bucket_by_length(
             lengths if max_length is None else np.minimum(lengths, max_length), tokens, seed
         )

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 import yaml
+from datasets import Dataset
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from training_examples.files import read_json, short_name, write_text
 from training_examples.preparation.mixtures import parse_source
@@ -275,10 +277,17 @@ def _default(item: Field) -> Any:
     return item.default if item.default_factory is MISSING else item.default_factory()
 
 
+def _with_lengths(sampler: Any) -> Any:
+    """Return a sampler that has its lengths in memory: it looks up one by one, which is slow in a dataset."""
+    if isinstance(sampler, LengthGroupedSampler):
+        sampler.lengths = sampler.lengths[:]
+    return sampler
+
+
 class CardTrainer(Trainer):
     """
-    The plain Trainer, but for the card beside every model that it saves or pushes, and for runs that are finished. A
-    card that somebody has made their own (its first comment is gone) stays as it is.
+    The plain Trainer, but for the card beside every model that it saves or pushes, for runs that are finished, and for
+    lengths, which it reads at once. A card that somebody has made their own (its first comment is gone) stays as it is.
 
     Args:
         card (`RunCard`): writes it.
@@ -299,6 +308,15 @@ class CardTrainer(Trainer):
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
         epochs, *others = super().set_initial_training_values(args, dataloader)
         return (0 if self.is_finished else epochs, *others)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(dataset, Dataset):
+            dataset = dataset.with_format(None)  # a sampler looks at lengths alone, which no transform changes
+        return _with_lengths(super()._get_train_sampler(dataset))
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        return _with_lengths(super()._get_eval_sampler(eval_dataset))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = Path(output_dir or self.args.output_dir)

@@ -17,9 +17,10 @@ from modeling_ttt import TttConfig
 from processing import TttDataCollator, TttProcessor, pack_examples
 from training_examples.evaluation.listening import open_listener
 from training_examples.preparation.mixtures import load_mixture, parse_source
+from training_examples.preparation.records import RECIPES
 from training_examples.preparation.shards import FEATURES
 from training_examples.training.arguments import ModelArguments
-from training_examples.training.batches import BatchCollator, TokenBatches
+from training_examples.training.batches import BatchCollator, TokenBatches, read_lengths
 from training_examples.training.card import CardTrainer, RunCard
 from training_examples.training.code_noise import CodeNoise
 from training_examples.training.metrics import EvaluationMetrics, TrainingScores, plot_curves, write_log
@@ -34,6 +35,14 @@ from training_examples.training.resuming import (
 )
 from training_examples.training.samples import Samples, choose_examples
 
+STRATEGIES = (
+    "clean_batch_probability",
+    "prefix_preservation_probability",
+    "block_masking_probability",
+    "span_truncation_probability",
+)
+SPEECH_TASKS = tuple(name for name, recipe in RECIPES.items() if recipe.audio is not None or recipe.speech_needed)
+LOOKED_AT = 200  # examples, evenly spaced
 PACKED_FEATURES = Features(dict.fromkeys(("input_ids", "labels", "position_ids"), List(Value("int32"))))
 
 
@@ -78,18 +87,25 @@ def check_vocabulary(config: TttConfig, processor: TttProcessor) -> None:
 
 def check_effect(args: ModelArguments, config: TttConfig) -> None:
     """
-    Raise a ValueError for a strategy that a run asks for and that has no part in block-causal spans, whose training
-    scores all blocks beside clean text.
+    Raise a ValueError for a strategy that a run asks for and that has no part in its objective: in block-causal spans,
+    whose training scores all blocks beside clean text, or where no audio, or text too, is diffused.
     """
-    if not config.is_block_causal:
+    if config.audio_objective == "autoregressive":
+        option, names, reason = "audio_objective", STRATEGIES, "no code is masked"
+    elif config.text_objective == "diffusion":
+        option, names, reason = "text_objective", STRATEGIES[:1], "a clean batch would score nothing"
+    elif config.is_block_causal:
+        option, names = "span_attention", STRATEGIES[:3]
+        reason = "all blocks are scored in every step, beside clean text"
+    else:
         return
-    for name in ("clean_batch_probability", "prefix_preservation_probability", "block_masking_probability"):
+    for name in names:
         value = args.config_options().get(name)
         if value:
+            given = f"{getattr(config, option)}{'' if getattr(args, option) else ', as the model says'}"
             raise ValueError(
-                f"--{name} is {value}, but has no effect where --span_attention is block_causal"
-                f"{'' if args.span_attention else ', as the model says'}: all blocks are scored in every step, beside "
-                "clean text. Leave it out, or train with --span_attention bidirectional."
+                f"--{name} is {value}, but has no effect where --{option} is {given}: {reason}. Leave it out, or train "
+                f"with another --{option}."
             )
 
 
@@ -120,11 +136,44 @@ def check_lengths(args: ModelArguments, config: TttConfig, dataset: Any, option:
     return dataset
 
 
+def check_tokens(processor: TttProcessor, dataset: Any, option: str = "--dataset") -> Any:
+    """
+    Return the dataset of an option (`None` where there is none), or raise a ValueError if it was prepared with another
+    tokenizer: an example has ids that this one lacks, or no example of speech has a code. The examples of a stream are
+    looked at as they come, for ids alone.
+    """
+    limit, ids = len(processor.tokenizer), processor.token_ids
+    first, end = ids.audio_code_id_start, ids.audio_code_id_start + ids.num_audio_codes
+    remedy = "it was prepared with another model's processor: prepare it with that of --model (or --processor)."
+
+    def check(example: dict[str, Any]) -> dict[str, Any]:
+        if example["input_ids"] and max(example["input_ids"]) >= limit:
+            raise ValueError(
+                f"An example of {option} has the token {max(example['input_ids'])}, but the tokenizer has {limit}: "
+                + remedy
+            )
+        return example
+
+    if dataset is None or isinstance(dataset, IterableDataset):
+        return None if dataset is None else dataset.map(check)
+    if len(dataset):
+        check(
+            {"input_ids": [pyarrow.compute.max(pyarrow.compute.list_flatten(dataset.data.column("input_ids"))).as_py()]}
+        )
+        some = dataset.select(np.unique(np.linspace(0, len(dataset) - 1, LOOKED_AT).astype(int)))
+        spoken = [row for row in some if row["task"] in SPEECH_TASKS]
+        if spoken and not any(first <= token < end for row in spoken for token in row["input_ids"]):
+            raise ValueError(
+                f"No example of {option} that was looked at has an audio code, {first} to {end - 1}; {remedy}"
+            )
+    return dataset
+
+
 def describe_cutting(dataset: Any, max_length: int | None, name: str) -> str | None:
     """Return what is said of examples that lose their end, `None` where none does; those of a stream are not known."""
     if max_length is None or dataset is None or isinstance(dataset, IterableDataset):
         return None
-    lengths = np.asarray(dataset["length"], dtype=np.int64)
+    lengths = np.asarray(read_lengths(dataset), dtype=np.int64)
     cut = lengths[lengths > max_length]
     if not len(cut):
         return None
