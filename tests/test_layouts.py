@@ -262,6 +262,29 @@ def test_the_split_of_a_folder_with_metadata_is_the_one_whose_name_says_it(tmp_p
     assert len(open_source(str(tmp_path), "test")) == 2  # no name says anything of splits
 
 
+@pytest.mark.parametrize("name", ["wav.scp", "text", "segments", "utt2spk"])
+def test_two_lines_of_kaldi_that_differ_are_refused(tmp_path, name):
+    """Else a recording would be given the text of another."""
+    make_kaldi(tmp_path)
+    lines = (tmp_path / name).read_text()
+    key = lines.split()[0]
+    (tmp_path / name).write_text(f"{lines}{lines.splitlines()[0]}\n")
+    assert len(read(tmp_path)[0]) == 4
+    (tmp_path / name).write_text(f"{lines}{key} rec0 7 8\n")
+    with pytest.raises(ValueError, match=f"{name}, line {len(lines.splitlines()) + 1}: {key} is 'rec0 7 8' here and"):
+        read(tmp_path)
+
+
+def test_a_tar_that_has_a_file_twice_is_refused(tmp_path):
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for text in ("one", "two"):
+            member = tarfile.TarInfo("a.txt")
+            member.size = len(text)
+            tar.addfile(member, io.BytesIO(text.encode()))
+    with pytest.raises(ValueError, match="a.txt is in it twice"):
+        read(tmp_path)
+
+
 def test_kaldi_without_segments_and_with_gaps(tmp_path):
     make_kaldi(tmp_path)
     (tmp_path / "segments").unlink()

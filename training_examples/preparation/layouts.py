@@ -110,11 +110,11 @@ class Kaldi(Layout):
 
     def open(self, files: list[Path], streaming: bool) -> Dataset | IterableDataset:
         folder = files[0].parent
-        recordings = {key: self._file(files[0], key, entry) for key, entry in _kaldi_table(files[0])}
+        recordings = {key: self._file(files[0], key, entry) for key, entry in _kaldi_table(files[0]).items()}
         audio: dict[str, dict[str, Any]] = {key: {"path": path} for key, path in recordings.items()}
         if (folder / "segments").is_file():
             audio = dict(self._segments(folder / "segments", recordings))
-        texts, speakers = dict(_kaldi_table(folder / "text")), dict(_kaldi_table(folder / "utt2spk"))
+        texts, speakers = _kaldi_table(folder / "text"), _kaldi_table(folder / "utt2spk")
         alone = {key: {"problem": f"{key} is in text alone, not in wav.scp or segments"} for key in texts}
         rows = [
             {"id": key, "audio": part, "text": texts.get(key), "speaker": speakers.get(key)}
@@ -137,7 +137,7 @@ class Kaldi(Layout):
         return entry
 
     def _segments(self, file: Path, recordings: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
-        for key, entry in _kaldi_table(file):
+        for key, entry in _kaldi_table(file).items():
             try:
                 recording, start, end = entry.split()[:3]
                 offset, duration = float(start), float(end) - float(start)
@@ -198,6 +198,10 @@ class Tars(Layout):
                     if fields:
                         yield key, fields
                     key, fields = found[1], {}
+                if found[2] in fields:
+                    raise ValueError(
+                        f"`--source` {file}: {member.name} is in it twice; give each record a key of its own."
+                    )
                 extension = "." + found[2].rpartition(".")[2].lower()
                 if extension in AUDIO_FILES:
                     fields[found[2]] = {"path": file.name, "start": member.offset_data, "size": member.size}
@@ -377,14 +381,26 @@ def _read_table(file: Path, separator: str, columns: list[str], streaming: bool,
     )
 
 
-def _kaldi_table(file: Path) -> Iterator[tuple[str, str]]:
-    """Yield key and rest of every line of a Kaldi file, nothing where there is none."""
+def _kaldi_table(file: Path) -> dict[str, str]:
+    """
+    Return the rest of every line of a Kaldi file by its key, nothing where there is no file.
+
+    Raises:
+        ValueError: If two lines say different things of one key: a recording would be given the text of another.
+    """
+    table: dict[str, str] = {}
     if file.is_file():
         with _open_text(file) as lines:
-            for line in lines:
+            for number, line in enumerate(lines, 1):
                 if line.strip():
                     key, *rest = line.strip().split(maxsplit=1)
-                    yield key, rest[0] if rest else ""
+                    entry = rest[0] if rest else ""
+                    if table.setdefault(key, entry) != entry:
+                        raise ValueError(
+                            f"`--source` {file}, line {number}: {key} is {entry!r} here and {table[key]!r} before. "
+                            "Keep one of them, or give each its own key."
+                        )
+    return table
 
 
 def _as_dataset(rows: list[dict[str, Any]], streaming: bool) -> Dataset | IterableDataset:

@@ -35,7 +35,7 @@ from training_examples.training.resuming import (
 )
 from training_examples.training.samples import Samples, choose_examples
 
-STRATEGIES = (
+STRATEGIES: tuple[str, ...] = (
     "clean_batch_probability",
     "prefix_preservation_probability",
     "block_masking_probability",
