@@ -292,7 +292,7 @@ def load_processor(arguments: argparse.Namespace) -> TttProcessor:
     from modeling_ttt import TttConfig
     from processing import TttProcessor
 
-    base_path = _base_model(model_path)
+    base_path = base_model(model_path)
     try:
         config = TttConfig.get_config_dict(base_path)[0]
     except OSError as error:
@@ -381,7 +381,7 @@ def load_pipeline(
     return TttAudioToAudioPipeline(model=model, processor=processor, device=device)
 
 
-def _base_model(model_path: str) -> str:
+def base_model(model_path: str) -> str:
     """The model an adapter was trained on; for a model, itself."""
     from transformers.utils import find_adapter_config_file, is_peft_available
 

@@ -22,6 +22,7 @@ from modeling_ttt import TttConfig, TttForConditionalGeneration
 from pipelines import TttAudioToAudioPipeline, ttt_talk
 from processing import TttProcessor
 from training_examples import finetune_lora
+from training_examples.evaluation.backends import Sample, TttBackend, Turn
 from training_examples.finetune_lora import (
     TARGET_MODULES,
     LoraArguments,
@@ -120,6 +121,17 @@ class Said(logging.Handler):
 
     def emit(self, record):
         self.lines.append(record.getMessage())
+
+
+def test_an_adapter_is_measured_on_its_model_and_trained_on_once_merged(workspace, trained, tmp_path):
+    name, adapter, merged = trained
+    backends = [TttBackend(str(folder), generation=GENERATION) for folder in (adapter, merged, workspace / name)]
+    asked = [Sample("0", (Turn(text="hello"),))]
+    answers = [backend.answer(asked, "text_chat")[0].text for backend in backends]
+    assert answers[0] == answers[1] != answers[2]
+    assert len({backend.settings["model"] for backend in backends}) == 3
+    with pytest.raises(ValueError, match="is an adapter, and a whole model is trained on: give the folder that"):
+        finetune(workspace, tmp_path / "second", model_type=adapter.name)
 
 
 def test_nothing_is_missing_from_an_adapter_of_a_tied_head(trained):

@@ -20,6 +20,7 @@ import modeling_ttt  # noqa: F401  (registers the models, so that no remote code
 import processing  # noqa: F401
 from modeling_ttt.generation_config_ttt import SURE_RULES
 from pipelines import TttAudioToAudioPipeline
+from pipelines.ttt_talk import base_model
 from training_examples.answers import read_turn
 from training_examples.evaluation.figures import fingerprint
 
@@ -124,12 +125,14 @@ class TttBackend:
     ):
         options = {"trust_remote_code": trust_remote_code}
         loaded = AutoModel.from_pretrained(model, dtype=getattr(torch, dtype), **options).eval()
-        processor = processor_of.pipe.processor if processor_of else AutoProcessor.from_pretrained(model, **options)
+        base = base_model(model)  # an adapter has no processor of its own
+        processor = processor_of.pipe.processor if processor_of else AutoProcessor.from_pretrained(base, **options)
         self.pipe: TttAudioToAudioPipeline = TttAudioToAudioPipeline(
             model=loaded, processor=processor, device=torch.device(device)
         )
         self.generation: dict[str, Any] = {"do_sample": False, **(generation or {})}
-        hashed = fingerprint(model) if Path(model).is_dir() else getattr(loaded.config, "_commit_hash", None)
+        folders = [model, *([base] if base != model and Path(base).is_dir() else [])]
+        hashed = fingerprint(*folders) if Path(model).is_dir() else getattr(loaded.config, "_commit_hash", None)
         self.name = str(model)
         self.settings: Mapping[str, Any] = {
             "model": hashed or str(model),

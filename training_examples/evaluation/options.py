@@ -43,7 +43,9 @@ class EvaluationArguments:
         default_factory=list, metadata={"help": "Compare reports (report.json or their folders) and measure nothing."}
     )
 
-    model: str = field(default="model_cards/ttt-tiny", metadata={"help": "Folder or Hub name of a TtT model."})
+    model: str = field(
+        default="model_cards/ttt-tiny", metadata={"help": "Folder or Hub name of a TtT model, or of an adapter."}
+    )
     output_dir: Path = field(default=Path("runs/evaluate_model"), metadata={"help": "Where rows and reports go."})
     limit: int | None = field(default=None, metadata={"help": "Rows a list; all by default."})
     batch_size: int = field(default=16, metadata={"help": "Samples answered at once."})

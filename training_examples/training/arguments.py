@@ -195,6 +195,12 @@ class ModelArguments:
             if folder is not None and not folder.is_dir():
                 raise ValueError(f"--{name} {folder} is no folder; init_from_llm.py and create_tiny.py make one.")
 
+        if (self.model / "adapter_config.json").is_file() and not (self.model / "config.json").is_file():
+            raise ValueError(
+                f"--model {self.model} is an adapter, and a whole model is trained on: give the folder that "
+                "finetune_lora.py --merge_to wrote. The same finetune_lora.py command, started again, writes it."
+            )
+
     def config_options(self) -> dict[str, Any]:
         """Return the options of the configuration that the run sets."""
         return {name: getattr(self, name) for name in CONFIG_OPTIONS if getattr(self, name) is not None}
