@@ -11,14 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.generation import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
     EosTokenCriteria,
     EpsilonLogitsWarper,
     EtaLogitsWarper,
     LogitsProcessorList,
     MaxLengthCriteria,
     MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
     PrefixConstrainedLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     StoppingCriteriaList,
+    StopStringCriteria,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -40,6 +46,15 @@ SCORE_PROCESSORS = (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
+# What looks for sequences of ids, of which padding must be no part.
+SEQUENCE_READERS = (
+    EncoderNoRepeatNGramLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    StopStringCriteria,
+)
+NO_TOKEN = 2**31 - 1  # so they are shown an id that no vocabulary has
 # Options of a denoising step: rows that share them are denoised together.
 DENOISING_OPTIONS = (
     "audio_steps_per_block",
@@ -110,7 +125,6 @@ class Call:
         self.config, self.input_ids, self.attention_mask = config, input_ids, attention_mask
         self.options, self.streamer = options, streamer
         self.asked: set[int] = set()  # rows whose next token is being chosen; what processors see of others is made up
-        self.processors = LogitsProcessorList([self._asking_of_rows(processor) for processor in processors])
         self.width, self.max_new_tokens = input_ids.shape[1], options.max_length - input_ids.shape[1]
         self.eos_tokens: set[int] = set()
         self.criteria = StoppingCriteriaList()  # but for the end of the sequence and lengths
@@ -120,7 +134,7 @@ class Call:
             elif isinstance(criterion, MaxLengthCriteria):
                 self.max_new_tokens = min(self.max_new_tokens, criterion.max_length - self.width)
             else:
-                self.criteria.append(criterion)
+                self.criteria.append(self._of_rows(criterion))
         self.min_new_tokens = (options.min_length or 0) - self.width
         # With block-causal spans, blocks stand on a grid from the start of their span, and finished ones are final.
         self.block_length = options.audio_block_size if config.is_block_causal else None
@@ -154,16 +168,33 @@ class Call:
             Row(self, i, ids, len(ids), generator)
             for i, (ids, generator) in enumerate(zip(prompts, generators, strict=True))
         ]
+        self.processors = LogitsProcessorList([self._of_rows(processor) for processor in processors])
 
-    def _asking_of_rows(self, processor: Any) -> Any:
+    def _of_rows(self, reader: Any) -> Any:
         """
-        A processor of the call. `prefix_allowed_tokens_fn` is asked of rows whose next token is being chosen, and no
-        others: after tokens that nobody wrote it may allow nothing, which is an error.
+        A processor or criterion of the call, so that it says of a row what it says of the row alone.
+
+        - What reads sequences of ids, or the prompt's, does not take padding for a part of them.
+        - `prefix_allowed_tokens_fn` is asked of rows whose next token is being chosen, and no others: after tokens that
+          nobody wrote it may allow nothing, which is an error.
         """
-        if type(processor) is not PrefixConstrainedLogitsProcessor:
-            return processor
-        allowed = processor._prefix_allowed_tokens_fn
-        return PrefixConstrainedLogitsProcessor(lambda row, ids: allowed(row, ids) if row in self.asked else [0], 1)
+        kind, options = type(reader), self.options
+        if kind is PrefixConstrainedLogitsProcessor:
+            allowed = reader._prefix_allowed_tokens_fn
+            return PrefixConstrainedLogitsProcessor(lambda row, ids: allowed(row, ids) if row in self.asked else [0], 1)
+        if kind is EncoderRepetitionPenaltyLogitsProcessor and options.encoder_repetition_penalty is not None:
+            return kind(options.encoder_repetition_penalty, self.shown_ids(0))
+        if kind is EncoderNoRepeatNGramLogitsProcessor and options.encoder_no_repeat_ngram_size is not None:
+            prompts, size = self.shown_ids(0), options.encoder_no_repeat_ngram_size
+            reader = kind(size, prompts if size == 1 else self._without_padding(prompts))
+        if kind in SEQUENCE_READERS and getattr(reader, "ngram_size", None) != 1:  # single tokens may be shown twice
+            return lambda ids, scores: reader(self._without_padding(ids), scores)
+        return reader
+
+    def _without_padding(self, ids: torch.Tensor) -> torch.Tensor:
+        """What `shown_ids` gave, with an id that is no token in the place of the padding."""
+        padding = torch.tensor([self.width - row.prompt_length for row in self.rows], device=ids.device)
+        return ids.masked_fill(torch.arange(ids.shape[1], device=ids.device) < padding[:, None], NO_TOKEN)
 
     def shown_ids(self, new_tokens: int) -> torch.Tensor:
         """Every row with exactly `new_tokens` new tokens, (rows, width + new tokens), cut or filled to that."""
@@ -476,8 +507,8 @@ class TttDecoder:
 
         Processors see the whole vocabulary (audio at -inf) and the whole batch, as they would in ordinary generation;
         rows that have written differently much are shown one length after the other. Left padding is shown as the row's
-        first token, so that penalties and lengths come out as they would for the row alone, and n-grams do that hold
-        more than that token.
+        first token, so that penalties and lengths come out as they would for the row alone; to the library's processors
+        of n-grams and sequences it is none.
         """
         call = rows[0].call
         if call.logits is not None:

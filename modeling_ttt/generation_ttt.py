@@ -13,6 +13,7 @@ from transformers.generation import (
     LogitsProcessorList,
     StoppingCriteriaList,
     StopStringCriteria,
+    SynthIDTextWatermarkingConfig,
 )
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import TransformersKwargs, logging
@@ -535,6 +536,11 @@ class TttGenerationMixin(GenerationMixin):
                 )
             if getattr(options, name) and self.config.text_objective == "diffusion":
                 raise ValueError(f"`{name}` is of text written left to right, which a diffused response is not.")
+        if rows > 1 and isinstance(options.watermarking_config, SynthIDTextWatermarkingConfig):
+            raise ValueError(
+                "`watermarking_config` is SynthID's, which follows rows that are written in step, as here they "
+                f"are not, but this call writes {rows}: call `generate` for each, or use a WatermarkingConfig."
+            )
         if options.stop_strings is not None and kwargs.get("tokenizer") is None:
             raise ValueError("`stop_strings` needs the tokenizer: pass `tokenizer=`.")
         if self.training and self.is_activation_checkpointing:

@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from builders import build_tokenizer
 from reference_sampler import golden_cases, golden_prompts, load_published, reference_generate
 from torch.utils.data import Dataset
 from transformers import (
@@ -20,6 +21,7 @@ from transformers.generation import (
     GenerateDecoderOnlyOutput,
     PrefixConstrainedLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    SynthIDTextWatermarkingConfig,
 )
 
 from modeling_ttt import TttGenerationConfig
@@ -87,6 +89,53 @@ def test_a_custom_processor_sees_all_ids_and_the_whole_vocabulary():
     )
     assert plain[0] not in banned
     assert shapes[0] == ((1, len(prompt)), (1, 178))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"no_repeat_ngram_size": 2},
+        {"no_repeat_ngram_size": 3},
+        {"encoder_no_repeat_ngram_size": 1},
+        {"encoder_no_repeat_ngram_size": 2},
+        {"encoder_repetition_penalty": 1.8},
+        {"repetition_penalty": 1.8},
+        {"bad_words_ids": [[9, 9], [7, 7, 7], [1, 1, 1, 1]]},
+        {"sequence_bias": {(7, 7, 7): 5.0, (1, 1, 1, 1): 5.0, (9, 9, 9): 5.0}},
+    ],
+)
+def test_padding_is_no_token_to_processors(tiny_model, options):
+    """Few tokens are allowed, among them those that the prompts begin with and the padding."""
+    model, allowed = tiny_model(), (1, 2, 7, 9, 100, 105)
+    options["suppress_tokens"] = [token for token in range(110) if token not in allowed]
+    options |= {"max_new_tokens": 14, "max_audio_codes_per_span": 3, "audio_block_size": 3, "do_sample": True}
+    prompts = [[1, 2, 3, 1, 1, 2, 5], [1, 1, 2], [7, 7], [9]]
+    rows = torch.tensor([[105] * (7 - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (7 - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    for seed in range(6):
+        together = model.generate(rows, attention_mask=mask, seed=seed, **options)[:, 7:].tolist()
+        for i, prompt in enumerate(prompts):
+            alone = answer_of(model, prompt, seed=seed + i, **options)
+            assert together[i][: len(alone)] == alone
+
+
+def test_padding_is_no_part_of_a_stop_string(tiny_model):
+    tokenizer, model = build_tokenizer(), tiny_model()
+    a, b = tokenizer("ab")["input_ids"]
+    model.generation_config.eos_token_id = None
+    options = {"stop_strings": ["aab"], "tokenizer": tokenizer, "max_new_tokens": 3}
+    options["prefix_allowed_tokens_fn"] = lambda row, ids: [b]
+    rows, mask = torch.tensor([[a, b, b], [0, 0, a]]), torch.tensor([[1, 1, 1], [0, 0, 1]])
+    assert model.generate(rows, attention_mask=mask, **options)[1, 3:].tolist() == [b, b, b]
+    assert model.generate(torch.tensor([[a, a, a]]), **options)[0, 3:].tolist() == [b]
+
+
+def test_a_watermark_that_follows_rows_in_step_is_for_one(tiny_model):
+    model, watermark = tiny_model(), SynthIDTextWatermarkingConfig(keys=[1, 2, 3], ngram_len=3)
+    options = {"watermarking_config": watermark, "do_sample": True, "max_new_tokens": 3}
+    assert len(answer_of(model, [1, 2, 3], **options)) == 3
+    with pytest.raises(ValueError, match="`watermarking_config` is SynthID's, .* this call writes 2"):
+        model.generate(torch.tensor([[1, 2, 3], [1, 2, 3]]), **options)
 
 
 def test_a_function_of_allowed_tokens_knows_its_row():
