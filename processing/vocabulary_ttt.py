@@ -7,7 +7,6 @@ import dataclasses
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 START_OF_TURN = "<|im_start|>"
@@ -120,13 +119,13 @@ class TttTokenIds:
         del arguments["end_of_turn_token_id"]
         return arguments
 
-    @cached_property
+    @property
     def audio_token_id_end(self) -> int:
         """One past the last audio-side id."""
         last_code = self.audio_code_id_start + self.num_audio_codes - 1
         return 1 + max(last_code, self.mask_token_id, self.end_of_audio_token_id, self.end_of_last_audio_token_id)
 
-    @cached_property
+    @property
     def structural(self) -> frozenset[int]:
         """Text-side ids that are structure, not text."""
         return frozenset(

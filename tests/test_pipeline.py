@@ -11,6 +11,7 @@ from accelerate import cpu_offload
 from builders import build_model, build_processor, run_without_packages, tone, write_wav
 from datasets import Dataset as HubDataset
 from datasets import DatasetDict
+from datasets.fingerprint import Hasher
 from torch.utils.data import Dataset
 from transformers import AutoConfig, pipeline
 
@@ -522,3 +523,11 @@ def test_a_data_set_is_mapped_with_the_same_objects_once(folder, tmp_path):
     first, again = (run_without_packages(FINGERPRINT, folder, cwd=tmp_path) for _ in range(2))
     assert first == again
     assert first[0].startswith("True ")
+
+
+def test_an_answer_does_not_change_a_pipelines_fingerprint():
+    processor = build_processor()
+    pipe = pipeline("audio-to-audio", model=build_model(processor), processor=processor)
+    fingerprint = Hasher.hash(pipe)
+    pipe(tone(1))
+    assert Hasher.hash(pipe) == fingerprint
