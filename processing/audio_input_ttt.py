@@ -355,6 +355,12 @@ def _to_mono(samples: np.ndarray, name: str) -> np.ndarray:
     if samples.ndim == 2:
         # Recordings have far fewer channels than samples, so the shorter side is taken for the channels.
         samples = samples.T if samples.shape[0] > samples.shape[1] else samples
+        if len(samples) > 2:
+            warnings.warn(
+                f"{name} is one recording of {len(samples)} channels, which are averaged. If these are several "
+                "recordings, pass them as a list.",
+                stacklevel=2,
+            )
     elif samples.ndim != 1:
         raise ValueError(
             f"{name} has shape {samples.shape}; expected (samples,) or (channels, samples). "

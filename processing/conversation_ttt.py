@@ -126,9 +126,14 @@ class ConversationEncoder:
                 The text is marked as Transformers does: marked tokens are encoded as plain text.
 
         Raises:
-            ValueError: if there are fewer audios than placeholders, a code is outside the codebook, or an assistant's
-                turn is not text and then at most one audio.
+            ValueError: if there are fewer audios than placeholders, a code is outside the codebook, an assistant's turn
+                is not text and then at most one audio, or a character is half of one, as broken JSON has them.
         """
+        try:
+            rendered.encode()
+        except UnicodeEncodeError as error:
+            half = rendered[error.start]
+            raise ValueError(f"{name} holds {half!r}, half of a surrogate pair and no character; remove it.") from None
         writer = _Writer(self, rendered, codes, name, return_offsets, sanitize_control_tokens)
         position = 0
         for match in _ANSWER.finditer(rendered):

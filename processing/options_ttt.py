@@ -71,6 +71,19 @@ def check_options(kwargs: Mapping[str, Any]) -> None:
             raise ValueError(f"`{name}` is {text_kwargs[name]}; use an integer of at least 1.")
 
 
+def check_spelling(kwargs: Iterable[str], known: Iterable[str]) -> None:
+    """
+    Refuse options that can only be misspelled ones of `known`, where others go on to parts that know them.
+
+    Raises:
+        TypeError: if there is such an option.
+    """
+    known = list(known)
+    for name in kwargs:
+        if name not in known and (close := difflib.get_close_matches(name, known, 1, cutoff=0.85)):
+            raise TypeError(f"TttProcessor has no option `{name}`; did you mean `{close[0]}`?")
+
+
 def _check_name(name: str, known: Iterable[str], where: str) -> None:
     if name not in known:
         close = difflib.get_close_matches(name, known, 1)
@@ -78,4 +91,4 @@ def _check_name(name: str, known: Iterable[str], where: str) -> None:
         raise TypeError(f"TttProcessor has no option `{name}`{where}{meant}")
 
 
-__all__ = ["TttProcessorKwargs", "check_options"]
+__all__ = ["TttProcessorKwargs", "check_options", "check_spelling"]

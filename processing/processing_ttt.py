@@ -4,6 +4,7 @@ streaming_ttt.py."""
 
 import copy
 import dataclasses
+import inspect
 import itertools
 import json
 import os
@@ -29,7 +30,7 @@ from .audio_tokenizer_ttt import (
 from .codebooks_ttt import TttAudioFormat, flatten_codes, unflatten_codes
 from .conversation_ttt import ConversationEncoder, Encoding, check_all_used, read_audio_parts
 from .interleaving_ttt import deinterleave
-from .options_ttt import TttProcessorKwargs, check_options
+from .options_ttt import TttProcessorKwargs, check_options, check_spelling
 from .streaming_ttt import TttStreamer
 from .tasks_ttt import (
     CHAT_TEMPLATE,
@@ -661,7 +662,9 @@ class TttProcessor(ProcessorMixin):
 
         Raises:
             OSError: if there is no processor_config.json, or an audio tokenizer that it names is not there.
+            TypeError: if an option of the processor is misspelled.
         """
+        check_spelling(kwargs, [*inspect.signature(cls.__init__).parameters, "load_audio_tokenizer"])
         located = {name: kwargs[name] for name in ("revision", *AUDIO_TOKENIZER_KWARGS) if name in kwargs}
         if located.get("dtype") in (None, "auto") or "_from_pipeline" in kwargs:  # a pipeline's is the model's
             located["dtype"] = torch.float32

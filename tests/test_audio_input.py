@@ -306,6 +306,8 @@ def test_a_stream_that_names_no_length_is_whole(sound, size):
 def test_channels_are_averaged():
     left, right = tone(0.1), tone(0.1, frequency=500)
     assert np.allclose(load_waveform(np.stack([left, right]), 16_000), (left + right) / 2, atol=1e-7)
+    with pytest.warns(UserWarning, match="audio 3 is one recording of 20 channels.* pass them as a list"):
+        load_waveform(np.stack([left] * 20), 16_000, name="audio 3")
 
 
 @pytest.mark.parametrize("rate", [8_000, 11_025, 22_050, 44_100, 48_000])

@@ -246,6 +246,8 @@ def test_input_that_does_not_fit_its_task_is_refused(processor):
             "text 0 has more `<|audio|>` placeholders".replace("|", r"\|"),
         ),
         ({"text": "plain", "audio": [sound]}, "There are 1 more audios than audio parts"),
+        ({"text": ["a", "a\ud83d"]}, r"text 1 holds '\\ud83d', half of a surrogate pair"),
+        ({"text": "a\ud83d", "task": "tts"}, r" holds '\\ud83d', half of a surrogate pair"),
     ]:
         with pytest.raises(ValueError, match=message):
             processor(**options)
@@ -460,6 +462,21 @@ def test_a_saved_processor_loads_with_its_audio_tokenizer(saved):
     settings = json.loads((folder / "processor_config.json").read_text())
     assert settings["auto_map"]["AutoProcessor"] == "processing_ttt.TttProcessor"
     assert "audio_tokenizer" not in settings and settings["text_chunk_size"] == 5
+
+
+@pytest.mark.parametrize(
+    "name, meant",
+    [
+        ("audio_chunk_sise", "audio_chunk_size"),
+        ("system_prompt", "system_prompts"),
+        ("load_audio_tokeniser", "load_audio_tokenizer"),
+    ],
+)
+def test_a_misspelled_setting_is_refused_where_a_processor_is_loaded(saved, name, meant):
+    with pytest.raises(TypeError, match=f"no option `{name}`; did you mean `{meant}`"):
+        AutoProcessor.from_pretrained(saved[1], **{name: False})
+    loaded = AutoProcessor.from_pretrained(saved[1], text_chunk_size=7, padding_side="right", use_fast=True)
+    assert loaded.text_chunk_size == 7 and loaded.tokenizer.padding_side == "right"  # parts take options of their own
 
 
 def test_code_of_processor_and_audio_tokenizer_lies_flat_beside_the_settings(saved):
