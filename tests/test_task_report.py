@@ -126,7 +126,7 @@ def test_the_plot_has_a_line_a_block_size_the_twin_the_default_and_the_recording
     shaded = left.collections[-1].get_paths()[0].get_extents()
     assert shaded.x0 == 4 and (shaded.y0, shaded.y1) == (0, pytest.approx(8))  # the codec's 5 % and 3 points
     entries = {text.get_text() for text in figure.legends[0].get_texts()}
-    assert entries >= {"autoregressive twin", "the default, all rows (95 %)", "confidence thresholds", "asked at least"}
+    assert entries >= {"autoregressive twin", "the default (95 %)", "confidence thresholds", "asked at least"}
     assert "faint: without order bias" in entries and "prefix probabilities" in entries
     assert [[5.0, 15.0]] in [line.get_xydata().tolist() for line in left.get_lines() if line.get_marker() == "^"]
     assert points_of(sweep[:2], "spoken_qa_seen/speech/ear", "spoken_qa_seen/codes_per_step") == [(1, 12), (4, 30)]
